@@ -1,0 +1,145 @@
+"""A Hub on loopback, a finished model folder to push to it, and clients in fresh processes."""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from server import Hub
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+HERE = Path(__file__).parent
+TOKEN = "hf_" + secrets.token_hex(16)
+OTHER_TOKEN = "hf_" + secrets.token_hex(16)
+WORDS = ["<unk>", "once", "upon", "a", "time", "there", "was", "model"]
+TOKEN_IDS = [1, 2, 3, 4, 5, 6, 3, 7]
+CARD = """---
+base_model: me/dense
+license: apache-2.0
+library_name: transformers
+tags:
+- pruning
+- hf_prune
+---
+# A pruned model
+"""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A client process that has ended: what its function returned, its streams, and its exit code."""
+
+    returned: object
+    stdout: str
+    stderr: str
+    code: int
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[Hub]:
+    """Two users, `me` (TOKEN) and `you` (OTHER_TOKEN); weights are sent in parts of 32 KiB."""
+    with Hub({TOKEN: "me", OTHER_TOKEN: "you"}, chunk_bytes=32 * 1024) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def visits() -> list[Visit]:
+    """All visits of the session, for the tests that search their streams."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parent of every HF_HOME a client had."""
+    return tmp_path_factory.mktemp("homes")
+
+
+@pytest.fixture(scope="session")
+def visit(hub: Hub, visits: list[Visit], homes: Path) -> Callable[..., Visit]:
+    """visit("function", *arguments): runs a function of client.py with an empty HF_HOME against the Hub."""
+
+    def run(function: str, *arguments: str | Path, token: str | None = None, **environment: str) -> Visit:
+        home = homes / f"{function}-{len(visits)}"
+        variables = client_environment(HF_ENDPOINT=hub.url, HF_HOME=str(home), **environment)
+        if token:
+            variables["HF_TOKEN"] = token
+        command = [sys.executable, str(HERE / "client.py"), function, *map(str, arguments)]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        visits.append(Visit(json.loads(done.stdout.splitlines()[-1]), done.stdout, done.stderr, done.returncode))
+        return visits[-1]
+
+    return run
+
+
+def client_environment(**settings: str) -> dict[str, str]:
+    """This process' environment without any setting of the Hub, with `settings`, and with hf_prune importable."""
+    ours = ("HF_", "HUGGING", "TRANSFORMERS_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {
+        **kept,
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(HERE.parents[1]),
+        **settings,
+    }
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with its tokenizer, a card and results: what a finished run leaves."""
+    folder = tmp_path_factory.mktemp("output") / "model"
+    tiny_llama().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "wikitext.yaml").write_text("- dataset: {id: wikitext}\n  value: 24.2\n")
+    (folder / "prune_report.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def resharded_folder(model_folder: Path) -> Path:
+    """The same model in several files."""
+    folder = model_folder.with_name("resharded")
+    tiny_llama().save_pretrained(folder, max_shard_size="64KB")
+    shutil.copy(model_folder / "README.md", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected_logits() -> torch.Tensor:
+    """Logits [1, 8, vocabulary] of the model before it went anywhere, on one thread as in the clients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        logits = tiny_llama()(torch.tensor([TOKEN_IDS])).logits
+    torch.set_num_threads(threads)
+    return logits
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
