@@ -1,0 +1,91 @@
+"""The command line and the measuring rule that every contestant of the one-shot benchmark follows.
+
+Standard library only: hf_prune and each peer import this file in their own environment, so that seconds and bytes mean
+the same on both sides. Seconds are wall time of a phase. Memory is the process's own anonymous memory (RssAnon): the
+plain resident figure also counts the pages of memory-mapped checkpoint files, which belong to the page cache.
+Each phase also records how many cores other processes kept busy meanwhile, so that a disturbed run can be told.
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SAMPLING_INTERVAL = 0.02  # seconds between two readings of RssAnon
+
+
+def parse_arguments(description: str) -> argparse.Namespace:
+    """The one command line of all contestants: what to prune, with which tokens, how, and where the results go."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the dense model")
+    parser.add_argument("--token_ids", type=Path, required=True, help='safetensors, int64 "input_ids" [samples, length]')
+    parser.add_argument("--method", choices=("magnitude", "wanda", "sparsegpt"), required=True)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--pattern", default="unstructured", help="unstructured or n:m (n of m consecutive inputs kept)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the pruned model")
+    parser.add_argument("--report", type=Path, required=True, help="JSON of seconds and peak memory by phase")
+    return parser.parse_args()
+
+
+def own_memory() -> int:
+    """Anonymous resident memory of this process in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon line: this measurement needs Linux 4.5 or newer.")
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds now: the wall clock, and the processor time that all other processes have used since boot (Linux)."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    busy = sum(ticks) - ticks[3] - ticks[4]  # less idle and waiting for a disk
+    return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+class Measurement:
+    """Seconds, peak own memory and cores busy elsewhere of named phases; "process" is the time since construction."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.busy_elsewhere: dict[str, float] = {}
+        self.peaks: dict[str, int] = {"process": own_memory()}
+        self._phase = "process"
+        self._started = clocks()
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while True:
+            self._observe()
+            time.sleep(SAMPLING_INTERVAL)
+
+    def _observe(self) -> None:
+        phase, memory = self._phase, own_memory()
+        for name in {"process", phase}:
+            self.peaks[name] = max(self.peaks.get(name, 0), memory)
+
+    def _record(self, name: str, started: tuple[float, float]) -> None:
+        wall, elsewhere = (now - then for now, then in zip(clocks(), started, strict=True))
+        self.seconds[name] = wall
+        self.busy_elsewhere[name] = max(0.0, elsewhere / wall)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the enclosed lines as `name`."""
+        started, self._phase = clocks(), name
+        self._observe()
+        try:
+            yield
+        finally:
+            self._observe()
+            self._record(name, started)
+            self._phase = "process"
+
+    def write(self, path: Path, **facts: object) -> None:
+        """Write {"seconds": {phase: s}, "peak_memory_bytes": {phase: n}, "busy_elsewhere": {phase: cores}, **facts}."""
+        self._record("process", self._started)
+        report = {"seconds": self.seconds, "peak_memory_bytes": self.peaks, "busy_elsewhere": self.busy_elsewhere}
+        path.write_text(json.dumps(report | facts, indent=2) + "\n")
