@@ -1,0 +1,180 @@
+"""The output folder: complete or absent. Everything is written to a hidden sibling, which takes the name at the end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_prune.errors import BadInputError, HfPruneError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Early check that `path` can become the output folder; nothing is created.
+
+    Returns the absolute path with symbolic links followed. An empty folder may always be filled. With `overwrite` a folder
+    that holds a config.json may be replaced, and no other: a mistyped output_dir must never cost somebody their home.
+
+    Raises BadInputError where `path` is a file, is in the way, cannot be replaced, or where its parent is not writable.
+    """
+    target = Path(path).expanduser().resolve()
+    if target.exists():
+        _check_replaceable(target, overwrite)
+    parent = next(folder for folder in target.parents if folder.exists())
+    try:
+        # Trying is the only reliable question: os.access knows nothing of quotas and says yes to root too often.
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
+    except OSError as error:
+        raise BadInputError(
+            f"output_dir: cannot create {target} because {parent} is not writable ({error.strerror}); "
+            "choose another folder."
+        ) from error
+    return target
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not target.is_dir():
+        raise BadInputError(f"output_dir: {target} is a file; name a folder.")
+    if target.is_mount() or target == Path.home() or Path.cwd().is_relative_to(target):
+        raise BadInputError(
+            f"output_dir: {target} is a mount point, the home folder or the current folder, "
+            "which cannot be replaced as a whole; name a folder inside it."
+        )
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise BadInputError(
+            f"output_dir: {target} exists and is not empty; "
+            "choose another folder or set overwrite_output_dir to replace it."
+        )
+    if not (target / "config.json").is_file():
+        raise BadInputError(
+            f"output_dir: {target} holds no config.json, so it is no model folder and is not replaced "
+            "even with overwrite_output_dir; choose another folder."
+        )
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise RunError where the disk of `folder` (or of its nearest existing parent) has fewer than `needed` bytes free."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RunError(
+            f"{existing}: the disk has {_size(free)} free and {_size(needed)} are needed; "
+            "free some space or choose another output_dir."
+        )
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `path`, and give it the name `path` once the body has succeeded.
+
+    On any exception, an interrupt included, the temporary folder is removed and what stood at `path` still stands there.
+    An existing folder is moved aside before the new one takes its name, and removed only afterwards.
+
+    Raises BadInputError as `check_output_folder` does or where writing is forbidden, and RunError where the disk is full.
+    """
+    target = check_output_folder(path, overwrite)
+    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        logger.warning("%s belongs to a run that is still busy or was killed; delete it if none is running", leftover)
+    # Not mkdtemp: its mode is 0700, and a plain mkdir lets the kernel apply the umask.
+    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _settle(partial)
+        check_output_folder(target, overwrite)
+        _put_in_place(partial, target)
+    except Exception as error:
+        translated = _disk_error(error, partial, target)
+        if translated is None:
+            raise
+        raise translated from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Files readable as the umask says (safetensors are created 0600), and on the disk before the old ones go."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with open(file, "rb") as stream:
+                os.fchmod(stream.fileno(), mode)
+                os.fsync(stream.fileno())
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    aside = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
+    target.rename(aside)
+    try:
+        partial.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _disk_error(error: Exception, partial: Path, target: Path) -> HfPruneError | None:
+    """One sentence for a full or forbidden disk, None for every other error and for files elsewhere."""
+    if isinstance(error, OSError):
+        code = error.errno
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent):
+            return None
+    else:
+        # safetensors and tokenizers are written in Rust and report the errno inside their message.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(match[1]) if match else None
+    if code in FULL:
+        existing = next(place for place in (partial, *partial.parents) if place.exists())
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        return RunError(
+            f"{target}: the disk is full, {_size(shutil.disk_usage(existing).free)} free after {_size(written)} written; "
+            "free some space or choose another output_dir (nothing was changed)."
+        )
+    if code in FORBIDDEN:
+        return BadInputError(f"output_dir: writing {target} is not permitted ({os.strerror(code)}); choose another folder.")
+    return None
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | os.PathLike[str]
+) -> None:
+    """Write config, safetensors, generation config, tokenizer and chat template as stock transformers does.
+
+    The dtype is the model's own; tied weights are stored once. Raises RunError before writing where the disk has no room.
+    """
+    # parameters() yields a tied weight once, as the file does.
+    check_free_space(Path(folder), sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()))
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"

@@ -1,0 +1,98 @@
+"""Verification of a saved folder against the model in memory, by a fresh process that knows nothing of hf_prune."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_prune.checkpoint import verify_folder as script
+
+PROBE_SHAPE = (2, 32)
+PROBE_TEXT = "Pruning keeps 50 % of the weights;\n\nthe naïve baseline keeps 100 %."
+# What a launcher exports: the child is one process on its own, whatever started its parent.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def verify_folder(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel,
+    views: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Load `folder` with plain transformers in a fresh process and compare it with `model`.
+
+    model: what was saved, still in memory, whole on one device (CPU or GPU; the child uses the same).
+    views: the entries of prune_plan.json, each with "kept", the largest number of nonzero weights allowed.
+    tokenizer: what was saved with it; without one there is no tokenizer row.
+
+    Returns rows {"check": str, "passed": bool, "detail": str}; failing rows name the modules. A child that dies gives one
+    failed row with its last words. Nothing is raised for a failed check: the caller decides.
+    """
+    with tempfile.TemporaryDirectory(prefix="hf_prune-verify-") as workplace:
+        expected_file, report_file = Path(workplace, "expected.json"), Path(workplace, "report.json")
+        expected, logits = expectation(model, views, tokenizer, trust_remote_code=trust_remote_code, seed=seed)
+        expected_file.write_text(json.dumps(expected))
+        save_file({"logits": logits.contiguous()}, Path(workplace, "probe_logits.safetensors"))
+        # -P: the script's own folder stays off sys.path, where inspect.py would hide the standard library's.
+        command = [sys.executable, "-P", script.__file__, str(Path(folder).resolve()), str(expected_file), str(report_file)]
+        child = subprocess.run(command, env=_environment(), capture_output=True, text=True, errors="replace")
+        if child.returncode == 0 and report_file.exists():
+            return json.loads(report_file.read_text())
+    reason = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+    last_words = (child.stderr.strip().splitlines() or ["no message"])[-1]
+    return [{"check": script.LOADS, "passed": False, "detail": f"the verifying process died ({reason}): {last_words}"}]
+
+
+def expectation(
+    model: PreTrainedModel,
+    views: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What verify_folder.py must find (its docstring lists the keys), and the probe's logits [2, 32, vocabulary]."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    text_config = model.config.get_text_config()
+    length = min(PROBE_SHAPE[1], getattr(text_config, "max_position_embeddings", None) or PROBE_SHAPE[1])
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(text_config.vocab_size, (PROBE_SHAPE[0], length), generator=generator).tolist()
+    was_training = model.training
+    model.eval()
+    try:
+        logits = script.probe_logits(model, input_ids)
+    finally:
+        model.train(was_training)
+    expected = {
+        "views": [{**view, "nonzeros": int(torch.count_nonzero(parameters[view["parameter"]]))} for view in views],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": model.config._attn_implementation,
+        "num_threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "device": str(model.device),
+        "trust_remote_code": trust_remote_code,
+        "probe_input_ids": input_ids,
+        "ties": script.tied_pairs(model),
+        "tokenizer": None,
+    }
+    if tokenizer is not None:
+        ids = tokenizer(PROBE_TEXT)["input_ids"]
+        expected["tokenizer"] = {"text": PROBE_TEXT, "ids": ids, "chat_template": tokenizer.chat_template}
+    return expected, logits
+
+
+def _environment() -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
