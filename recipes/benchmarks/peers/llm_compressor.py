@@ -1,7 +1,7 @@
 """Prune with llm-compressor, for comparison. Runs in the peer's own environment, never in hf_prune's:
 
     pip install torch==2.13.0 && pip install llmcompressor==0.14.0.1
-    python llm_compressor.py --model FOLDER --token_ids ids.safetensors --method sparsegpt --output OUT --report OUT.json
+    python llm_compressor.py --model FOLDER --token_ids ids.safetensors --method wanda --output OUT --report OUT.json
 
 Its defaults hold wherever the comparison does not fix them: batch size 1, the "independent" pipeline (which infers the
 sequential one: two forward passes over the calibration set), block size 128 and damping 0.01 for SparseGPT.

@@ -22,10 +22,10 @@ def parse_arguments(description: str) -> argparse.Namespace:
     """The one command line of all contestants: what to prune, with which tokens, how, and where the results go."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, required=True, help="folder of the dense model")
-    parser.add_argument("--token_ids", type=Path, required=True, help='safetensors, int64 "input_ids" [samples, length]')
+    parser.add_argument("--token_ids", type=Path, required=True, help='safetensors with "input_ids" [samples, length]')
     parser.add_argument("--method", choices=("magnitude", "wanda", "sparsegpt"), required=True)
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--pattern", default="unstructured", help="unstructured or n:m (n of m consecutive inputs kept)")
+    parser.add_argument("--pattern", default="unstructured", help="unstructured, or n:m: at most n of m inputs kept")
     parser.add_argument("--output", type=Path, required=True, help="folder of the pruned model")
     parser.add_argument("--report", type=Path, required=True, help="JSON of seconds and peak memory by phase")
     return parser.parse_args()
