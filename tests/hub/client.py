@@ -21,6 +21,17 @@ def refused(action: object, *arguments: object, **options: object) -> list:
     raise AssertionError(f"{action} with {arguments} was not refused")
 
 
+def sees(repo_id: str, token: str | None = None) -> bool | int:
+    """Whether a repository is private, or the status with which the Hub denies that there is one."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return HfApi(token=token).model_info(repo_id).private
+    except RepositoryNotFoundError as error:
+        return error.response.status_code
+
+
 def publish(token: str, model: str, resharded: str) -> dict:
     """Log in, push a model twice, once privately, and once in two shapes; say what the Hub then shows."""
     logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
@@ -47,6 +58,7 @@ def refusals(model: str, token: str, other_token: str, broken_card: str, leaking
     from hf_prune.hub.push import push_folder
 
     return {
+        "reading what is private": [sees("me/hidden"), sees("me/hidden", other_token), sees("me/hidden", token)],
         "no token": refused(push_folder, model, "me/model"),
         "wrong token": refused(push_folder, model, "me/model", token="hf_wrong"),
         "token with a line break": refused(push_folder, model, "me/model", token=f"{token[:9]}\n{token[9:]}"),
@@ -68,21 +80,16 @@ def push_once(model: str, token: str) -> list:
 def read_model(repo_id: str, token_ids: str, logits_file: str) -> dict:
     """Load a model from the Hub as anybody would and keep its logits; see whether a private one opens."""
     import torch
-    from huggingface_hub import HfApi, file_exists
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub import file_exists
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(repo_id)
     with torch.no_grad():
         save_file({"logits": model(torch.tensor([json.loads(token_ids)])).logits}, logits_file)
-    try:
-        private = HfApi().model_info("me/hidden").private
-    except RepositoryNotFoundError as error:
-        private = error.response.status_code
     return {
         "words": AutoTokenizer.from_pretrained(repo_id).decode(json.loads(token_ids)),
-        "private": private,
+        "private": sees("me/hidden"),
         "exists": [file_exists(repo_id, "config.json"), file_exists(repo_id, "model.bin")],
     }
 

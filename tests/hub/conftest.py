@@ -1,26 +1,18 @@
 """A Hub on loopback, a finished model folder to push to it, and clients in fresh processes."""
 
-import json
-import os
-import secrets
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import visits
 from server import Hub
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from visits import OTHER_TOKEN, TOKEN, TOKEN_IDS, Visit
 
-HERE = Path(__file__).parent
-TOKEN = "hf_" + secrets.token_hex(16)
-OTHER_TOKEN = "hf_" + secrets.token_hex(16)
 WORDS = ["<unk>", "once", "upon", "a", "time", "there", "was", "model"]
-TOKEN_IDS = [1, 2, 3, 4, 5, 6, 3, 7]
 CARD = """---
 base_model: me/dense
 license: apache-2.0
@@ -33,16 +25,6 @@ tags:
 """
 
 
-@dataclass(frozen=True)
-class Visit:
-    """A client process that has ended: what its function returned, its streams, and its exit code."""
-
-    returned: object
-    stdout: str
-    stderr: str
-    code: int
-
-
 @pytest.fixture(scope="session")
 def hub() -> Iterator[Hub]:
     """Two users, `me` (TOKEN) and `you` (OTHER_TOKEN); weights are sent in parts of 32 KiB."""
@@ -51,7 +33,7 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="session")
-def visits() -> list[Visit]:
+def done() -> list[Visit]:
     """All visits of the session, for the tests that search their streams."""
     return []
 
@@ -63,35 +45,15 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def visit(hub: Hub, visits: list[Visit], homes: Path) -> Callable[..., Visit]:
+def visit(hub: Hub, done: list[Visit], homes: Path) -> Callable[..., Visit]:
     """visit("function", *arguments): runs a function of client.py with an empty HF_HOME against the Hub."""
 
-    def run(function: str, *arguments: str | Path, token: str | None = None, **environment: str) -> Visit:
-        home = homes / f"{function}-{len(visits)}"
-        variables = client_environment(HF_ENDPOINT=hub.url, HF_HOME=str(home), **environment)
-        if token:
-            variables["HF_TOKEN"] = token
-        command = [sys.executable, str(HERE / "client.py"), function, *map(str, arguments)]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        visits.append(Visit(json.loads(done.stdout.splitlines()[-1]), done.stdout, done.stderr, done.returncode))
-        return visits[-1]
+    def run(function: str, *arguments: str | Path, **settings: str) -> Visit:
+        here = {"HF_ENDPOINT": hub.url, "HF_HOME": str(homes / f"{function}-{len(done)}")}
+        done.append(visits.visit(function, *arguments, **{**here, **settings}))
+        return done[-1]
 
     return run
-
-
-def client_environment(**settings: str) -> dict[str, str]:
-    """This process' environment without any setting of the Hub, with `settings`, and with hf_prune importable."""
-    ours = ("HF_", "HUGGING", "TRANSFORMERS_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {
-        **kept,
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-        **settings,
-    }
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +82,7 @@ def resharded_folder(model_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def expected_logits() -> torch.Tensor:
-    """Logits [1, 8, vocabulary] of the model before it went anywhere, on one thread as in the clients."""
+    """Logits [1, 8, vocabulary] for TOKEN_IDS, from the model before it went anywhere, on one thread as clients."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():
