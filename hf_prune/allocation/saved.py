@@ -1,0 +1,39 @@
+"""Densities and patterns from a saved plan, edited by hand or made by another run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_prune.errors import BadInputError
+from hf_prune.plan import Plan
+from hf_prune.recipe import PruneConfig
+from hf_prune.weights import WeightView
+
+
+def saved_plan(config: PruneConfig, views: Sequence[WeightView]) -> tuple[dict[str, float], dict[str, str]]:
+    """(densities, patterns) by view name, from the plan at `config.allocation`.
+
+    Raises:
+        BadInputError: the plan lacks a view or has another shape for it, or its sparsity is not the one asked for.
+    """
+    plan = Plan.load(config.allocation)
+    table = {view.name: view for view in plan.views}
+    for view in views:
+        planned = table.get(view.name)
+        if planned is None or tuple(planned.shape) != view.shape:
+            raise BadInputError(
+                f"allocation: {config.allocation} has no {view.name} of shape {list(view.shape)}; plan this model anew."
+            )
+        if not 0 <= planned.density <= 1:
+            raise BadInputError(f"allocation: {config.allocation} gives {view.name} a density outside [0, 1].")
+    kept = sum(table[view.name].density * view.shape[0] * view.shape[1] for view in views)
+    sparsity = 1 - kept / sum(view.shape[0] * view.shape[1] for view in views)
+    if config.sparsity is not None and abs(config.sparsity - sparsity) > 1e-3:
+        raise BadInputError(
+            f"sparsity: {config.sparsity:.4g} contradicts the plan {config.allocation}, which gives {sparsity:.4g}; "
+            "leave sparsity out."
+        )
+    return (
+        {view.name: table[view.name].density for view in views},
+        {view.name: table[view.name].pattern for view in views},
+    )

@@ -1,0 +1,185 @@
+"""Running one block of a model at a time, through the model's own forward.
+
+Blocks that are done become skips that return the cached hidden states, and the forward is left once the wanted block
+has run. Masks, rotary embeddings and keyword arguments thus come from the model itself, per block and without code per
+architecture: a block sees exactly what it sees in `model(input_ids)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.engine.statistics import Statistics
+from hf_prune.weights import WeightView, find_blocks
+
+
+class _Stop(Exception):
+    """Leaves the model's forward; never seen outside this file."""
+
+
+class BlockRunner:
+    """Runs single blocks of a causal language model on cached hidden states.
+
+    Use as a context manager: the model is in eval mode inside, and as it was before afterwards.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.blocks = find_blocks(model)[1]
+        self.device = next(model.parameters()).device
+        self._returns_tuple: dict[int, tuple[Any, ...]] = {}
+        self._was_training = model.training
+
+    def __enter__(self) -> BlockRunner:
+        self._was_training = self.model.training
+        self.model.eval()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.model.train(self._was_training)
+
+    def run(self, index: int, input_ids: Tensor, hidden: Tensor | None) -> Tensor:
+        """The output of block `index`.
+
+        Args:
+            input_ids: int64 [sequences, tokens], the tokens that `hidden` came from.
+            hidden: [sequences, tokens, width], output of the block before it; None for the first block.
+
+        Returns:
+            [sequences, tokens, width] in the model's dtype.
+        """
+        block = self.blocks[index]
+        original = block.forward
+        output: list[Tensor] = []
+
+        def run_and_stop(*args: Any, **kwargs: Any) -> None:
+            result = original(*args, **kwargs)
+            if isinstance(result, tuple):
+                self._returns_tuple[index] = result[1:]
+                result = result[0]
+            output.append(result)
+            raise _Stop
+
+        with self._skipping(index, hidden), _patched(block, run_and_stop):
+            self._forward(input_ids)
+        return output[0] if output else torch.empty(0)
+
+    def observe(self, index: int, input_ids: Tensor, hidden: Tensor | None) -> None:
+        """Run the model up to block `index` and through it for the sake of hooks; a hook may call `stop()`.
+
+        `index` equal to the number of blocks skips all of them and runs what follows: the LM head.
+        """
+        if index == len(self.blocks):
+            with self._skipping(index, hidden):
+                self._forward(input_ids)
+        else:
+            self.run(index, input_ids, hidden)
+
+    @staticmethod
+    def stop() -> None:
+        """Leave the forward from inside a hook: nothing later in it is needed."""
+        raise _Stop
+
+    def _forward(self, input_ids: Tensor) -> None:
+        try:
+            with torch.no_grad():
+                self.model(input_ids=input_ids.to(self.device), use_cache=False)
+        except _Stop:
+            pass
+
+    @contextmanager
+    def _skipping(self, index: int, hidden: Tensor | None) -> Iterator[None]:
+        """Blocks before `index` return `hidden` whatever they are given."""
+        patches = []
+        for earlier in range(index):
+            rest = self._returns_tuple.get(earlier)
+            answer = hidden if rest is None else (hidden, *rest)
+            patches.append(_patched(self.blocks[earlier], lambda *args, _answer=answer, **kwargs: _answer))
+        for patch in patches:
+            patch.__enter__()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.__exit__(None, None, None)
+
+
+@contextmanager
+def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward for a while, leaving one set by somebody else (accelerate's hooks) as it was."""
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]
+
+
+class InputObserver:
+    """Gathers statistics of the inputs of some layers, once per distinct input.
+
+    Layers that are handed the very same tensor in a forward (q, k and v; gate and up) share one set of sums.
+    `groups` lists, in order of first use, the statistics with the views that share them.
+    """
+
+    def __init__(self, views: list[WeightView], kinds: frozenset[str]) -> None:
+        self.views = views
+        self.kinds = kinds
+        self.groups: list[tuple[Statistics, list[WeightView]]] = []
+        self._group_of: dict[str, int] = {}
+        self._seen: list[tuple[Tensor, int]] = []
+        self._calls: list[str] = []
+        self._last: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hooks are in place inside; each forward must be wrapped in `forward()`."""
+        handles = [view.module.register_forward_pre_hook(self._hook(view)) for view in self.views]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """One forward: tensors are compared by identity only inside it."""
+        self._seen, self._calls = [], []
+        try:
+            yield
+        finally:
+            # After a whole forward in which every layer ran once, the last one's input is all that is waited for.
+            if self._last is None and sorted(self._calls) == sorted(view.name for view in self.views):
+                self._last = self._calls[-1]
+            self._seen = []
+
+    def _hook(self, view: WeightView) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs = args[0]
+            self._calls.append(view.name)
+            if view.name not in self._group_of:
+                self._join(view, inputs)
+            statistics, members = self.groups[self._group_of[view.name]]
+            if members[0] is view:
+                self._seen.append((inputs, self._group_of[view.name]))
+                statistics.add(inputs)
+            if view.name == self._last:
+                BlockRunner.stop()
+
+        return observe
+
+    def _join(self, view: WeightView, inputs: Tensor) -> None:
+        group = next((group for tensor, group in self._seen if tensor is inputs), None)
+        if group is None:
+            group = len(self.groups)
+            self.groups.append((Statistics(self.kinds, view.shape[1], inputs.device), []))
+        self.groups[group][1].append(view)
+        self._group_of[view.name] = group

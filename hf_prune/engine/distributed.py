@@ -1,0 +1,78 @@
+"""Several processes, one model each: who am I, add up, hand out. Every function is a no-op with one process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+
+def initialise() -> None:
+    """Join the process group that `accelerate launch` or torchrun prepared, once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_distributed():
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+
+
+def is_distributed() -> bool:
+    """Whether several processes work together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and world_size() > 1
+
+
+def rank() -> int:
+    """This process's index."""
+    return (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's index on its machine: its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if is_distributed():
+        torch.distributed.barrier()
+
+
+def _on_backend(tensor: Tensor) -> Tensor:
+    # NCCL speaks GPU memory only; gloo takes the CPU's.
+    return tensor.cuda() if torch.distributed.get_backend() == "nccl" and tensor.device.type == "cpu" else tensor
+
+
+def sum_at(tensor: Tensor, owner: int) -> None:
+    """Sum over processes in place; only `owner` may rely on the result."""
+    if is_distributed():
+        moved = _on_backend(tensor)
+        torch.distributed.reduce(moved, dst=owner)
+        if moved is not tensor:
+            tensor.copy_(moved)
+
+
+def send_from(tensor: Tensor, owner: int) -> None:
+    """Overwrite `tensor` everywhere with the owner's values, bit for bit."""
+    if is_distributed():
+        whole = _on_backend(tensor.contiguous())
+        torch.distributed.broadcast(whole, src=owner)
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's picklable value, by rank, everywhere (between our own processes, never from a file)."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

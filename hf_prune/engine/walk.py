@@ -1,0 +1,195 @@
+"""The walk: block by block, observe inputs, add up over processes, solve, hand the pruned block's outputs on.
+
+Cost over the calibration set: one forward to observe each block (left as soon as the last layer's input is seen) and
+one to hand its pruned outputs on, none at all for methods without statistics.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.engine import distributed
+from hf_prune.engine.capture import BlockRunner, InputObserver
+from hf_prune.engine.statistics import Statistics
+from hf_prune.errors import BadInputError, RunError
+from hf_prune.masks import MaskRule
+from hf_prune.plan import Plan
+from hf_prune.progress import progress
+from hf_prune.weights import WeightView, find_views
+
+logger = logging.getLogger(__name__)
+# Tokens a forward: large enough for full-speed matrix products, small enough to keep activations out of the peak.
+_TOKENS_PER_FORWARD = 2048
+
+
+class WeightSolver(Protocol):
+    """What the walk needs of a method."""
+
+    @property
+    def statistics(self) -> frozenset[str]: ...
+
+    def solve(self, weight: Tensor, statistics: Statistics | None, rule: MaskRule) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass
+class ViewResult:
+    """What became of one weight matrix.
+
+    Attributes:
+        kept: weights that are not zero afterwards, counted in the model's dtype.
+        zeros_before: weights that were zero before.
+        error: relative output error ||(W' - W) X||^2 / ||W X||^2 on the calibration inputs; None without a Gram matrix.
+    """
+
+    name: str
+    kept: int
+    zeros_before: int
+    error: float | None = None
+
+
+@dataclass
+class WalkResult:
+    """Results by view, in the plan's order, and the forward passes over the calibration set that they took."""
+
+    views: list[ViewResult] = field(default_factory=list)
+    forward_passes: float = 0.0
+
+
+def walk(model: nn.Module, plan: Plan, solver: WeightSolver, input_ids: Tensor | None) -> WalkResult:
+    """Prune `model` in place.
+
+    Args:
+        input_ids: int64 [samples, tokens], calibration windows without padding, the same on every process; None for
+            a solver that declares no statistics.
+
+    Raises:
+        BadInputError: calibration is missing or cannot be shared out over the processes; a weight is not finite.
+        RunError: a layer saw no tokens, or a statistic overflowed.
+    """
+    views = _views_of(model, plan)
+    rules = {view.name: plan.rule(view) for view in plan.views}
+    result = WalkResult()
+    if not solver.statistics:
+        for view in progress(views, "pruning"):
+            result.views.append(_prune(view, None, solver, rules[view.name]))
+        return result
+    if input_ids is None:
+        raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
+    chunks = _own_chunks(input_ids)
+    hidden: list[Tensor | None] = [None] * len(chunks)
+    last = max(view.block for view in views)
+    with BlockRunner(model) as runner:
+        for index in progress(range(last + 1), "pruning blocks", total=last + 1):
+            own = [view for view in views if view.block == index]
+            if own:
+                groups = _observe(runner, index, chunks, hidden, own, solver.statistics)
+                result.views += _solve(groups, solver, rules)
+                result.forward_passes += 1 / len(runner.blocks)
+            if index < last:
+                for place, chunk in enumerate(chunks):
+                    hidden[place] = runner.run(index, chunk, hidden[place])
+                result.forward_passes += 1 / len(runner.blocks)
+    order = {view.name: place for place, view in enumerate(plan.views)}
+    result.views.sort(key=lambda view: order[view.name])
+    return result
+
+
+def _views_of(model: nn.Module, plan: Plan) -> list[WeightView]:
+    """The live views of a plan, which must fit the model."""
+    found = {view.name: view for view in find_views(model)}
+    for planned in plan.views:
+        if planned.name not in found or found[planned.name].shape != tuple(planned.shape):
+            raise BadInputError(
+                f"allocation: the plan's {planned.name} {list(planned.shape)} is not in this model; plan it anew."
+            )
+    return [found[planned.name] for planned in plan.views]
+
+
+def _own_chunks(input_ids: Tensor) -> list[Tensor]:
+    """This process's share of the forwards. How samples are grouped never depends on the number of processes."""
+    samples = max(_TOKENS_PER_FORWARD // input_ids.shape[1], 1)
+    chunks = list(input_ids.split(samples))
+    if len(chunks) < distributed.world_size():
+        raise BadInputError(
+            f"num_calibration_samples: {len(input_ids)} windows make {len(chunks)} forwards, fewer than the "
+            f"{distributed.world_size()} processes; use more windows or fewer processes."
+        )
+    return chunks[distributed.rank() :: distributed.world_size()]
+
+
+def _observe(
+    runner: BlockRunner,
+    index: int,
+    chunks: Sequence[Tensor],
+    hidden: Sequence[Tensor | None],
+    views: list[WeightView],
+    kinds: frozenset[str],
+) -> list[tuple[Statistics, list[WeightView]]]:
+    """Statistics of every distinct input of a block's views over this process's chunks."""
+    observer = InputObserver(views, kinds)
+    with observer.listening():
+        for chunk, states in zip(chunks, hidden, strict=True):
+            with observer.forward():
+                runner.observe(index, chunk, states)
+    silent = {view.name for view in views} - {view.name for _, members in observer.groups for view in members}
+    if silent:
+        raise RunError(f"{min(silent)} saw no calibration token; put it on ignore or use more calibration text.")
+    return observer.groups
+
+
+def _solve(
+    groups: list[tuple[Statistics, list[WeightView]]], solver: WeightSolver, rules: dict[str, MaskRule]
+) -> list[ViewResult]:
+    """Solve each group on one process and hand the weights out, so that all processes hold the same bits."""
+    owners = _assign([sum(view.parameter.numel() for view in members) * members[0].shape[1] for _, members in groups])
+    results: list[ViewResult] = []
+    for (statistics, members), owner in zip(groups, owners, strict=True):
+        statistics.finish(lambda tensor, owner=owner: distributed.sum_at(tensor, owner))  # type: ignore[misc]
+        if owner == distributed.rank():
+            results += [_prune(view, statistics, solver, rules[view.name]) for view in members]
+            statistics.release()
+    for (_, members), owner in zip(groups, owners, strict=True):
+        for view in members:
+            distributed.send_from(view.parameter.data, owner)
+    return [result for own in distributed.gather(results) for result in own]
+
+
+def _assign(costs: Sequence[float]) -> list[int]:
+    """Greedy bin packing: the dearest group first, each to the process with the least work so far."""
+    load = [0.0] * distributed.world_size()
+    owners = [0] * len(costs)
+    for group in sorted(range(len(costs)), key=lambda group: -costs[group]):
+        owners[group] = load.index(min(load))
+        load[owners[group]] += costs[group]
+    return owners
+
+
+def _prune(view: WeightView, statistics: Statistics | None, solver: WeightSolver, rule: MaskRule) -> ViewResult:
+    """Solve one weight matrix and write it back."""
+    dense = view.read()
+    if not bool(torch.isfinite(dense).all()):
+        raise BadInputError(f"{view.name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
+    zeros_before = dense.numel() - view.count_nonzero()
+    weight, mask = solver.solve(dense, statistics, rule)
+    if not bool(torch.isfinite(weight).all()):
+        raise RunError(f"{view.name}: pruning gave NaN or Inf; the calibration inputs overflow, use dtype float32.")
+    weight = weight * mask
+    view.write(weight)
+    error = None
+    if statistics is not None and statistics.gram is not None:
+        error = _relative_error(weight - dense, dense, statistics.gram)
+    return ViewResult(view.name, view.count_nonzero(), zeros_before, error)
+
+
+def _relative_error(change: Tensor, dense: Tensor, gram: Tensor) -> float:
+    """tr(D G D^T) / tr(W G W^T) with D the change: the squared output error over the squared output."""
+    gram = gram.to(dense.dtype)
+    numerator = float(((change @ gram) * change).sum())
+    denominator = float(((dense @ gram) * dense).sum())
+    return max(numerator, 0.0) / denominator if denominator > 0 else 0.0

@@ -1,0 +1,97 @@
+"""Which weights stay: selection under a density, a pattern and a floor, with a deterministic tie rule.
+
+Dequantised weights carry many equal magnitudes, so masks are chosen by count, never by a threshold alone: of equal
+scores the one that comes first (row by row) is kept. The same scores give the same mask on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from hf_prune.patterns import UNSTRUCTURED, Pattern
+
+# Float noise in `1 - sparsity` must not change a count: 0.7 * 10 is 7.000000000000001.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """How much of a weight matrix is kept, and in which pattern.
+
+    Args:
+        density: share of weights kept, in (0, 1].
+        pattern: unstructured, or n:m along the inputs (then density is n / m).
+        min_keep_ratio: every output row keeps at least this share of the inputs it is asked about.
+    """
+
+    density: float
+    pattern: Pattern = UNSTRUCTURED
+    min_keep_ratio: float = 0.0
+
+    def select(self, scores: Tensor, by_row: bool = False) -> Tensor:
+        """Keep the highest scores.
+
+        Args:
+            scores: [out, in], float32; a whole matrix or a block of its columns.
+            by_row: compare inside each output row rather than over the whole matrix.
+
+        Returns:
+            bool [out, in], True where a weight is kept.
+        """
+        if self.pattern.n is not None and self.pattern.m is not None:
+            return select_n_of_m(scores, self.pattern.n, self.pattern.m)
+        rows, columns = scores.shape
+        if by_row:
+            dropped = math.floor(columns * (1 - self.density) + _ROUNDING)
+            return select_largest(scores, columns - dropped)
+        dropped = math.floor(rows * columns * (1 - self.density) + _ROUNDING)
+        floor = math.ceil(columns * self.min_keep_ratio - _ROUNDING)
+        if not floor:
+            return select_largest(scores.reshape(1, -1), rows * columns - dropped).reshape(rows, columns)
+        held = select_largest(scores, floor)
+        rest = scores.masked_fill(held, -torch.inf).reshape(1, -1)
+        return held | select_largest(rest, max(rows * columns - dropped - rows * floor, 0)).reshape(rows, columns)
+
+
+def select_largest(scores: Tensor, count: int) -> Tensor:
+    """Mark the `count` largest of each row of `scores` [rows, columns]; ties go to the lower column index."""
+    columns = scores.shape[1]
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if count >= columns:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = _kth_smallest(scores, columns - count)
+    above = scores > threshold
+    missing = count - above.sum(dim=1, keepdim=True)
+    tied = scores == threshold
+    if bool((tied.sum(dim=1, keepdim=True) == missing).all()):
+        return above | tied
+    return above | (tied & (tied.cumsum(dim=1) <= missing))
+
+
+def _kth_smallest(scores: Tensor, index: int) -> Tensor:
+    """The value at 0-based rank `index` of each row, [rows, 1]."""
+    if scores.device.type == "cpu":
+        # numpy's introselect is several times faster here than torch.topk or torch.kthvalue on a CPU.
+        return torch.from_numpy(numpy.partition(scores.numpy(), index, axis=1)[:, index : index + 1].copy())
+    return scores.kthvalue(index + 1, dim=1, keepdim=True).values
+
+
+def select_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Mark the `n` largest of every `m` consecutive inputs; ties go to the earlier input.
+
+    A weight's rank in its group is the number of group members that beat it, which needs no sort for small m.
+    """
+    rows, columns = scores.shape
+    groups = scores.reshape(rows, columns // m, m)
+    keep = torch.empty_like(groups, dtype=torch.bool)
+    for place in range(m):
+        own = groups[..., place : place + 1]
+        beaten = (groups[..., :place] >= own).sum(-1) + (groups[..., place + 1 :] > own).sum(-1)
+        keep[..., place] = beaten < n
+    return keep.reshape(rows, columns)
