@@ -77,20 +77,23 @@ def push_once(model: str, token: str) -> list:
     return refused(push_folder, model, "me/model", token=token)
 
 
-def read_model(repo_id: str, token_ids: str, logits_file: str) -> dict:
-    """Load a model from the Hub as anybody would and keep its logits; see whether a private one opens."""
+def read_models(token: str, token_ids: str, logits_file: str) -> dict:
+    """Load the public and the private model as anybody would, without being logged in, and keep their logits."""
     import torch
     from huggingface_hub import file_exists
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(repo_id)
-    with torch.no_grad():
-        save_file({"logits": model(torch.tensor([json.loads(token_ids)])).logits}, logits_file)
+    asked = torch.tensor([json.loads(token_ids)])
+    logits = {}
+    for repo_id, credentials in (("me/model", None), ("me/hidden", token)):
+        model = AutoModelForCausalLM.from_pretrained(repo_id, token=credentials)
+        with torch.no_grad():
+            logits[repo_id] = model(asked).logits
+    save_file(logits, logits_file)
     return {
-        "words": AutoTokenizer.from_pretrained(repo_id).decode(json.loads(token_ids)),
-        "private": sees("me/hidden"),
-        "exists": [file_exists(repo_id, "config.json"), file_exists(repo_id, "model.bin")],
+        "words": AutoTokenizer.from_pretrained("me/model").decode(asked[0]),
+        "exists": [file_exists("me/model", "config.json"), file_exists("me/model", "model.bin")],
     }
 
 
@@ -157,7 +160,7 @@ def manage() -> dict:
     return seen
 
 
-def offline_texts(text_file: str, model: str) -> dict:
+def offline_work(text_file: str, model: str) -> dict:
     """What works from local files alone, and what has to say that it needs the Hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
