@@ -1,0 +1,156 @@
+"""README.md and .eval_results/ of a pruned checkpoint, from its prune_report.json and its recipe.
+
+Two rules hold everywhere: what was not measured is left out, line and all; and a string that came from a recipe or a
+model reaches the card only inside a code span, a fence, or backslash-escaped.
+"""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, eval_result_entries_to_yaml
+from jinja2 import Environment, StrictUndefined
+
+from hf_prune.hub.card_metadata import card_data, eval_result_entries, is_hub_id
+from hf_prune.report import findings
+from hf_prune.report.figures import dig, efficiency_rows, number, quality_rows, sparsity_rows
+from hf_prune.report.markdown import code, escape, fence, one_line
+from hf_prune.report.privacy import hidden_keys, may_show_samples, parsed_recipe, public_command, public_recipe
+
+PLOT = "plots/sparsity_by_layer.png"
+
+
+def write_card(folder: str | Path, report: dict[str, Any], recipe_text: str) -> None:
+    """Write README.md and, where the evaluation text is a Hub dataset, .eval_results/*.yaml into `folder`.
+
+    report: the content of prune_report.json; any key may be absent or None.
+    recipe_text: the recipe as the user wrote it (YAML); shown verbatim, unless a text was private: then its keys, its
+        comments and (without `publish_samples: true`) its prompts stay out.
+    """
+    folder = Path(folder)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
+    template = environment.from_string((files("hf_prune.hub") / "card_template.md.jinja").read_text(encoding="utf-8"))
+    content = template.render(metadata=card_data(report).to_yaml(), **_body(folder, report, recipe_text))
+    ModelCard(content).save(folder / "README.md")
+    entries = eval_result_entries(report)
+    if entries:
+        results = folder / ".eval_results"
+        results.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        (results / "hf_prune.yaml").write_text(text, encoding="utf-8")
+
+
+def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, Any]:
+    """Everything the template shows, already safe to stand in Markdown."""
+    recipe = parsed_recipe(recipe_text)
+    recipe_shown, verbatim = public_recipe(report, recipe_text)
+    versions = report.get("versions") or {}
+    return {
+        "title": escape(_title(report)),
+        "summary": findings.summary(report),
+        "rows": [*quality_rows(report), *sparsity_rows(report), *efficiency_rows(report)],
+        "measured": [text for text in (findings.protocol(report), _conditions(report)) if text],
+        "plot": PLOT if (folder / PLOT).is_file() else None,
+        "plot_caption": "Sparsity of every pruned weight matrix, by block and kind of module",
+        "gained": findings.gained(report),
+        "loading": fence(_loading(recipe.get("hub_model_id")), "python"),
+        "making": _making(report),
+        "command": fence(public_command(report.get("command"), hidden_keys(report, recipe)), "bash"),
+        "recipe": fence(recipe_shown, "yaml"),
+        "recipe_heading": "The recipe, `hf_prune_recipe.yaml`"
+        + (", as it was run:" if verbatim else ", without its comments and without what describes private text:"),
+        "limitations": findings.limitations(report),
+        "checks": _checks(report),
+        "samples": _samples(report) if may_show_samples(report, recipe) else [],
+        "citation": fence(dig(report, "method", "citation"), "bibtex"),
+        "versions": ", ".join(escape(f"{name} {version}") for name, version in versions.items() if version),
+    }
+
+
+def _title(report: dict[str, Any]) -> str:
+    base = str(report.get("base_model") or "Causal language model").rstrip("/").split("/")[-1]
+    target = number(dig(report, "sparsity", "target"))
+    pattern, method = findings.pattern_of(report), findings.method_title(report)
+    amount = f" to {100 * target:g} % zeros" if target else ""
+    shape = f" ({pattern})" if pattern != "unstructured" else ""
+    return f"{base} pruned{amount}{shape}" + (f" with {method}" if method else "")
+
+
+def _conditions(report: dict[str, Any]) -> str:
+    """On what, at which lengths and how often size and speed were measured."""
+    efficiency = report.get("efficiency") or {}
+    new, prompt, repeats = (number(efficiency.get(key)) for key in ("new_tokens", "prompt_length", "repeats"))
+    parts = [
+        f"on {code(efficiency['device'])}" if efficiency.get("device") else "",
+        f"in {code(efficiency['dtype'])}" if efficiency.get("dtype") else "",
+        f"with a prompt of {prompt:,.0f} tokens" if prompt else "",
+        f"{new:,.0f} new tokens" if new else "",
+        f"{repeats:.0f} repeats" if repeats else "",
+    ]
+    if not efficiency_rows(report) or not any(parts):
+        return ""
+    return f"Speed and memory were measured {', '.join(part for part in parts if part)}, dense and pruned in turn."
+
+
+def _making(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of what a reader needs to know about the run."""
+    method, base = report.get("method") or {}, report.get("base_model")
+    paper = str(method.get("paper") or "")
+    title = escape(method.get("paper_title") or "paper")
+    link = f"[{title}]({paper})" if re.fullmatch(r"https://[\w./%:~-]+", paper) else ""
+    name = escape(findings.method_title(report) or "")
+    summary = escape(method.get("summary") or "").rstrip(".")
+    steps = {key: method.get(key) for key in ("criterion", "update", "reconstruct", "allocation", "pattern")}
+    steps |= method.get("options") or {}
+    settings = [code(f"{key}: {_yaml_scalar(value)}") for key, value in steps.items() if value is not None]
+    revision = f", revision {code(report['base_revision'])}" if report.get("base_revision") else ""
+    base_text = f"[{escape(base)}](https://huggingface.co/{base})" if is_hub_id(base) else code(base) if base else ""
+    seed = number(report.get("seed"))
+    making = [
+        ("Base model", base_text + (revision if base_text else "")),
+        ("Method", ", ".join(part for part in (name, link, summary) if part)),
+        ("Settings", ", ".join(settings)),
+        ("Calibration", findings.calibration(report)),
+        ("Seed", f"{seed:.0f}" if seed is not None else ""),
+        ("Weights saved in", code(report["dtype"]) if report.get("dtype") else ""),
+        ("Cost", findings.spent(report)),
+    ]
+    return [(label, value) for label, value in making if value]
+
+
+def _checks(report: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "name": escape(check["check"]),
+            "result": "PASS" if check.get("passed") else "**FAIL**",
+            "detail": escape(check.get("detail") or ""),
+        }
+        for check in report.get("verification") or []
+        if check.get("check")
+    ]
+
+
+def _samples(report: dict[str, Any]) -> list[list[tuple[str, str]]]:
+    """For each prompt the labelled, fenced texts that exist."""
+    labels = {"prompt": "**Prompt**", "dense": "Dense", "pruned": "Pruned"}
+    samples = [
+        [(labels[key], fence(sample[key], "text")) for key in labels if sample.get(key)]
+        for sample in report.get("samples") or []
+    ]
+    return [sample for sample in samples if len(sample) > 1]
+
+
+def _loading(repo_id: Any) -> str:
+    name = json.dumps(one_line(repo_id or "PATH_OR_ID_OF_THIS_MODEL"))
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({name})"
+    )
+
+
+def _yaml_scalar(value: Any) -> str:
+    return json.dumps(value, default=str) if not isinstance(value, str) or ":" in value else value

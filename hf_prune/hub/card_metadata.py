@@ -1,0 +1,103 @@
+"""The metadata of a card through huggingface_hub's own classes: what the Hub can filter, link and plot.
+
+`model-index` (EvalResult) is the model page's form, `.eval_results/*.yaml` (https://huggingface.co/docs/hub/eval-results)
+the benchmark pages'.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_prune.report import findings
+from hf_prune.report.figures import dig, number
+from hf_prune.report.markdown import one_line
+from hf_prune.report.privacy import LOCAL_TEXT, is_private
+
+METRICS = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
+
+
+def card_data(report: dict[str, Any]) -> ModelCardData:
+    """The metadata block: what the Hub can filter, link and plot."""
+    pattern, method = findings.pattern_of(report), dig(report, "method", "name")
+    base, license_id = report.get("base_model"), report.get("base_license")
+    results = _evaluation_results(report)
+    return ModelCardData(
+        base_model=base if is_hub_id(base) else None,
+        license=license_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[tag for tag in ("hf_prune", "pruning", "sparse", method, pattern) if tag],
+        datasets=[name] if (name := _hub_dataset(report.get("calibration"))) else None,
+        metrics=[result.metric_type for result in results] or None,
+        model_name=findings.repo_name(report) if results else None,
+        eval_results=results or None,
+    )
+
+
+def eval_result_entries(report: dict[str, Any]) -> list[EvalResultEntry]:
+    """What .eval_results/ says; empty unless the evaluation text is a dataset on the Hub, which the format asks for."""
+    dataset = _hub_dataset(report.get("evaluation"))
+    if dataset is None:
+        return []
+    return [
+        EvalResultEntry(
+            dataset_id=dataset,
+            # The dataset is no registered benchmark with task ids of its own, so the metric names the task.
+            task_id=metric,
+            value=value,
+            dataset_revision=dig(report, "evaluation", "revision"),
+            notes=", ".join(f"{key}={value}" for key, value in {"metric": metric, **_protocol(report)}.items()),
+        )
+        for metric, value in _figures(report).items()
+    ]
+
+
+def _evaluation_results(report: dict[str, Any]) -> list[EvalResult]:
+    """The model-index: the figures of the pruned model with the text they were measured on."""
+    evaluation = report.get("evaluation") or {}
+    private = is_private(evaluation)
+    name = LOCAL_TEXT if private else one_line(evaluation.get("dataset") or "unknown")
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Language modelling",
+            dataset_type=name.removeprefix("builtin:").replace(" ", "-"),
+            dataset_name=name,
+            dataset_config=None if private else evaluation.get("config"),
+            dataset_split=None if private else evaluation.get("split"),
+            dataset_revision=None if private else evaluation.get("revision"),
+            metric_type=metric,
+            metric_name=METRICS[metric],
+            metric_value=value,
+            metric_args=_protocol(report) or None,
+        )
+        for metric, value in _figures(report).items()
+    ]
+
+
+def _figures(report: dict[str, Any]) -> dict[str, float]:
+    pruned = dig(report, "evaluation", "pruned")
+    return {metric: value for metric in METRICS if (value := number(dig(pruned, metric))) is not None}
+
+
+def _protocol(report: dict[str, Any]) -> dict[str, Any]:
+    keys = ("seq_length", "windows", "add_bos", "dtype")
+    return {key: value for key in keys if (value := dig(report, "evaluation", key)) is not None}
+
+
+def is_hub_id(name: Any) -> bool:
+    """Whether a name can stand in metadata that links to the Hub: a well-formed id that is no folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _hub_dataset(text: Any) -> str | None:
+    """The Hub id of a text; None for private and packaged ones."""
+    name = dig(text, "dataset")
+    return name if name and not is_private(text) and is_hub_id(name) else None

@@ -1,0 +1,270 @@
+"""Sentences that a prune_report.json supports: what was done, what was gained, what it cost, what to do next.
+
+Foreign strings stand in code spans only (see markdown.code): every sentence is safe in Markdown and in a terminal.
+A sentence whose figures were not measured is not said.
+"""
+
+import re
+import shlex
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from hf_prune.report.figures import (
+    change_percent,
+    dig,
+    duration,
+    number,
+    percent,
+    perplexity_change,
+    perplexity_interval,
+    plain_figure,
+    size,
+    times,
+)
+from hf_prune.report.markdown import code, inline, one_line
+from hf_prune.report.privacy import text_name
+
+AVAILABLE = frozenset({"2:4"})
+"""What hf_prune can do today to gain speed; "structured" (narrower models) joins when it exists."""
+
+
+def pattern_of(report: dict[str, Any]) -> str:
+    """The pattern of the zeros: "unstructured", "2:4", ..."""
+    return str(dig(report, "method", "pattern") or "unstructured")
+
+
+def method_title(report: dict[str, Any]) -> str | None:
+    """The method as its paper writes it (SparseGPT), or its name, or None."""
+    return dig(report, "method", "title") or dig(report, "method", "name")
+
+
+def _texts(items: Any) -> list[dict[str, Any]]:
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One sentence: which model, how many zeros by which method, what it did to perplexity."""
+    name = code(report["base_model"]) if report.get("base_model") else "A causal language model"
+    achieved, overall = (number(dig(report, "sparsity", key)) for key in ("achieved_pruned", "achieved_all"))
+    by_method = f" by {inline(method_title(report))}" if method_title(report) else ""
+    if achieved is None:
+        sentence = f"{name}, pruned{by_method}"
+    else:
+        layers = len(_texts(report.get("views")))
+        where = f"the weights of {layers} layers" if layers > 1 else "the pruned weights"
+        sentence = f"{name} with {percent(achieved)} of {where} set to zero{by_method}"
+        sentence += f" ({percent(overall)} of all parameters)" if overall is not None else ""
+    before, after = (number(dig(report, "evaluation", side, "perplexity")) for side in ("dense", "pruned"))
+    if before and after:
+        verb, name = "rose" if after >= before else "fell", short_name(report["evaluation"])
+        change = f"from {plain_figure(before)} to {plain_figure(after)} ({times(after / before)})"
+        sentence += f"; perplexity on {name} {verb} {change}"
+    return sentence + "."
+
+
+def short_name(text: dict[str, Any]) -> str:
+    """The public name of a text without its split and revision, for a sentence."""
+    return text_name({"dataset": text.get("dataset"), "private": text.get("private")}) or "the evaluation text"
+
+
+def protocol(report: dict[str, Any]) -> str:
+    """How perplexity and bits per byte were measured, enough to measure them again; '' without an evaluation."""
+    evaluation = report.get("evaluation")
+    if not isinstance(evaluation, dict) or number(dig(evaluation, "pruned", "perplexity")) is None:
+        return ""
+    windows, length = (number(evaluation.get(key)) for key in ("windows", "seq_length"))
+    over = f"{windows:,.0f} non-overlapping windows" if windows else "non-overlapping windows"
+    over += f" of {length:,.0f} tokens" if length else ""
+    bos_policy: dict[Any, str] = {True: "each window begins with the BOS token", False: "no BOS token added"}
+    add_bos = bos_policy.get(evaluation.get("add_bos"))
+    dtype = f"weights in {code(evaluation['dtype'])}" if evaluation.get("dtype") else None
+    conditions = "".join(f", {part}" for part in (add_bos, dtype) if part)
+    sentence = (
+        f"Perplexity is the exponential of the mean negative log-likelihood per predicted token over {over} of "
+        f"{text_name(evaluation) or 'the evaluation text'}, documents joined by blank lines{conditions}."
+    )
+    if number(dig(evaluation, "pruned", "bits_per_byte")) is not None:
+        sentence += " Bits per byte is the same likelihood in bits, divided by the UTF-8 bytes of the predicted text."
+    if perplexity_interval(report):
+        sentence += " The interval of the change comes from a bootstrap over windows, paired between the two models."
+    return sentence
+
+
+def calibration(report: dict[str, Any]) -> str:
+    """Which text the method looked at, or '' where it looked at none."""
+    text = report.get("calibration")
+    if not isinstance(text, dict) or not text_name(text):
+        return ""
+    samples, length = (number(text.get(key)) for key in ("num_samples", "seq_length"))
+    windows = f"{samples:,.0f} windows{f' of {length:,.0f} tokens' if length else ''} of " if samples else ""
+    return f"{windows}{text_name(text)}"
+
+
+def gained(report: dict[str, Any], available: Collection[str] = AVAILABLE) -> list[str]:
+    """What size and speed became, measured; what stays theoretical; which setting would gain more.
+
+    available: what hf_prune can do towards speed, of "2:4" and "structured"; nothing else is recommended.
+    """
+    return [*_size(report), *_speed(report), *_theory(report), *_settings(report, available)]
+
+
+def _size(report: dict[str, Any]) -> list[str]:
+    before, after = (number(dig(report, "efficiency", side, "file_bytes")) for side in ("dense", "pruned"))
+    if not before or after is None:
+        return []
+    if abs(after / before - 1) < 0.005:
+        return [f"Size on disk: -0 % ({size(after)} before and after); zeros are stored like any other weight."]
+    return [f"Size on disk: {change_percent(before, after)} ({size(before)} before, {size(after)} now)."]
+
+
+def _speed(report: dict[str, Any]) -> list[str]:
+    reason = (
+        "stock runtimes multiply zeros like any other number"
+        if pattern_of(report) == "unstructured"
+        else "plain `from_pretrained` runs dense kernels, which multiply the zeros too"
+    )
+    measured = []
+    for word, key in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
+        before, after = (number(dig(report, "efficiency", side, key)) for side in ("dense", "pruned"))
+        if before and after:
+            measured.append(f"{word} {times(after / before)}")
+    if not measured:
+        return [f"Speed was not measured; expect 1.0x: {reason}."]
+    place = dig(report, "efficiency", "device")
+    return [f"Speed: {', '.join(measured)}, measured{f' on {code(place)}' if place else ''}; {reason}."]
+
+
+def _theory(report: dict[str, Any]) -> list[str]:
+    total, nonzero = (
+        number(dig(report, "efficiency", "pruned", key)) for key in ("flops_per_token", "nonzero_flops_per_token")
+    )
+    if not total or nonzero is None or nonzero >= total:
+        return []
+    share = percent(1 - nonzero / total, 0)
+    return [f"In theory {share} of the FLOPs per token multiply a zero and could be skipped."]
+
+
+def _settings(report: dict[str, Any], available: Collection[str]) -> list[str]:
+    pattern = pattern_of(report)
+    sentences = []
+    if pattern == "2:4":
+        sentences.append(
+            "2:4 zeros gain speed only on GPUs with semi-structured sparse kernels (NVIDIA Ampere on), after "
+            "the weights are converted for them, for example with `torch.sparse.to_sparse_semi_structured`."
+        )
+    elif pattern != "unstructured":
+        sentences.append(
+            f"{code(pattern)} zeros gain speed only with kernels made for this pattern; GPU kernels commonly take 2:4."
+        )
+    if pattern != "2:4" and "2:4" in available:
+        sentences.append(
+            'What would gain speed: `pattern: "2:4"` on GPUs with semi-structured sparse kernels (NVIDIA Ampere on).'
+        )
+    if "structured" in available:
+        sentences.append("What would gain size and speed on any hardware: structured pruning, for narrower models.")
+    return sentences
+
+
+def limitations(report: dict[str, Any]) -> list[str]:
+    """What the measurements say against the model, and what was not measured."""
+    return [*_quality_limits(report), *_calibration_limits(report), *_layer_limits(report)]
+
+
+def _quality_limits(report: dict[str, Any]) -> list[str]:
+    evaluation = report.get("evaluation") or {}
+    before, after = (number(dig(evaluation, side, "perplexity")) for side in ("dense", "pruned"))
+    if after is None:
+        return ["The quality of this model was not measured."]
+    sentences = []
+    name = short_name(evaluation)
+    if before:
+        verb = "grew" if after >= before else "fell"
+        interval = f" ({perplexity_interval(report)})" if perplexity_interval(report) else ""
+        grown = change_percent(before, after).lstrip("+-")
+        sentences.append(f"Perplexity {verb} by {grown} on {name}{interval}.")
+        low, high = (number(dig(evaluation, "change", key)) for key in ("low", "high"))
+        if low is not None and high is not None and low <= 1 <= high:
+            sentences.append("The interval includes 1.00x: these windows are too few to tell the two models apart.")
+    sentences.append(
+        f"Only language modelling on {name} was measured: nothing here tells how downstream tasks, instruction "
+        "following, other languages or safety behaviour changed."
+    )
+    return sentences
+
+
+def _calibration_limits(report: dict[str, Any]) -> list[str]:
+    text, evaluation = report.get("calibration"), report.get("evaluation")
+    if not calibration(report):
+        return []
+    sentences = [
+        f"The zeros were chosen on {short_name(report['calibration'])}; text unlike it may have suffered more."
+    ]
+    same = isinstance(evaluation, dict) and dig(text, "dataset") and dig(text, "dataset") == evaluation.get("dataset")
+    if same and number(dig(evaluation, "pruned", "perplexity")) is not None:
+        sentences.append("Calibration and evaluation text come from the same source, which flatters the figures above.")
+    return sentences
+
+
+def _layer_limits(report: dict[str, Any]) -> list[str]:
+    sentences = []
+    views = [view for view in _texts(report.get("views")) if view.get("name")]
+    target, achieved = (number(dig(report, "sparsity", key)) for key in ("target", "achieved_pruned"))
+    if target is not None and achieved is not None and abs(target - achieved) >= 0.005:
+        sentences.append(f"The target was {percent(target)} of the pruned weights; {percent(achieved)} are zero.")
+    held = [view["name"] for view in views if view.get("floor")]
+    if held:
+        listed = ", ".join(code(name) for name in held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+        sentences.append(f"`min_keep_ratio` kept more weights than the allocation asked for in {listed}.")
+    erring = sorted((view for view in views if number(view.get("error"))), key=lambda view: -view["error"])
+    if len(erring) > 1:
+        listed = ", ".join(f"{code(view['name'])} ({percent(view['error'])})" for view in erring[:3])
+        sentences.append(f"The outputs that changed most on the calibration text (relative squared error): {listed}.")
+    return sentences
+
+
+def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:
+    """What to do with the folder: load it, look into it, push it; what to try where the cost was high."""
+    place = one_line(folder)
+    steps = [
+        f"Load it: `AutoModelForCausalLM.from_pretrained({place!r})`",
+        f"Look into it: `hf-prune inspect {shlex.quote(place)}`",
+        f"Publish it: `hf-prune push {shlex.quote(place)} --repo_id YOUR_NAME/{repo_name(report)}`",
+    ]
+    before, after = (number(dig(report, "evaluation", side, "perplexity")) for side in ("dense", "pruned"))
+    target = number(dig(report, "sparsity", "target"))
+    if before and after and after / before > 1.25 and target and pattern_of(report) == "unstructured":
+        lower = f"{max(target - 0.2, 0.1):.1f}"
+        steps.append(f"Perplexity is {perplexity_change(report)}: try `--sparsity {lower}` to lose less")
+    return steps
+
+
+def repo_name(report: dict[str, Any]) -> str:
+    """A name for the pruned model, fit for a Hub repository: SmolLM2-135M-Instruct-sparsegpt-50."""
+    target = number(dig(report, "sparsity", "target")) or number(dig(report, "sparsity", "achieved_pruned"))
+    pattern = pattern_of(report)
+    amount = pattern.replace(":", "of") if pattern != "unstructured" else f"{100 * target:.0f}" if target else None
+    base = str(report.get("base_model") or "model").rstrip("/\\").replace("\\", "/").split("/")[-1]
+    name = "-".join(str(part) for part in (base, dig(report, "method", "name") or "pruned", amount) if part)
+    # What a repository may be called: letters, digits, - _ . and neither -- nor .. anywhere, 96 characters at most.
+    allowed = re.sub(r"([-.])[-.]+", r"\1", re.sub(r"[^A-Za-z0-9_.-]+", "-", name))
+    return allowed.strip("-.")[:80].strip("-.") or "model"
+
+
+def spent(report: dict[str, Any]) -> str:
+    """What the pruning took: time, memory, passes over the calibration text; '' where nothing was recorded."""
+    seconds = {key: number(value) for key, value in (report.get("seconds") or {}).items()}
+    prune, total = seconds.get("prune"), sum(value or 0 for value in seconds.values())
+    passes, memory = number(report.get("forward_passes")), number(report.get("peak_memory_bytes"))
+    processes = number(report.get("num_processes")) or 1
+    parts = [
+        f"pruning took {duration(prune)}" if prune else "",
+        f"the whole run {duration(total)}" if total and total != prune else "",
+        f"{passes:g} forward passes over the calibration text" if passes and calibration(report) else "",
+        f"peak memory {size(memory)}" if memory else "",
+    ]
+    text = ", ".join(part for part in parts if part)
+    if not text:
+        return ""
+    text += f", on {code(report['device'])}" if report.get("device") else ""
+    return text + (f", {processes:.0f} processes" if processes > 1 else "")

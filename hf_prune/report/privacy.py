@@ -1,0 +1,98 @@
+"""What may be said of a text that lies on the user's disk: nothing but that it is local.
+
+A text is private unless the report marks it public; its name, the recipe keys and flags that describe it, and prompts
+(unless `publish_samples: true`) stay out of everything that is published.
+"""
+
+import shlex
+from typing import Any
+
+import yaml
+
+from hf_prune.report.figures import dig
+from hf_prune.report.markdown import code
+
+LOCAL_TEXT = "local text"
+HIDDEN = "not shown"
+TEXT_KEYS = {
+    "calibration": ("dataset_name", "dataset_config", "dataset_split", "dataset_revision", "text_column"),
+    "evaluation": (
+        "eval_dataset_name",
+        "eval_dataset_config",
+        "eval_split",
+        "eval_dataset_revision",
+        "eval_text_column",
+    ),
+}
+"""The recipe keys, also flags, that describe a text: their values are not published where that text is private."""
+
+
+def is_private(text: Any) -> bool:
+    """Whether a calibration or evaluation text must stay unnamed: everything that is not marked public."""
+    return isinstance(text, dict) and text.get("private") is not False
+
+
+def text_name(text: Any) -> str | None:
+    """What a text may be called in public: `allenai/c4` (split `train`), or local text; None without one."""
+    if not isinstance(text, dict) or not text:
+        return None
+    if is_private(text):
+        return LOCAL_TEXT
+    if not text.get("dataset"):
+        return None
+    details = [f"{key} {code(text[key])}" for key in ("config", "split", "revision") if text.get(key)]
+    return code(text["dataset"]) + (f" ({', '.join(details)})" if details else "")
+
+
+def parsed_recipe(recipe_text: str) -> dict[str, Any]:
+    """The recipe's keys and values; empty where it is no YAML mapping."""
+    try:
+        recipe = yaml.safe_load(recipe_text)
+    except yaml.YAMLError:
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def hidden_keys(report: dict[str, Any], recipe: dict[str, Any]) -> set[str]:
+    """The recipe keys whose values must not be published: those of every text that the report does not mark public."""
+    hidden = {key for part, keys in TEXT_KEYS.items() if dig(report, part, "private") is not False for key in keys}
+    return hidden if may_show_samples(report, recipe) else hidden | {"sample_prompts"}
+
+
+def may_show_samples(report: dict[str, Any], recipe: dict[str, Any]) -> bool:
+    """Whether prompts and generations may be published: every text that was used is public, or the user said so."""
+    return recipe.get("publish_samples") is True or not any(is_private(report.get(part)) for part in TEXT_KEYS)
+
+
+def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
+    """The recipe as it may be published, and whether that is verbatim.
+
+    Where it names something to hide it is written anew, without comments; where it then cannot be parsed it is ''.
+    """
+    recipe = parsed_recipe(recipe_text)
+    hidden = {key for key in hidden_keys(report, recipe) if not str(recipe.get(key)).startswith("builtin:")}
+    used_private = any(is_private(report.get(part)) for part in TEXT_KEYS)
+    if not used_private and not any(recipe.get(key) for key in hidden):
+        return recipe_text.strip("\n"), True
+    shown = {key: HIDDEN if key in hidden and value is not None else value for key, value in recipe.items()}
+    return (yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip() if shown else ""), False
+
+
+def public_command(command: Any, hidden: set[str]) -> str:
+    """The command line with the values of hidden flags replaced; '' where it cannot be read for sure."""
+    if not command or not hidden:
+        return str(command or "")
+    try:
+        words = shlex.split(str(command))
+    except ValueError:
+        return ""
+    shown: list[str] = []
+    skipping = False
+    for word in words:
+        if word.startswith("--"):
+            flag = word[2:].split("=")[0].replace("-", "_")
+            skipping = flag in hidden
+            shown += [f"--{flag}", HIDDEN] if skipping else [word]
+        elif not skipping:
+            shown.append(word)
+    return shlex.join(shown)
