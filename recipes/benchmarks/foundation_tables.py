@@ -31,6 +31,7 @@ def summarise(runs: dict[str, list[Row]], quality: dict[str, Row]) -> list[Row]:
         for phase in ("import", "load", "prune", "save", "process"):
             row[f"{phase}_seconds"] = round(median(report["seconds"][phase] for report in reports), 2)
         row["slowest_prune_seconds"] = round(max(report["seconds"]["prune"] for report in reports), 2)
+        row["prune_processor_seconds"] = round(median(report["processor_seconds"]["prune"] for report in reports), 2)
         for phase in ("prune", "process"):
             row[f"{phase}_peak_bytes"] = round(median(report["peak_memory_bytes"][phase] for report in reports))
         row["cores_busy_elsewhere"] = round(max(report["busy_elsewhere"]["prune"] for report in reports), 3)

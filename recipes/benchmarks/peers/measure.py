@@ -39,11 +39,12 @@ def own_memory() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon line: this measurement needs Linux 4.5 or newer.")
 
 
-def clocks() -> tuple[float, float]:
-    """Seconds now: the wall clock, and the processor time that all other processes have used since boot (Linux)."""
+def clocks() -> tuple[float, float, float]:
+    """Seconds now: wall clock, processor time of this process, and that of all others since boot (Linux)."""
     ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     busy = sum(ticks) - ticks[3] - ticks[4]  # less idle and waiting for a disk
-    return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+    own = time.process_time()
+    return time.perf_counter(), own, busy / os.sysconf("SC_CLK_TCK") - own
 
 
 class Measurement:
@@ -51,6 +52,7 @@ class Measurement:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.processor_seconds: dict[str, float] = {}
         self.busy_elsewhere: dict[str, float] = {}
         self.peaks: dict[str, int] = {"process": own_memory()}
         self._phase = "process"
@@ -67,9 +69,10 @@ class Measurement:
         for name in {"process", phase}:
             self.peaks[name] = max(self.peaks.get(name, 0), memory)
 
-    def _record(self, name: str, started: tuple[float, float]) -> None:
-        wall, elsewhere = (now - then for now, then in zip(clocks(), started, strict=True))
+    def _record(self, name: str, started: tuple[float, float, float]) -> None:
+        wall, own, elsewhere = (now - then for now, then in zip(clocks(), started, strict=True))
         self.seconds[name] = wall
+        self.processor_seconds[name] = own
         self.busy_elsewhere[name] = max(0.0, elsewhere / wall)
 
     @contextmanager
@@ -85,7 +88,12 @@ class Measurement:
             self._phase = "process"
 
     def write(self, path: Path, **facts: object) -> None:
-        """Write {"seconds": {phase: s}, "peak_memory_bytes": {phase: n}, "busy_elsewhere": {phase: cores}, **facts}."""
+        """Write JSON: one mapping by phase for each of the measures, and the facts."""
         self._record("process", self._started)
-        report = {"seconds": self.seconds, "peak_memory_bytes": self.peaks, "busy_elsewhere": self.busy_elsewhere}
+        report = {
+            "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
+            "busy_elsewhere": self.busy_elsewhere,  # cores
+            "peak_memory_bytes": self.peaks,
+        }
         path.write_text(json.dumps(report | facts, indent=2) + "\n")
