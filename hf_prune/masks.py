@@ -49,7 +49,7 @@ class MaskRule:
         if by_row:
             dropped = math.floor(columns * (1 - self.density) + _ROUNDING)
             return select_largest(scores, columns - dropped)
-        dropped = math.floor(rows * columns * (1 - self.density) + _ROUNDING)
+        dropped = round(rows * columns * (1 - self.density))
         floor = math.ceil(columns * self.min_keep_ratio - _ROUNDING)
         if not floor:
             return select_largest(scores.reshape(1, -1), rows * columns - dropped).reshape(rows, columns)

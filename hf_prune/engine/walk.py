@@ -25,7 +25,7 @@ from hf_prune.weights import WeightView, find_views
 
 logger = logging.getLogger(__name__)
 # Tokens a forward: large enough for full-speed matrix products, small enough to keep activations out of the peak.
-_TOKENS_PER_FORWARD = 2048
+TOKENS_PER_FORWARD = 2048
 
 
 class WeightSolver(Protocol):
@@ -113,7 +113,7 @@ def _views_of(model: nn.Module, plan: Plan) -> list[WeightView]:
 
 def _own_chunks(input_ids: Tensor) -> list[Tensor]:
     """This process's share of the forwards. How samples are grouped never depends on the number of processes."""
-    samples = max(_TOKENS_PER_FORWARD // input_ids.shape[1], 1)
+    samples = max(TOKENS_PER_FORWARD // input_ids.shape[1], 1)
     chunks = list(input_ids.split(samples))
     if len(chunks) < distributed.world_size():
         raise BadInputError(

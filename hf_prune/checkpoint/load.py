@@ -1,0 +1,170 @@
+"""Opening a model: config, meta skeleton, tokenizer, weights; each failure is one sentence that names the key."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hf_prune.checkpoint.inspect import check_safetensors
+from hf_prune.errors import BadInputError, HfPruneError, RunError
+from hf_prune.recipe import ModelArguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device a recipe asks for; `auto` is this process's GPU where there is one.
+
+    Raises:
+        BadInputError: the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(name)
+    if device.type != "cpu":
+        backend = getattr(torch, device.type, None)
+        if backend is None or not backend.is_available():
+            raise BadInputError(f"device: {name} is not available here; use device cpu or auto.")
+        if device.index is not None and device.index >= backend.device_count():
+            raise BadInputError(f"device: {name} is not there, this machine has {backend.device_count()}; use auto.")
+    return device
+
+
+def load_config(path: str, arguments: ModelArguments, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a causal language model; weights of a local folder are checked for whole files at once.
+
+    Raises:
+        BadInputError: the model is not found or not causal, or a safetensors file is damaged.
+    """
+    from transformers import AutoConfig
+
+    if Path(path).is_dir():
+        check_safetensors(path)
+    with _explained(path):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=arguments.trust_remote_code)
+    _check_causal(path, config)
+    return config
+
+
+def _check_causal(path: str, config: PreTrainedConfig) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    names = config.architectures or []
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_causal = (
+        not config.is_encoder_decoder
+        and (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING)
+        and (not names or any("CausalLM" in name or "LMHead" in name for name in names))
+    )
+    if not is_causal:
+        raise BadInputError(
+            f"model_name_or_path: {Path(path).name} is a {names[0] if names else config.model_type}, which is no causal "
+            "language model; choose a model of the text-generation kind."
+        )
+
+
+def skeleton(config: PreTrainedConfig, arguments: ModelArguments) -> PreTrainedModel:
+    """The model on the meta device: shapes and modules, no weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), _explained("the model"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
+
+
+def load_tokenizer(path: str, arguments: ModelArguments, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        BadInputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=arguments.trust_remote_code)
+
+
+def load_model(path: str, arguments: ModelArguments, device: torch.device, revision: str | None = None) -> Any:
+    """The model in eval mode on one device, every weight finite.
+
+    Raises:
+        BadInputError: not found, damaged, NaN or Inf weights.
+        RunError: out of memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _explained(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
+            use_safetensors=True,
+        )
+        model = model.to(device).eval()
+    check_finite(model)
+    return model
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise BadInputError for the first parameter that holds NaN or Inf."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise BadInputError(
+                f"model_name_or_path: {name} holds NaN or Inf; the checkpoint is damaged, get it again."
+            )
+
+
+@contextmanager
+def _explained(path: str, what: str = "model") -> Iterator[None]:
+    """Turn what transformers and its readers raise into one sentence."""
+    try:
+        yield
+    except HfPruneError:
+        raise
+    except torch.OutOfMemoryError:
+        raise RunError(f"device: {path} does not fit into the memory of the device; use a larger one.") from None
+    except Exception as error:
+        name = path if Path(path).is_dir() or "/" in path else f"{path!r}"
+        text = " ".join(str(error).split())
+        logger.debug("loading %s failed", path, exc_info=True)
+        if "trust_remote_code" in text:
+            message = (
+                f"trust_remote_code: {name} brings code of its own; read it and set trust_remote_code: true to run it."
+            )
+        elif "gated" in text.lower() or "401" in text or "403" in text:
+            message = f"model_name_or_path: {name} is private or gated; ask for access and run `hf auth login`."
+        elif not Path(path).is_dir() and _is_unreachable(error):
+            message = f"model_name_or_path: {name} is not in the cache and the Hub cannot be reached; connect, or give a local folder."
+        elif not Path(path).is_dir() and (
+            "404" in text or "not a valid model identifier" in text or "not a local folder" in text
+        ):
+            message = f"model_name_or_path: there is no {what} {name} on the Hub; check the id and the revision."
+        else:
+            message = f"model_name_or_path: the {what} of {name} cannot be loaded ({text[:200].rstrip('.')}); check its files."
+        raise BadInputError(message) from error
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether a lost connection or offline mode stands anywhere behind an error."""
+    while error is not None:
+        name = type(error).__name__
+        if isinstance(error, ConnectionError) or name in (
+            "ConnectError",
+            "ConnectTimeout",
+            "OfflineModeIsEnabled",
+            "LocalEntryNotFoundError",
+        ):
+            return True
+        if "couldn't connect" in str(error) or "offline mode" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False

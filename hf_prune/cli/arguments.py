@@ -1,0 +1,97 @@
+"""What the verbs share: recipe flags, help from the dataclasses, a console."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from hf_prune.errors import BadInputError
+from hf_prune.recipe import SECTIONS, PruneConfig, Recipe, load_recipe, parse_flags
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> Console:
+    """Standard output, through rich; silent on every process but the main one."""
+    from rich.console import Console
+
+    from hf_prune.progress import is_main_process
+
+    return Console(quiet=not is_main_process(), highlight=False)
+
+
+def quiet_libraries() -> None:
+    """Progress bars of our own only; call once transformers may be imported."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def read_recipe(arguments: list[str]) -> Recipe:
+    """`--config file.yaml` with the other flags laid over it."""
+    flags = parse_flags(arguments)
+    return load_recipe(flags.pop("config", None), flags)
+
+
+def split_positional(arguments: list[str], what: str) -> tuple[str, dict[str, Any]]:
+    """The first argument and the flags behind it.
+
+    Raises:
+        BadInputError: the first argument is missing.
+    """
+    if not arguments or arguments[0].startswith("--"):
+        raise BadInputError(f"name {what} first, then the flags.")
+    return arguments[0], parse_flags(arguments[1:])
+
+
+def take_flags(flags: dict[str, Any], *known: str) -> dict[str, Any]:
+    """Flags a verb knows; BadInputError for the first that it does not."""
+    for key in flags:
+        if key not in known:
+            raise BadInputError(f"{key}: unknown flag; this verb knows {', '.join('--' + name for name in known)}.")
+    return flags
+
+
+def command_line(verb: str, arguments: list[str]) -> str:
+    """The command as a reader can type it."""
+    return shlex.join(["hf-prune", verb, *arguments])
+
+
+def recipe_help(verb: str, text: str) -> str:
+    """Usage of a verb that takes a recipe, from the dataclasses themselves."""
+    lines = [f"usage: hf-prune {verb} --config RECIPE.yaml [--key value ...]", "", text, ""]
+    lines.append("Keys of a recipe and flags of the same names (a flag wins):")
+    documented = _documented(PruneConfig)
+    for title, section in [*SECTIONS.items(), ("pruning", PruneConfig)]:
+        lines += ["", f"{title}:"]
+        for item in dataclasses.fields(section):
+            if item.name == "options":
+                continue
+            default = "" if item.default in (None, dataclasses.MISSING) else f" [{item.default}]"
+            help_text = item.metadata.get("help") or documented.get(item.name, "")
+            lines.append(f"  --{item.name:<24} {help_text}{default}")
+    lines += ["", "A method's own keys (block_size, damping, ...) are flags as well; `hf-prune methods` lists them."]
+    return "\n".join(lines) + "\n"
+
+
+def _documented(section: type) -> dict[str, str]:
+    """name -> first sentence, from the Args of a docstring."""
+    described: dict[str, str] = {}
+    name = None
+    inside = False
+    for line in inspect.getdoc(section).splitlines():  # type: ignore[union-attr]
+        if line.strip() == "Args:":
+            inside = True
+        elif inside and line.startswith("    ") and not line.startswith("     "):
+            name, _, text = line.strip().partition(": ")
+            described[name] = text
+        elif inside and name and line.startswith("     "):
+            described[name] += " " + line.strip()
+        elif line.strip() and not line.startswith(" "):
+            inside = False
+    return {key: text.split(";")[0].rstrip(".").replace("`", "") for key, text in described.items()}

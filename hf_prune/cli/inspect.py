@@ -1,0 +1,32 @@
+"""hf-prune inspect: sparsity and pattern by layer of any checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_prune.cli.arguments import console, split_positional, take_flags
+
+
+def help_text() -> str:
+    return (
+        "usage: hf-prune inspect MODEL [--revision REVISION] [--plot FILE.png] [--verbose]\n\n"
+        "MODEL is a folder or a Hub id. Prints sparsity and n:m pattern by layer and draws them as a picture\n"
+        "(sparsity_by_layer.png in the current folder unless --plot says otherwise).\n"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    model, flags = split_positional(arguments, "the checkpoint's folder or Hub id")
+    take_flags(flags, "revision", "plot", "verbose")
+    from hf_prune.checkpoint.inspect import inspect_checkpoint
+    from hf_prune.report.plots import plot_sparsity_by_layer
+    from hf_prune.report.tables import inspect_table
+
+    inspection = inspect_checkpoint(model, revision=flags.get("revision"))
+    out = console()
+    out.print(inspect_table(inspection.rows, inspection.summary, verbose=bool(flags.get("verbose"))))
+    plot = Path(flags.get("plot") or "sparsity_by_layer.png")
+    drawn = [row for row in inspection.rows if row.get("block") is not None]
+    if drawn:
+        plot_sparsity_by_layer(drawn, plot)
+        out.print(f"Drawn in {plot}.")

@@ -1,0 +1,27 @@
+"""hf-prune push: upload a finished folder to the Hub."""
+
+from __future__ import annotations
+
+from hf_prune.cli.arguments import console, split_positional, take_flags
+from hf_prune.errors import BadInputError
+from hf_prune.recipe import coerce
+
+
+def help_text() -> str:
+    return (
+        "usage: hf-prune push FOLDER --repo_id USER/NAME [--private] [--commit_message TEXT]\n\n"
+        "Creates the repository where it does not exist and uploads the folder; safe to repeat. The token is the one of\n"
+        "`hf auth login` or HF_TOKEN; it is never written anywhere.\n"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    folder, flags = split_positional(arguments, "the folder")
+    take_flags(flags, "repo_id", "private", "commit_message")
+    if not flags.get("repo_id"):
+        raise BadInputError("repo_id: say where to push to, --repo_id user/name.")
+    from hf_prune.hub.push import push_folder
+
+    private = coerce("private", flags.get("private", False), bool)
+    message = {"commit_message": str(flags["commit_message"])} if flags.get("commit_message") else {}
+    console().print(f"Pushed to {push_folder(folder, str(flags['repo_id']), private=private, **message)}")

@@ -1,0 +1,143 @@
+"""What a run will take, from shapes alone: FLOPs, seconds, memory, disk. Refuses early what cannot fit."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from hf_prune.engine.walk import TOKENS_PER_FORWARD
+from hf_prune.errors import BadInputError
+from hf_prune.plan import Plan
+
+logger = logging.getLogger(__name__)
+# A process with torch and transformers imported, before any model.
+_PYTHON_BYTES = 400_000_000
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predictions for pruning alone; evaluation comes on top.
+
+    Attributes:
+        flops_per_token: of one dense forward pass, LM head included.
+        nonzero_flops_per_token: the same without multiplications by zero; theoretical.
+        walk_flops: of the whole walk over the calibration set.
+        seconds: the walk, at the matrix product speed measured just now.
+        memory_bytes: peak on the device that holds the model.
+        disk_bytes: of the saved folder.
+    """
+
+    flops_per_token: float
+    nonzero_flops_per_token: float
+    walk_flops: float
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+
+def estimate(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: frozenset[str],
+    samples: int,
+    seq_length: int,
+    dtype: str,
+    device: torch.device,
+) -> Estimate:
+    """Predict from a model on the meta device.
+
+    Args:
+        statistics: what the method needs of each layer's inputs; none means no forward pass at all.
+        samples, seq_length: calibration windows and their length in tokens.
+        dtype: as in a recipe; `auto` is the config's.
+    """
+    weights = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    saved = dtype if dtype != "auto" else str(model.config.dtype or "float32").removeprefix("torch.")
+    size = _BYTES.get(saved, 4)
+    per_token = _flops_per_token(model, min(seq_length, TOKENS_PER_FORWARD))
+    zeroed = sum(2 * (1 - view.density) * view.numel for view in plan.views)
+    linear = sum(2 * view.numel for view in plan.views)
+    tokens = samples * seq_length
+    widest = max(view.shape[1] for view in plan.views)
+    walk_flops = 0.0
+    if statistics:
+        # Observe and hand on: two forwards of the blocks (without the head), the Gram matrices, the factorisations.
+        walk_flops = 2.0 * tokens * linear
+        if "gram" in statistics:
+            distinct = {(view.block, view.shape[1], view.name.rsplit(".", 2)[-2]) for view in plan.views}
+            walk_flops += sum(1.2 * tokens * width**2 + 2 * width**3 for _, width, _ in distinct)
+            walk_flops += sum(6 * view.numel * view.shape[1] for view in plan.views)
+    hidden = model.config.get_text_config().hidden_size
+    gram = 3 * 8 * widest**2 if "gram" in statistics else 0
+    activations = TOKENS_PER_FORWARD * (6 * widest + 4 * hidden) * size if statistics else 0
+    memory = sum(weights.values()) * size + gram + activations + tokens * hidden * size + 5 * 4 * _largest(plan)
+    disk = sum(weights.values()) * size
+    if device.type == "cpu":
+        memory += _PYTHON_BYTES
+    return Estimate(
+        flops_per_token=per_token,
+        nonzero_flops_per_token=per_token - zeroed,
+        walk_flops=walk_flops,
+        seconds=walk_flops / _flops_per_second(device),
+        memory_bytes=int(memory),
+        disk_bytes=int(disk * 1.02) + 10_000_000,
+    )
+
+
+def check_fits(predicted: Estimate, device: torch.device, output_dir: str | None) -> None:
+    """Raise BadInputError where memory or disk are certain to run out."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if predicted.memory_bytes > free:
+        raise BadInputError(
+            f"model_name_or_path: pruning needs about {predicted.memory_bytes / 1e9:.1f} GB on {device} and "
+            f"{free / 1e9:.1f} GB are free; use a smaller model, dtype bfloat16, or fewer num_calibration_samples."
+        )
+    if output_dir is not None:
+        parent = next(place for place in Path(output_dir).absolute().parents if place.exists())
+        free = shutil.disk_usage(parent).free
+        if predicted.disk_bytes > free:
+            raise BadInputError(
+                f"output_dir: the result takes about {predicted.disk_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free "
+                f"in {parent}; free some space or choose another folder."
+            )
+
+
+def _largest(plan: Plan) -> int:
+    return max(view.numel for view in plan.views)
+
+
+def _flops_per_token(model: PreTrainedModel, length: int) -> float:
+    """torch's counter over one forward on the meta device; twice the weights where a model cannot run there."""
+    input_ids = torch.zeros((1, length), dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(input_ids=input_ids, use_cache=False)
+        return counter.get_total_flops() / length
+    except Exception:
+        logger.debug("no forward on the meta device", exc_info=True)
+        return 2.0 * sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+
+
+def _flops_per_second(device: torch.device) -> float:
+    """Speed of float32 matrix products of a layer's size, measured in a tenth of a second."""
+    left = torch.randn(1024, 1024, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, perf_counter() - start)
+    return 2 * 1024**3 / best
