@@ -61,7 +61,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
 
     `builtin:smollm2-135m-instruct` is converted once from its package to a checkpoint in the cache; a local folder and
     a Hub id pass through, with what their model card says. Raises BadInputError for an unknown builtin, a package that
-    is not installed, and a path that does not exist; RunError when the cache cannot be written.
+    is not installed, a path that does not exist and an id the Hub does not show; RunError for a cache that cannot be
+    written.
     """
     if name.startswith("builtin:"):
         if name not in PACKAGED_MODELS:
@@ -146,7 +147,7 @@ def _converted(name: str, model: PackagedModel) -> Path:
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder.with_suffix(".lock")):
+        with WeakFileLock(folder.parent / f".{folder.name}.lock"):
             if not folder.is_dir():
                 _convert(source, model, folder)
     except OSError as error:
@@ -193,16 +194,32 @@ def _local_model(folder: Path) -> ModelSource:
 
 
 def _hub_model(name: str, revision: str | None) -> ModelSource:
-    """Card and commit of a Hub model, from the local cache where the Hub is not reached; absent ones stay None.
-
-    A model that does not exist is for from_pretrained to report: a model may well have no card.
-    """
+    """Licence and commit of a Hub model, from the cache where the Hub is out of reach; None where there is no card."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         card = Path(hf_hub_download(name, "README.md", revision=revision))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except HFValidationError:
+        raise BadInputError(f"model_name_or_path: {name!r} is neither a folder nor a Hub id; correct it.") from None
+    except GatedRepoError:
+        raise BadInputError(
+            f"model_name_or_path: {name} is gated; accept its terms on the Hub and log in with `hf auth login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise BadInputError(
+            f"model_name_or_path: there is no folder and no Hub model {name}; correct it, or log in with "
+            "`hf auth login` if it is private."
+        ) from None
+    except RevisionNotFoundError:
+        raise BadInputError(f"revision: {name} has no revision {revision!r} on the Hub; correct it.") from None
+    except (HfHubHTTPError, OSError) as error:  # no card, or out of reach: the cache may hold the model all the same
         logger.debug("no model card of %s: %s", name, error)
         return ModelSource(name, name, None, revision)
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", card.as_posix())

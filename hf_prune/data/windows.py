@@ -135,21 +135,21 @@ def _whole_documents(rows: Iterable[str], characters: int) -> Iterator[str]:
     """Documents of calibration: blank rows left out, lines of one text put together again.
 
     A row that is one line with its newline is a line of something longer (text files, the Hub's wikitext): it is joined
-    to the rows after it, up to a blank row or about one window of text. Any other row is a document.
+    to the rows after it, blank ones too, up to the first blank row after `characters`, or twice as many without one. Any
+    other row is a document.
     """
     lines: list[str] = []
     length = 0
     for row in rows:
-        is_line = row.find("\n") == len(row) - 1
-        if lines and (not is_line or not row.strip() or length >= characters):
+        blank = not row.strip()
+        is_line = blank or row.find("\n") == len(row) - 1
+        if lines and (not is_line or length >= (characters if blank else 2 * characters)):
             yield "".join(lines)
             lines, length = [], 0
-        if not row.strip():
-            continue
-        if is_line:
-            lines.append(row)
+        if is_line and (lines or not blank):
+            lines.append(row or "\n")
             length += len(row)
-        else:
+        elif not blank:
             yield row
     if lines:
         yield "".join(lines)
