@@ -1,4 +1,4 @@
-"""Plots for the card and for `inspect`: one heat map per quantity, blocks along the bottom, kinds of weight up the side."""
+"""Plots for the card and `inspect`: a heat map per quantity, blocks along the bottom, kinds of weight up the side."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from hf_prune.report.names import kind_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 Grid = dict[str, dict[int, float]]
 """Value by kind of weight and block."""
 
 DPI = 150
-WIDTH = 10.0  # inches, so 1500 pixels
+WIDTHS = (7.0, 10.0)  # inches, for few and for many blocks
 ROW = 0.34  # inches a kind of weight
 FRAME = 0.95  # inches a panel for its title and axis
 UNIFORM = 0.001  # sparsities closer than this are one figure in the title, not a map
@@ -41,20 +42,21 @@ def plot_sparsity_by_layer(rows: list[dict[str, Any]], path: str | Path) -> Figu
     error = _grid([(row, row["error"]) for row in rows if (number(row.get("error")) or 0) > 0])
     values = _values(sparsity)
     uniform = max(values) - min(values) < UNIFORM
-    grids = [grid for grid in (sparsity, error) if grid and not (grid is sparsity and uniform and error)]
-    heights = [ROW * len(grid) + FRAME for grid in grids]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.35 * uniform), layout="constrained")
+    title = "Sparsity: zeros in % of the weights"
     if uniform:
-        mean = sum(values) / len(values)
-        figure.suptitle(f"Sparsity: {percent(mean)} in each of {len(rows)} weight matrices", fontsize=13)
-    for axes, grid in zip(
-        figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights)[:, 0], grids, strict=True
-    ):
-        if grid is sparsity:
-            _draw_sparsity(axes, grid)
-        else:
-            _draw_error(axes, grid)
-    axes.set_xlabel("block")
+        title = f"Sparsity: {percent(sum(values) / len(values))} in each of {len(rows)} weight matrices"
+    panels = [] if uniform and error else [(sparsity, title, "cividis", _sparsity_norm(values))]
+    if error:
+        above = f"{title}\n" if uniform else ""
+        error_title = f"{above}Output error: |dW X|² in % of |W X|², calibration text"
+        panels.append((error, error_title, "viridis", _error_norm(_values(error))))
+    heights = [ROW * len(panel[0]) + FRAME for panel in panels]
+    width = min(max(3 + 0.6 * len({row["block"] for row in rows}), WIDTHS[0]), WIDTHS[1])
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    column = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(column, panels, strict=True):
+        _heat_map(axes, *panel)
+    column[-1].set_xlabel("block")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return figure
@@ -72,32 +74,31 @@ def _values(grid: Grid) -> list[float]:
     return [value for line in grid.values() for value in line.values()]
 
 
-def _draw_sparsity(axes: Axes, grid: Grid) -> None:
+def _sparsity_norm(values: list[float]) -> Normalize:
     from matplotlib.colors import Normalize
 
-    values = _values(grid)
     width = max(max(values) - min(values), NARROWEST)
     low = min(max((min(values) + max(values) - width) / 2, 0.0), 1 - width)
-    _heat_map(axes, grid, "Sparsity: zeros in % of the weights", "cividis", Normalize(100 * low, 100 * (low + width)))
+    return Normalize(100 * low, 100 * (low + width))
 
 
-def _draw_error(axes: Axes, grid: Grid) -> None:
+def _error_norm(values: list[float]) -> Normalize:
     from matplotlib.colors import LogNorm, Normalize
 
-    low, high = 100 * min(_values(grid)), 100 * max(_values(grid))
-    norm = LogNorm(low, high) if high > 10 * low else Normalize(0, high)
-    _heat_map(axes, grid, "Error: |dW X|² in % of |W X|², on the calibration text", "viridis", norm)
+    low, high = 100 * min(values), 100 * max(values)
+    return LogNorm(low, high) if high > 10 * low else Normalize(0, high)
 
 
 def _heat_map(axes: Axes, grid: Grid, title: str, colours: str, norm: Normalize) -> None:
     """Draw 100 x the values; kinds from top to bottom as they come in a block, what a block lacks stays grey."""
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     kinds, blocks = list(grid), sorted({block for line in grid.values() for block in line})
     cells = [[100 * grid[kind].get(block, math.nan) for block in blocks] for kind in kinds]
     axes.set_facecolor("0.85")
     image = axes.imshow(cells, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    axes.set_title(title, fontsize=12, loc="left")
+    axes.set_title(title, fontsize=11, loc="left")
     axes.set_yticks(range(len(kinds)), kinds, fontsize=10)
     step = max(1, math.ceil(len(blocks) / 30))
     axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]], fontsize=10)
@@ -111,10 +112,14 @@ def _heat_map(axes: Axes, grid: Grid, title: str, colours: str, norm: Normalize)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=9)
+    if isinstance(norm, LogNorm):
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
     if len(blocks) <= MOST_ANNOTATED:
         for line, values in enumerate(cells):
             for column, value in enumerate(values):
                 if not math.isnan(value):
-                    dark = sum(image.cmap(norm(value))[:3]) < 1.5
-                    colour = "white" if dark else "black"
+                    red, green, blue, _ = image.cmap(norm(value))
+                    colour = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
                     axes.text(column, line, f"{value:.3g}", ha="center", va="center", fontsize=9, color=colour)
