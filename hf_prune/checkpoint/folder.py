@@ -29,8 +29,8 @@ FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Early check that `path` can become the output folder; nothing is created.
 
-    Returns the absolute path with symbolic links followed. An empty folder may always be filled. With `overwrite` a folder
-    that holds a config.json may be replaced, and no other: a mistyped output_dir must never cost somebody their home.
+    Returns the absolute path with symbolic links followed. An empty folder may always be filled. With `overwrite` a
+    folder that holds a config.json may be replaced, and no other: a mistyped output_dir must not cost a home.
 
     Raises BadInputError where `path` is a file, is in the way, cannot be replaced, or where its parent is not writable.
     """
@@ -40,7 +40,7 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -
     parent = next(folder for folder in target.parents if folder.exists())
     try:
         # Trying is the only reliable question: os.access knows nothing of quotas and says yes to root too often.
-        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent))
+        Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent)).rmdir()
     except OSError as error:
         raise BadInputError(
             f"output_dir: cannot create {target} because {parent} is not writable ({error.strerror}); "
@@ -72,7 +72,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raise RunError where the disk of `folder` (or of its nearest existing parent) has fewer than `needed` bytes free."""
+    """Raise RunError where the disk of `folder`, which need not exist yet, has fewer than `needed` bytes free."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -86,10 +86,10 @@ def check_free_space(folder: Path, needed: int) -> None:
 def output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary sibling of `path`, and give it the name `path` once the body has succeeded.
 
-    On any exception, an interrupt included, the temporary folder is removed and what stood at `path` still stands there.
+    On any exception, an interrupt included, the temporary folder is removed and what stood at `path` still stands.
     An existing folder is moved aside before the new one takes its name, and removed only afterwards.
 
-    Raises BadInputError as `check_output_folder` does or where writing is forbidden, and RunError where the disk is full.
+    Raises BadInputError as `check_output_folder` does or where writing is forbidden, RunError where the disk is full.
     """
     target = check_output_folder(path, overwrite)
     for leftover in target.parent.glob(f".{target.name}.partial-*"):
@@ -116,7 +116,7 @@ def _settle(folder: Path) -> None:
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
-            with open(file, "rb") as stream:
+            with file.open("rb") as stream:
                 os.fchmod(stream.fileno(), mode)
                 os.fsync(stream.fileno())
 
@@ -148,12 +148,15 @@ def _disk_error(error: Exception, partial: Path, target: Path) -> HfPruneError |
     if code in FULL:
         existing = next(place for place in (partial, *partial.parents) if place.exists())
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        free = shutil.disk_usage(existing).free
         return RunError(
-            f"{target}: the disk is full, {_size(shutil.disk_usage(existing).free)} free after {_size(written)} written; "
+            f"{target}: the disk is full, {_size(free)} free after {_size(written)} written; "
             "free some space or choose another output_dir (nothing was changed)."
         )
     if code in FORBIDDEN:
-        return BadInputError(f"output_dir: writing {target} is not permitted ({os.strerror(code)}); choose another folder.")
+        return BadInputError(
+            f"output_dir: writing {target} is not permitted ({os.strerror(code)}); choose another folder."
+        )
     return None
 
 
@@ -162,7 +165,7 @@ def save_model(
 ) -> None:
     """Write config, safetensors, generation config, tokenizer and chat template as stock transformers does.
 
-    The dtype is the model's own; tied weights are stored once. Raises RunError before writing where the disk has no room.
+    The dtype is the model's own; tied weights are stored once. Raises RunError at once where the disk has no room.
     """
     # parameters() yields a tied weight once, as the file does.
     check_free_space(Path(folder), sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()))

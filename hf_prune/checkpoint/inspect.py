@@ -1,4 +1,4 @@
-"""Sparsity and pattern of any safetensors checkpoint, read tensor by tensor; and early checks that its files are whole."""
+"""Sparsity and pattern of any safetensors checkpoint, read tensor by tensor; early checks that its files are whole."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Tally:
     def pattern(self) -> str:
         """`dense` (no zero at all), the tightest `n:m` that holds, or `unstructured`.
 
-        m is 4, 8 or 16 and n at most m / 2. Tightest is the smallest n / m; among equals the smallest m, which implies the
-        others. A pattern must also explain the zeros: where the density is below 3/4 of n / m, very sparse groups merely
-        happen to hold few weights.
+        m is 4, 8 or 16 and n at most m / 2. Tightest is the smallest n / m; among equals the smallest m, which implies
+        the others. A pattern must also explain the zeros: where the density is below 3/4 of n / m, the groups of a very
+        sparse weight merely happen to hold few.
         """
         if self.nonzeros == self.numel:
             return "dense"
@@ -76,13 +76,13 @@ class Tally:
 def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Inspection:
     """Sparsity and pattern of every matrix in a local folder, or a Hub model from the cache or the network.
 
-    Rows are {"name", "block", "kind", "shape", "density", "zeros", "pattern"} in the order of the blocks. kind: `linear` or
-    `conv1d` (GPT-2's, stored [in, out] and shown as [out, in] like the others), `embedding`, `head` (a linear layer outside
-    the blocks), `other` (more than two dimensions; no n:m is looked for). block: None outside the blocks.
-    The summary counts the blocks' linear weights (`block_*`) and every parameter in the files (`total_*`; a tied head is
-    stored once). Integer tensors, as quantized checkpoints hold, are listed under `skipped`.
+    Rows are {"name", "block", "kind", "shape", "density", "zeros", "pattern"} in the order of the blocks. kind is
+    `linear`, `conv1d` (GPT-2's, stored [in, out] and shown as [out, in] like the others), `embedding`, `head` (a linear
+    layer outside the blocks) or `other` (anything else of two or more dimensions). block: None outside the blocks.
+    The summary counts the blocks' linear weights (`block_*`) and every parameter in the files (`total_*`; a tied head
+    is stored once). Integer tensors, as quantized checkpoints hold, are listed under `skipped`.
 
-    Memory stays bounded by a chunk of one tensor. Raises BadInputError where there is no such folder or no whole safetensors.
+    Memory stays bounded by a chunk of one tensor. Raises BadInputError where there is no such folder or a broken one.
     """
     folder = _local_folder(path_or_id, revision)
     kinds, ignored = _layer_kinds(folder)
@@ -91,7 +91,7 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
     total, blocks = Tally(), Tally()
     for shard in check_safetensors(folder):
         with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():
+            for name in tensors.offset_keys():  # in the order of the file
                 if ignored and re.search(ignored, name):
                     continue
                 tally, row = _inspect_tensor(tensors, name, kinds)
@@ -130,7 +130,7 @@ def check_safetensors(folder: str | os.PathLike[str]) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
+            names = sorted({str(name) for name in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInputError(f"{folder / INDEX}: this is no index of safetensors; download it again.") from None
     elif (folder / "model.safetensors").is_file():
@@ -139,10 +139,10 @@ def check_safetensors(folder: str | os.PathLike[str]) -> list[Path]:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
     if not names:
         pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-        found = f"only pickled weights ({pickles[0]}), which can run code and are never read" if pickles else "no weights"
+        found = f"only pickled weights ({pickles[0]}), never read as they can run code" if pickles else "no weights"
         raise BadInputError(f"{folder}: holds {found}; hf_prune needs *.safetensors files.")
     held = {name: _tensor_names(folder / name) for name in names}
-    lost = [(tensor, shard) for tensor, shard in weight_map.items() if tensor not in held[shard]]
+    lost = [(tensor, shard) for tensor, shard in weight_map.items() if tensor not in held[str(shard)]]
     if lost:
         tensor, shard = lost[0]
         raise BadInputError(
@@ -177,16 +177,16 @@ def _local_folder(path_or_id: str | os.PathLike[str], revision: str | None) -> P
     except Exception as error:  # the Hub's, the HTTP client's and the operating system's errors share no base class
         logger.debug("snapshot_download failed", exc_info=True)
         raise BadInputError(
-            f"{path_or_id}: no such folder here, and the Hub does not give a model of that name ({type(error).__name__}); "
+            f"{path_or_id}: no such folder here, and no such model from the Hub ({type(error).__name__}); "
             "check the name, the network and your login."
         ) from error
 
 
 def _layer_kinds(folder: Path) -> tuple[dict[str, str], str]:
-    """Kind of each layer by the last part of its name, as names differ in prefixes between file and model (GPT-2's do).
+    """Kind of each layer by the last part of its name, as file and model may differ in the first (GPT-2's do).
 
-    Also a pattern of the names that the model ignores when loading (GPT-2's stored attention masks). Both are empty where
-    transformers cannot build the config: the raw names must then do.
+    Also a pattern of the names that the model ignores when loading (GPT-2's stored attention masks). Both are empty
+    where transformers cannot build the config: the raw names must then do.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D

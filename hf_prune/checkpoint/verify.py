@@ -37,8 +37,8 @@ def verify_folder(
     views: the entries of prune_plan.json, each with "kept", the largest number of nonzero weights allowed.
     tokenizer: what was saved with it; without one there is no tokenizer row.
 
-    Returns rows {"check": str, "passed": bool, "detail": str}; failing rows name the modules. A child that dies gives one
-    failed row with its last words. Nothing is raised for a failed check: the caller decides.
+    Returns rows {"check": str, "passed": bool, "detail": str}; failing rows name the modules. A child that dies gives
+    one failed row with its last words. Nothing is raised for a failed check: the caller decides.
     """
     with tempfile.TemporaryDirectory(prefix="hf_prune-verify-") as workplace:
         expected_file, report_file = Path(workplace, "expected.json"), Path(workplace, "report.json")
@@ -46,7 +46,8 @@ def verify_folder(
         expected_file.write_text(json.dumps(expected))
         save_file({"logits": logits.contiguous()}, Path(workplace, "probe_logits.safetensors"))
         # -P: the script's own folder stays off sys.path, where inspect.py would hide the standard library's.
-        command = [sys.executable, "-P", script.__file__, str(Path(folder).resolve()), str(expected_file), str(report_file)]
+        files = [script.__file__, str(Path(folder).resolve()), str(expected_file), str(report_file)]
+        command = [sys.executable, "-P", *files]
         child = subprocess.run(command, env=_environment(), capture_output=True, text=True, errors="replace")
         if child.returncode == 0 and report_file.exists():
             return json.loads(report_file.read_text())

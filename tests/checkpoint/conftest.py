@@ -14,23 +14,29 @@ def tiny_model() -> Callable:
     import torch
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config
 
-    common = dict(vocab_size=97, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    llama = common | dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    common = {"vocab_size": 97, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    llama = common | {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     configs = {
         "llama": lambda: LlamaConfig(**llama, tie_word_embeddings=True),
         "qwen3": lambda: Qwen3Config(**llama, head_dim=16, tie_word_embeddings=False),
         "gemma3": lambda: Gemma3TextConfig(
             **llama, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
         ),
-        "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=97, bos_token_id=1, eos_token_id=2),
+        "gpt2": lambda: GPT2Config(**common, n_embd=32, n_head=4, n_positions=64),
         "opt": lambda: OPTConfig(
-            **common, hidden_size=32, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=64
+            **common,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_attention_heads=4,
+            max_position_embeddings=64,
         ),
     }
 
     def build(family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(configs[family]()).to(dtype).eval()
+        # Not .to(dtype), which would cast the rotary frequencies as well.
+        model = AutoModelForCausalLM.from_config(configs[family](), dtype=dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # no accidental zeros: biases start there
                 parameter.add_(torch.where(parameter == 0, 0.01, 0.0).to(dtype))

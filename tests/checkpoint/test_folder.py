@@ -99,7 +99,8 @@ def test_a_killed_run_leaves_what_was_there(old):
         "    (partial / 'config.json').write_text('half')\n    print('busy', flush=True)\n    time.sleep(600)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(hf_prune.__file__).parents[1])}
-    child = subprocess.Popen([sys.executable, "-c", script, str(old)], stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-c", script, str(old)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert child.stdout.readline() == "busy\n"
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
@@ -146,7 +147,7 @@ def test_the_early_check_creates_nothing(tmp_path):
 
 
 def test_a_read_only_disk_is_refused_early(small_disk):
-    with small_disk("64k", "ro") as disk, pytest.raises(BadInputError, match="output_dir: .*not writable.*Read-only"):
+    with small_disk("64k", "ro") as disk, pytest.raises(BadInputError, match=r"output_dir: .*not writable.*Read-only"):
         check_output_folder(disk / "out")
 
 
@@ -159,14 +160,14 @@ def test_a_forbidden_folder_is_refused_early_and_late(tmp_path):
     os.chown(owned, NOBODY, NOBODY)
     try:
         os.seteuid(NOBODY)
-        with pytest.raises(BadInputError, match="not writable.*Permission denied"):
+        with pytest.raises(BadInputError, match=r"not writable.*Permission denied"):
             check_output_folder(public / "out")
         with pytest.raises(BadInputError, match="not permitted"), output_folder(owned / "out") as partial:
             partial.chmod(0o555)
             (partial / "config.json").write_text("new")
         # A calibration file that cannot be read is another matter.
         with pytest.raises(PermissionError), output_folder(owned / "out"):
-            os.listdir("/root")
+            list(Path("/root").iterdir())
     finally:
         os.seteuid(0)
         shutil.rmtree(public)
@@ -209,7 +210,7 @@ def test_save_model_asks_for_room_first(small_disk, tiny_model):
                 save_model(model, None, partial)
         assert not list(disk.iterdir())
         check_free_space(disk / "not" / "yet", 65_536)
-        with pytest.raises(RunError, match="65.5 kB are needed"):
+        with pytest.raises(RunError, match=r"65\.5 kB are needed"):
             check_free_space(disk / "not" / "yet", 65_537)
 
 
@@ -224,7 +225,8 @@ def test_save_model_writes_a_stock_folder(tmp_path, tiny_model, tiny_tokenizer, 
     with output_folder(tmp_path / "out") as partial:
         save_model(model, tiny_tokenizer, partial)
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    assert {"config.json", "generation_config.json", "model.safetensors"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     assert not {name for name in names if name.endswith((".bin", ".pt", ".pth"))}
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {model.dtype} and "lm_head.weight" not in stored
