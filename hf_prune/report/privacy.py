@@ -7,9 +7,8 @@ A text is private unless the report marks it public; its name, the recipe keys a
 import shlex
 from typing import Any
 
-import yaml
-
-from hf_prune.report.figures import dig
+from hf_prune.errors import BadInputError
+from hf_prune.recipe import dump_yaml, parse_yaml
 from hf_prune.report.markdown import code
 
 LOCAL_TEXT = "local text"
@@ -45,23 +44,28 @@ def text_name(text: Any) -> str | None:
 
 
 def parsed_recipe(recipe_text: str) -> dict[str, Any]:
-    """The recipe's keys and values; empty where it is no YAML mapping."""
+    """The recipe's keys and values; empty where it is no flat YAML mapping."""
     try:
-        recipe = yaml.safe_load(recipe_text)
-    except yaml.YAMLError:
+        return parse_yaml(recipe_text, "recipe")
+    except BadInputError:
         return {}
-    return recipe if isinstance(recipe, dict) else {}
 
 
 def hidden_keys(report: dict[str, Any], recipe: dict[str, Any]) -> set[str]:
-    """The recipe keys whose values must not be published: those of every text that the report does not mark public."""
-    hidden = {key for part, keys in TEXT_KEYS.items() if dig(report, part, "private") is not False for key in keys}
+    """The recipe keys whose values must not be published: those of every text that is not known to be public."""
+    hidden: set[str] = set()
+    for part, keys in TEXT_KEYS.items():
+        used, packaged = report.get(part), str(recipe.get(keys[0])).startswith("builtin:")
+        if is_private(used) or not (used or packaged):
+            hidden.update(keys)
     return hidden if may_show_samples(report, recipe) else hidden | {"sample_prompts"}
 
 
 def may_show_samples(report: dict[str, Any], recipe: dict[str, Any]) -> bool:
     """Whether prompts and generations may be published: every text that was used is public, or the user said so."""
-    return recipe.get("publish_samples") is True or not any(is_private(report.get(part)) for part in TEXT_KEYS)
+    # A flag reaches the saved recipe as text.
+    agreed = str(recipe.get("publish_samples")).lower() in ("true", "yes")
+    return agreed or not any(is_private(report.get(part)) for part in TEXT_KEYS)
 
 
 def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
@@ -70,12 +74,12 @@ def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
     Where it names something to hide it is written anew, without comments; where it then cannot be parsed it is ''.
     """
     recipe = parsed_recipe(recipe_text)
-    hidden = {key for key in hidden_keys(report, recipe) if not str(recipe.get(key)).startswith("builtin:")}
+    hidden = hidden_keys(report, recipe)
     used_private = any(is_private(report.get(part)) for part in TEXT_KEYS)
     if not used_private and not any(recipe.get(key) for key in hidden):
         return recipe_text.strip("\n"), True
     shown = {key: HIDDEN if key in hidden and value is not None else value for key, value in recipe.items()}
-    return (yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip() if shown else ""), False
+    return (dump_yaml(shown).strip() if shown else ""), False
 
 
 def public_command(command: Any, hidden: set[str]) -> str:
