@@ -58,7 +58,7 @@ def visit(hub: Hub, done: list[Visit], homes: Path) -> Callable[..., Visit]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with its tokenizer, a card and results: what a finished run leaves."""
+    """A tiny random Llama as a finished run leaves it: tokenizer, card, results, plots; and a hidden file of mine."""
     folder = tmp_path_factory.mktemp("output") / "model"
     tiny_llama().save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -68,6 +68,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".eval_results").mkdir()
     (folder / ".eval_results" / "wikitext.yaml").write_text("- dataset: {id: wikitext}\n  value: 24.2\n")
     (folder / "prune_report.json").write_text("{}")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "density [all].png").write_bytes(b"\x89PNG\0")
+    (folder / ".env").write_text("SECRET=1")
     return folder
 
 

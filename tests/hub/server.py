@@ -92,9 +92,10 @@ class Refusal(Exception):
 class Hub:
     """`with Hub({"hf_token": "me"}) as hub: ...` serves on hub.url; the tests look into repos, requests and objects."""
 
-    def __init__(self, users: dict[str, str], chunk_bytes: int | None = None):
+    def __init__(self, users: dict[str, str], chunk_bytes: int | None = None, faults: dict[str, int] | None = None):
         self.users = users  # token -> name
         self.chunk_bytes = chunk_bytes  # LFS files beyond this size are uploaded in parts
+        self.faults = faults or {}  # pattern of paths -> HTTP status that they get
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}  # LFS store, sha256 -> content
         self.parts: dict[tuple[str, int], bytes] = {}
@@ -158,6 +159,9 @@ class Handler(BaseHTTPRequestHandler):
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         self.hub.requests.append(Request(self.command, self.path, bool(self.token)))
         try:
+            for pattern, status in self.hub.faults.items():
+                if re.fullmatch(pattern, path):
+                    raise Refusal(status, "", "Out of order")
             if self.token and self.token not in self.hub.users:
                 raise Refusal(401, "", "Invalid credentials in Authorization header")
             for methods, pattern, answer in ROUTES:

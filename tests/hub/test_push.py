@@ -1,7 +1,9 @@
 """Pushing a finished folder and reading it back: the real client, real HTTP, fresh processes."""
 
+import hashlib
 import json
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +13,15 @@ from safetensors.torch import load_file
 from server import Hub
 from visits import OTHER_TOKEN, TOKEN, TOKEN_IDS, Visit
 
-from hf_prune.errors import BadInputError
-from hf_prune.hub.push import check_complete, files_to_upload, push_folder
+from hf_prune.errors import BadInputError, RunError
+from hf_prune.hub.push import _one_sentence, check_complete, files_to_upload, push_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files of a folder but the hidden one that model_folder holds."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files.pop(".env", None)
+    return files
 
 
 @pytest.fixture
@@ -82,11 +87,12 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(
 
 
 def test_large_files_went_in_parts_and_came_out_whole(published: Visit, hub: Hub, model_folder: Path) -> None:
-    size = (model_folder / "model.safetensors").stat().st_size
-    sent = [request.path for request in hub.requests if request.method == "PUT" and request.path.startswith("/lfs/")]
-    parts_of_first = [path for path in sent if path.rsplit("/", 1)[0] == sent[0].rsplit("/", 1)[0]]
-    assert size > hub.chunk_bytes
-    assert len(parts_of_first) == -(-size // hub.chunk_bytes)
+    weights = (model_folder / "model.safetensors").read_bytes()
+    place = f"/lfs/{hashlib.sha256(weights).hexdigest()}"
+    sent = {request.path for request in hub.requests if request.method == "PUT" and request.path.startswith(place)}
+    assert len(weights) > 4 * hub.chunk_bytes
+    assert sent == {f"{place}/{part}" for part in range(1, -(-len(weights) // hub.chunk_bytes) + 1)}
+    assert hub.files("me/model")["model.safetensors"] == weights
     assert not hub.parts
 
 
@@ -143,6 +149,19 @@ def test_without_a_hub_the_error_is_one_sentence(
     assert done.stderr == ""
 
 
+def test_an_upload_that_breaks_is_a_failed_run(visit: Callable[..., Visit], model_folder: Path) -> None:
+    with Hub({TOKEN: "me"}, faults={"/lfs/.*": 507}) as full:
+        code, message = visit("push_once", model_folder, TOKEN, HF_ENDPOINT=full.url).returned
+        assert code == 1 and "507" in message and "push again" in message and "\n" not in message
+        assert full.files("me/model") == {}
+
+
+def test_no_error_repeats_the_token() -> None:
+    with pytest.raises(BadInputError, match="cannot send <token>") as caught, _one_sentence("push", TOKEN, RunError):
+        raise ValueError(f"cannot send {TOKEN}")
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+
+
 def test_the_token_is_nowhere(
     published: Visit, refusals: dict[str, list], done: list[Visit], homes: Path, hub: Hub, model_folder: Path
 ) -> None:
@@ -195,19 +214,17 @@ def test_no_folder_is_refused(tmp_path: Path) -> None:
 
 def test_hidden_files_and_caches_stay_behind(folder: Path) -> None:
     before = files_to_upload(folder)
-    for name in (".git/config", ".cache/huggingface/x", "__pycache__/a.pyc", ".env", "plots/.DS_Store"):
+    assert before == sorted(contents(folder)) and ".eval_results/wikitext.yaml" in before
+    for name in (".git/config", ".cache/huggingface/x", "__pycache__/a.pyc", "plots/.DS_Store"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("not for others")
-    (folder / "plots/density [all].png").write_bytes(b"png")
-    assert files_to_upload(folder) == sorted([*before, "plots/density [all].png"])
-    assert before == sorted(contents(folder).keys() & before) and ".eval_results/wikitext.yaml" in before
+    assert files_to_upload(folder) == before
 
 
 @pytest.mark.parametrize("target", ["../secret.txt", "../secrets", ".env", "nothing"])
 def test_a_link_that_leaves_the_folder_is_refused(folder: Path, target: str) -> None:
     (folder.parent / "secret.txt").write_text("secret")
     (folder.parent / "secrets").mkdir()
-    (folder / ".env").write_text("secret")
     (folder / "link").symlink_to(target)
     with pytest.raises(BadInputError, match=r"link in .* is a link to something outside"):
         push_folder(folder, "me/model", token="hf_unused")
