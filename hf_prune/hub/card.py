@@ -6,13 +6,14 @@ model reaches the card only inside a code span, a fence, or backslash-escaped.
 
 import json
 import re
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, eval_result_entries_to_yaml
-from jinja2 import Environment, StrictUndefined
+from huggingface_hub import eval_result_entries_to_yaml
+from jinja2 import Environment, StrictUndefined, Template
 
 from hf_prune.hub.card_metadata import card_data, eval_result_entries, is_hub_id
 from hf_prune.report import findings
@@ -31,16 +32,21 @@ def write_card(folder: str | Path, report: dict[str, Any], recipe_text: str) -> 
         comments and (without `publish_samples: true`) its prompts stay out.
     """
     folder = Path(folder)
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
-    template = environment.from_string((files("hf_prune.hub") / "card_template.md.jinja").read_text(encoding="utf-8"))
-    content = template.render(metadata=card_data(report).to_yaml(), **_body(folder, report, recipe_text))
-    ModelCard(content).save(folder / "README.md")
+    content = _template().render(metadata=card_data(report).to_yaml(), **_body(folder, report, recipe_text))
+    (folder / "README.md").write_text(content, encoding="utf-8")
     entries = eval_result_entries(report)
     if entries:
         results = folder / ".eval_results"
         results.mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
         (results / "hf_prune.yaml").write_text(text, encoding="utf-8")
+
+
+@cache
+def _template() -> Template:
+    # Markdown, not HTML: what is foreign is made safe by report.markdown, which HTML escaping would garble.
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
+    return environment.from_string((files("hf_prune.hub") / "card_template.md.jinja").read_text(encoding="utf-8"))
 
 
 def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def _protocol(report: dict[str, Any]) -> dict[str, Any]:
 
 def is_hub_id(name: Any) -> bool:
     """Whether a name can stand in metadata that links to the Hub: a well-formed id that is no folder here."""
+    if not isinstance(name, str):
+        return False
     try:
         validate_repo_id(name)
     except HFValidationError:
