@@ -46,15 +46,7 @@ def push_folder(
     folder = Path(folder).expanduser().resolve()
     check_complete(folder)
     paths = files_to_upload(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise BadInputError(
-            f"{repo_id!r} is not a repository id: write it as name/model, with letters, digits, '-', '_' and '.' only."
-        ) from None
-    if is_offline_mode():
-        raise BadInputError(f"cannot push to {repo_id} while HF_HUB_OFFLINE=1 is set: unset it and push again.")
-    token = _usable_token(token)
+    token = check_ready_to_push(repo_id, token)
     _check_no_token(folder, paths, token)
 
     api = HfApi(token=token, library_name="hf_prune")
@@ -80,6 +72,27 @@ def push_folder(
     else:
         logger.info("Pushed %d files to %s", len(paths), url)
     return str(url)
+
+
+def check_ready_to_push(repo_id: str, token: str | None = None) -> str:
+    """Return the token a push to `repo_id` would use; BadInputError for what is wrong without asking the Hub.
+
+    Connects to nothing, so that a long run which ends in a push can find out at its start.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise BadInputError(
+            f"{repo_id!r} is not a repository id: write it as name/model, with letters, digits, '-', '_' and '.' only."
+        ) from None
+    if is_offline_mode():
+        raise BadInputError(f"cannot push to {repo_id} while HF_HUB_OFFLINE=1 is set: unset it and push again.")
+    token = (token or get_token() or "").strip()
+    if not token:
+        raise BadInputError(f"pushing needs an access token of the Hugging Face Hub: {HOW_TO_LOG_IN}.")
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise BadInputError(f"the access token holds characters that no token has: {HOW_TO_LOG_IN}.")
+    return token
 
 
 def check_complete(folder: Path) -> None:
@@ -126,15 +139,6 @@ def files_to_upload(folder: Path) -> list[str]:
 
 def _published(name: str) -> bool:
     return name == HIDDEN_BUT_PUBLISHED or not (name.startswith(".") or name == "__pycache__")
-
-
-def _usable_token(token: str | None) -> str:
-    token = (token or get_token() or "").strip()
-    if not token:
-        raise BadInputError(f"pushing needs an access token of the Hugging Face Hub: {HOW_TO_LOG_IN}.")
-    if not (token.isascii() and token.isprintable()) or " " in token:
-        raise BadInputError(f"the access token holds characters that no token has: {HOW_TO_LOG_IN}.")
-    return token
 
 
 def _check_no_token(folder: Path, paths: list[str], token: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from server import Hub
-from visits import OTHER_TOKEN, TOKEN, TOKEN_IDS, Visit
+from visits import OTHER_TOKEN, TOKEN, TOKEN_IDS, Visit, command_line
 
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.hub.push import _one_sentence, check_complete, files_to_upload, push_folder
@@ -147,6 +147,33 @@ def test_without_a_hub_the_error_is_one_sentence(
     code, message = done.returned
     assert code == 2 and words in message and "\n" not in message
     assert done.stderr == ""
+
+
+def test_the_command_line_pushes(hub: Hub, model_folder: Path, tmp_path: Path) -> None:
+    here = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+    done = command_line("push", model_folder, "--repo_id", "me/by-hand", "--private", HF_TOKEN=TOKEN, **here)
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.url}/me/by-hand" in " ".join(done.stdout.split())
+    assert hub.repos["models", "me/by-hand"].private and hub.files("me/by-hand") == contents(model_folder)
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_the_command_line_shows_one_line_and_never_the_token(hub: Hub, model_folder: Path, tmp_path: Path) -> None:
+    wrong = TOKEN[::-1]
+    for extra in ([], ["--debug"]):
+        done = command_line(
+            "push",
+            model_folder,
+            "--repo_id",
+            "me/model",
+            *extra,
+            HF_ENDPOINT=hub.url,
+            HF_HOME=str(tmp_path),
+            HF_TOKEN=wrong,
+        )
+        assert ("Traceback" in done.stderr) == bool(extra)
+        assert extra or (done.returncode == 2 and len(done.stderr.splitlines()) == 1)
+        assert wrong not in done.stdout + done.stderr
 
 
 def test_an_upload_that_breaks_is_a_failed_run(visit: Callable[..., Visit], model_folder: Path) -> None:

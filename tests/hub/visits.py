@@ -37,6 +37,13 @@ def client_environment(**settings: str) -> dict[str, str]:
     return {**kept, **defaults, **settings}
 
 
+def command_line(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess:
+    """Run `python -m hf_prune` with these environment variables, however it ends."""
+    command = [sys.executable, "-m", "hf_prune", *map(str, arguments)]
+    environment = client_environment(**settings)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
 def visit(function: str, *arguments: str | Path, **settings: str) -> Visit:
     """Run a function of client.py in a fresh process with these environment variables; it must end well."""
     command = [sys.executable, str(HERE / "client.py"), function, *map(str, arguments)]
