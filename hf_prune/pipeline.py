@@ -29,7 +29,7 @@ from hf_prune.evaluation.efficiency import measure_efficiency
 from hf_prune.evaluation.memory import PeakMemory
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.hub.card import write_card
-from hf_prune.hub.push import push_folder
+from hf_prune.hub.push import check_ready_to_push, push_folder
 from hf_prune.methods import find_method, make_config, make_solver
 from hf_prune.plan import Plan
 from hf_prune.pruning import PruneResult, plan_pruning, prune
@@ -81,6 +81,8 @@ def prepare(recipe: Recipe) -> Preparation:
     assert model.model_name_or_path is not None
     if output.output_dir:
         check_output_folder(output.output_dir, output.overwrite_output_dir)
+    if output.push_to_hub and output.hub_model_id:
+        check_ready_to_push(output.hub_model_id)
     needs_text = bool(make_solver(config).statistics)
     if needs_text and recipe.data.dataset_name is None:
         raise BadInputError(
@@ -192,8 +194,7 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
         write_card(folder, report, ready.recipe.text)
     if output.push_to_hub:
         assert output.hub_model_id is not None
-        url = push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)
-        logger.info("Pushed to %s", url)
+        push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)
 
 
 def efficiency(ready: Preparation, folder: Path) -> dict[str, Any]:

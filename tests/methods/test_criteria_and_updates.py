@@ -49,7 +49,9 @@ def test_a_wide_gram_matrix_is_whole_although_only_panels_are_multiplied() -> No
 
 def test_wanda_is_weight_times_input_norm_row_by_row() -> None:
     weight, inputs = layer()
-    pruned, mask = make_solver(WandaConfig(sparsity=0.5)).solve(weight, observe(inputs, "sum_of_squares"), MaskRule(0.5))
+    pruned, mask = make_solver(WandaConfig(sparsity=0.5)).solve(
+        weight, observe(inputs, "sum_of_squares"), MaskRule(0.5)
+    )
     for row in range(OUT):
         score = [abs(float(weight[row, column])) * float(inputs[:, column].double().norm()) for column in range(IN)]
         dropped = numpy.argsort(score, kind="stable")[: IN // 2]
@@ -107,7 +109,7 @@ def test_the_factor_is_the_upper_cholesky_of_the_damped_inverse() -> None:
     assert not dead.any()
 
 
-def test_the_update_never_loses_to_zeroing_the_same_mask() -> None:
+def test_the_update_makes_up_for_a_mask_that_was_given() -> None:
     weight, inputs = layer(seed=5)
     statistics = observe(inputs, "gram", "sum_of_squares")
     config = PruneConfig(criterion="wanda", update="sparsegpt", sparsity=0.6)
@@ -118,7 +120,12 @@ def test_the_update_never_loses_to_zeroing_the_same_mask() -> None:
     def error(values: Tensor) -> float:
         return float(((values - weight) @ inputs.T).square().sum())
 
-    assert error(pruned) < 0.8 * error(weight * mask)
+    # The least squares refit of each row on its support is the best there is; one sweep lies between it and none.
+    best = torch.zeros_like(weight)
+    for row in range(OUT):
+        kept = mask[row]
+        best[row, kept] = torch.linalg.lstsq(inputs[:, kept].double(), (inputs @ weight[row]).double()).solution.float()
+    assert error(best) < error(pruned) < 0.9 * error(weight * mask)
 
 
 def test_dead_inputs_are_dropped_first() -> None:

@@ -1,0 +1,205 @@
+"""Every method on every family: the plan is met, the function is kept as well as the method promises."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_ids, tiny_model
+from torch import nn
+
+from hf_prune.engine.capture import BlockRunner
+from hf_prune.engine.walk import walk
+from hf_prune.errors import BadInputError, RunError
+from hf_prune.methods import make_solver, methods
+from hf_prune.methods.magnitude import MagnitudeConfig
+from hf_prune.methods.sparsegpt import SparseGPTConfig
+from hf_prune.methods.wanda import WandaConfig
+from hf_prune.pruning import PruneResult, plan_pruning, prune
+from hf_prune.recipe import PruneConfig
+from hf_prune.weights import find_views
+
+COMBINATIONS = [*sorted(methods()), "wanda+sparsegpt", "sparsegpt+none"]
+
+
+def make(name: str, **common: object) -> PruneConfig:
+    criterion, _, update = name.partition("+")
+    return PruneConfig(criterion=criterion, update=update, **common) if update else methods()[name](**common)
+
+
+def stored(model: nn.Module, view: object) -> torch.Tensor:
+    """The weight as [out, in], read from the state dict by the plan's own words."""
+    weight = model.state_dict()[view.parameter]
+    return weight.T if view.transposed else weight
+
+
+def check(model: nn.Module, result: PruneResult, pattern: str) -> None:
+    for view, outcome in zip(result.plan.views, result.views, strict=True):
+        kept = stored(model, view) != 0
+        assert tuple(kept.shape) == tuple(view.shape)
+        assert outcome.name == view.name and outcome.kept == int(kept.sum())
+        if pattern == "unstructured":
+            rows = view.shape[0]
+            # Rows round on their own (Wanda), blocks of 128 columns do as well (SparseGPT).
+            assert abs(int(kept.sum()) - view.density * kept.numel()) <= rows
+        else:
+            n, m = map(int, pattern.split(":"))
+            assert int(kept.reshape(view.shape[0], -1, m).sum(-1).max()) <= n
+            assert int(kept.sum()) == kept.numel() * n // m
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:4", "4:8"])
+@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_meets_its_plan_on_every_family(family: str, name: str, pattern: str) -> None:
+    model = tiny_model(family)
+    untouched = {key: value.clone() for key, value in model.state_dict().items()}
+    config = make(name, pattern=pattern, sparsity=0.6 if pattern == "unstructured" else None)
+    result = prune(model, config, input_ids=tiny_ids(4, 32))
+    check(model, result, pattern)
+    pruned = {view.parameter for view in result.plan.views}
+    for key, value in model.state_dict().items():
+        assert (key in pruned) or torch.equal(value, untouched[key]), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_reloads_stock_with_the_same_logits(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, input_ids = tiny_model(family), tiny_ids(2, 16, seed=5)
+    prune(model, SparseGPTConfig(pattern="2:4"), input_ids=tiny_ids(4, 32))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids).logits
+        assert torch.equal(model(input_ids).logits, reloaded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_second_order_pruning_hurts_least(family: str) -> None:
+    """The output error of the whole model on calibration text: SparseGPT < Wanda < nothing in between is random."""
+    input_ids = tiny_ids(16, 64)
+    dense = tiny_model(family)
+    with torch.no_grad():
+        target = dense(input_ids).logits
+    errors = {}
+    for name in COMBINATIONS:
+        model = tiny_model(family)
+        prune(model, make(name, sparsity=0.5), input_ids=input_ids)
+        with torch.no_grad():
+            errors[name] = float((model(input_ids).logits - target).square().mean())
+    assert errors["sparsegpt"] < errors["wanda"]
+    assert errors["wanda+sparsegpt"] < errors["wanda"]
+
+
+def test_later_blocks_are_observed_behind_pruned_ones() -> None:
+    """Wanda's last block by hand: prune the first two, then score the third on what the pruned prefix hands it."""
+    input_ids = tiny_ids(8, 32)
+    model, reference = tiny_model("llama"), tiny_model("llama")
+    prune(model, WandaConfig(sparsity=0.5), input_ids=input_ids)
+    first_two = [f"model.layers.{index}" for index in (0, 1)]
+    prune(reference, WandaConfig(sparsity=0.5, targets=first_two), input_ids=input_ids)
+    seen = []
+    down = reference.model.layers[2].mlp.down_proj
+    down.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 48).double()))
+    with torch.no_grad():
+        reference(input_ids)
+    score = down.weight.detach().abs() * seen[0].norm(dim=0).float()
+    kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(24, dim=1).indices, True)
+    assert torch.equal(model.model.layers[2].mlp.down_proj.weight != 0, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_are_solved_in_float32(dtype: torch.dtype) -> None:
+    half, full = tiny_model("llama", dtype), tiny_model("llama", dtype).float()
+    results = [prune(model, MagnitudeConfig(sparsity=0.5)) for model in (half, full)]
+    check(half, results[0], "unstructured")
+    assert all(torch.equal(stored(half, view) != 0, stored(full, view) != 0) for view in results[0].plan.views)
+    result = prune(tiny_model("llama", dtype), SparseGPTConfig(sparsity=0.5), input_ids=tiny_ids())
+    assert abs(result.sparsity - 0.5) < 0.01
+
+
+def test_the_walk_costs_two_forwards_less_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"blocks": 0}
+    original = BlockRunner._forward
+
+    def counted(self: BlockRunner, input_ids: torch.Tensor) -> None:
+        calls["blocks"] += 1
+        original(self, input_ids)
+
+    monkeypatch.setattr(BlockRunner, "_forward", counted)
+    result = prune(tiny_model("llama"), WandaConfig(sparsity=0.5), input_ids=tiny_ids(8, 64))
+    assert calls["blocks"] == 5 * 1  # 3 blocks: observe each, hand on all but the last; 512 tokens are one forward
+    assert result.forward_passes == pytest.approx(5 / 3)
+    assert prune(tiny_model("llama"), MagnitudeConfig(sparsity=0.5)).forward_passes == 0
+
+
+def test_an_untied_head_can_be_a_target_and_a_tied_one_cannot() -> None:
+    model = tiny_model("qwen3")
+    result = prune(model, SparseGPTConfig(sparsity=0.5, targets=["lm_head", "down_proj"]), input_ids=tiny_ids())
+    assert result.plan.views[-1].name == "lm_head" and len(result.plan.views) == 4
+    check(model, result, "unstructured")
+    with pytest.raises(BadInputError, match="tied to the embeddings"):
+        plan_pruning(tiny_model("llama"), SparseGPTConfig(targets=["lm_head"]))
+
+
+def test_the_floor_holds_in_every_row() -> None:
+    for config in (
+        MagnitudeConfig(sparsity=0.9, min_keep_ratio=0.1),
+        SparseGPTConfig(sparsity=0.85, min_keep_ratio=0.1),
+    ):
+        model = tiny_model("llama")
+        result = prune(model, config, input_ids=tiny_ids())
+        for view in result.plan.views:
+            assert int((stored(model, view) != 0).sum(1).min()) >= 0.1 * view.shape[1]
+
+
+def test_zeros_that_were_there_before_are_counted() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, :5] = 0
+    result = prune(model, MagnitudeConfig(sparsity=0.5))
+    zeros = {view.name: view.zeros_before for view in result.views}
+    assert zeros.pop("model.layers.0.mlp.up_proj") == 48 * 5 and set(zeros.values()) == {0}
+
+
+def test_relative_errors_are_those_of_the_outputs() -> None:
+    input_ids = tiny_ids()
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    result = prune(
+        model, SparseGPTConfig(sparsity=0.5, targets=["model.layers.0.self_attn.q_proj"]), input_ids=input_ids
+    )
+    seen = []
+    dense.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
+    with torch.no_grad():
+        dense(input_ids)
+    before, after = (net.model.layers[0].self_attn.q_proj.weight.detach().double() for net in (dense, model))
+    expected = (seen[0] @ (after - before).T).square().sum() / (seen[0] @ before.T).square().sum()
+    assert result.views[0].error == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_what_cannot_work_is_said() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(BadInputError, match=r"layers\.1\.mlp\.up_proj: the weights hold NaN"):
+        prune(model, MagnitudeConfig(sparsity=0.5))
+    with pytest.raises(BadInputError, match="needs calibration text"):
+        prune(tiny_model("llama"), WandaConfig(sparsity=0.5))
+    overflowing = tiny_model("llama")
+    with torch.no_grad():
+        overflowing.model.embed_tokens.weight.fill_(torch.inf)
+    with pytest.raises(RunError):
+        prune(overflowing, SparseGPTConfig(sparsity=0.5), input_ids=tiny_ids())
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    plan = plan_pruning(tiny_model("gpt2"), MagnitudeConfig())
+    with pytest.raises(BadInputError, match="not in this model"):
+        walk(tiny_model("llama"), plan, make_solver(MagnitudeConfig()), None)
+
+
+def test_views_read_and_write_whatever_lies_behind() -> None:
+    view = next(view for view in find_views(tiny_model("gpt2")) if view.name.endswith("c_fc"))
+    assert view.shape == (128, 32) and view.module.weight.shape == (32, 128)
+    wanted = torch.randn(128, 32)
+    view.write(wanted)
+    assert torch.equal(view.read(), wanted) and torch.equal(view.module.weight.detach(), wanted.T)
