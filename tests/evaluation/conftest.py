@@ -1,5 +1,7 @@
 """A word-level tokenizer and tiny random models that fit it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -43,11 +45,16 @@ CLASSES = {
 }
 
 
-def tiny(family: str, **changes: object) -> PreTrainedModel:
-    """A random model of the family in eval mode."""
-    config = type(CONFIGS[family]).from_dict({**CONFIGS[family].to_dict(), **changes})
-    torch.manual_seed(0)
-    return CLASSES[family](config).eval()
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., PreTrainedModel]:
+    """Makes a random model of a family, with changes to its config, in eval mode."""
+
+    def make(family: str, **changes: object) -> PreTrainedModel:
+        config = type(CONFIGS[family]).from_dict({**CONFIGS[family].to_dict(), **changes})
+        torch.manual_seed(0)
+        return CLASSES[family](config).eval()
+
+    return make
 
 
 @pytest.fixture

@@ -1,15 +1,17 @@
 """The interleaved measurement, on saved models in real processes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.evaluation.efficiency import file_bytes, measure_efficiency, summarize
 from hf_prune.evaluation.memory import PeakMemory, anonymous_bytes
-from tests.evaluation.conftest import tiny
 
+TinyModel = Callable[..., PreTrainedModel]
 KEYS = {
     "parameters", "nonzero_parameters", "file_bytes", "load_seconds", "peak_memory_bytes", "flops_per_token",
     "nonzero_flops_per_token", "prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds",
@@ -18,7 +20,7 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model of 4 MB in two shards, and the same with the MLPs' down projections zeroed."""
     root = tmp_path_factory.mktemp("models")
     model = tiny("llama", hidden_size=128, intermediate_size=512)

@@ -1,6 +1,7 @@
 """The evaluate.Metric, loaded the way evaluate loads any metric, against windows cut by hand."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import evaluate
@@ -10,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation import metric as metric_file
-from tests.evaluation.conftest import WORDS, tiny
 
+WORDS = [f"w{number}" for number in range(60)]
+TinyModel = Callable[..., PreTrainedModel]
 TEXTS = [" ".join(WORDS[start : start + 13]) for start in range(0, 40, 3)]
 LENGTH = 8
 
@@ -39,7 +41,9 @@ def expected(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, bos: bo
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_follows_the_protocol(metric: evaluate.Metric, tokenizer: PreTrainedTokenizerFast, bos: bool) -> None:
+def test_follows_the_protocol(
+    tiny: TinyModel, metric: evaluate.Metric, tokenizer: PreTrainedTokenizerFast, bos: bool
+) -> None:
     model = tiny("llama")
     result = metric.compute(
         predictions=TEXTS, model=model, tokenizer=tokenizer, seq_length=LENGTH, max_windows=5, add_bos=bos
@@ -53,7 +57,7 @@ def test_follows_the_protocol(metric: evaluate.Metric, tokenizer: PreTrainedToke
 
 
 def test_loads_a_folder_and_takes_every_window(
-    metric: evaluate.Metric, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    tiny: TinyModel, metric: evaluate.Metric, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")
@@ -64,7 +68,7 @@ def test_loads_a_folder_and_takes_every_window(
     assert result["perplexity"] == pytest.approx(expected(model, tokenizer, True, result["windows"])["perplexity"])
 
 
-def test_works_directly_and_in_batches(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_works_directly_and_in_batches(tiny: TinyModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     metric = metric_file.Perplexity(keep_in_memory=True, cache_dir=str(tmp_path))
     for text in TEXTS:
         metric.add(prediction=text)
@@ -74,6 +78,6 @@ def test_works_directly_and_in_batches(tokenizer: PreTrainedTokenizerFast, tmp_p
     assert result["windows"] == len(TEXTS) * 13 // 64
 
 
-def test_a_live_model_needs_its_tokenizer(metric: evaluate.Metric) -> None:
+def test_a_live_model_needs_its_tokenizer(tiny: TinyModel, metric: evaluate.Metric) -> None:
     with pytest.raises(BadInputError, match="tokenizer"):
         metric.compute(predictions=TEXTS, model=tiny("llama"))
