@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import eval_result_entries_to_yaml
 from jinja2 import Environment, StrictUndefined, Template
 
-from hf_prune.hub.card_metadata import card_data, eval_result_entries, is_hub_id
+from hf_prune.hub.card_metadata import card_data, eval_result_entries, hub_base_model
 from hf_prune.report import findings
 from hf_prune.report.figures import dig, efficiency_rows, number, quality_rows, sparsity_rows
 from hf_prune.report.markdown import code, escape, fence, one_line
@@ -32,7 +32,8 @@ def write_card(folder: str | Path, report: dict[str, Any], recipe_text: str) -> 
         comments and (without `publish_samples: true`) its prompts stay out.
     """
     folder = Path(folder)
-    content = _template().render(metadata=card_data(report).to_yaml(), **_body(folder, report, recipe_text))
+    metadata = card_data(report, parsed_recipe(recipe_text)).to_yaml()
+    content = _template().render(metadata=metadata, **_body(folder, report, recipe_text))
     (folder / "README.md").write_text(content, encoding="utf-8")
     entries = eval_result_entries(report)
     if entries:
@@ -63,7 +64,7 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
         "plot_caption": "Sparsity of every pruned weight matrix, by block and kind of module",
         "gained": findings.gained(report),
         "loading": fence(_loading(recipe.get("hub_model_id")), "python"),
-        "making": _making(report),
+        "making": _making(report, recipe),
         "command": fence(public_command(report.get("command"), hidden_keys(report, recipe)), "bash"),
         "recipe": fence(recipe_shown, "yaml"),
         "recipe_heading": "The recipe, `hf_prune_recipe.yaml`"
@@ -101,7 +102,7 @@ def _conditions(report: dict[str, Any]) -> str:
     return f"Speed and memory were measured {', '.join(part for part in parts if part)}, dense and pruned in turn."
 
 
-def _making(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, str]]:
     """Label and value of what a reader needs to know about the run."""
     method, base = report.get("method") or {}, report.get("base_model")
     paper = str(method.get("paper") or "")
@@ -113,7 +114,8 @@ def _making(report: dict[str, Any]) -> list[tuple[str, str]]:
     steps |= method.get("options") or {}
     settings = [code(f"{key}: {_yaml_scalar(value)}") for key, value in steps.items() if value is not None]
     revision = f", revision {code(report['base_revision'])}" if report.get("base_revision") else ""
-    base_text = f"[{escape(base)}](https://huggingface.co/{base})" if is_hub_id(base) else code(base) if base else ""
+    link_to_base = f"[{escape(base)}](https://huggingface.co/{base})" if hub_base_model(report, recipe) else ""
+    base_text = link_to_base or (code(base) if base else "")
     seed = number(report.get("seed"))
     making = [
         ("Base model", base_text + (revision if base_text else "")),

@@ -19,14 +19,13 @@ from hf_prune.report.privacy import LOCAL_TEXT, is_private
 METRICS = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
 
 
-def card_data(report: dict[str, Any]) -> ModelCardData:
+def card_data(report: dict[str, Any], recipe: dict[str, Any]) -> ModelCardData:
     """The metadata block: what the Hub can filter, link and plot."""
     pattern, method = findings.pattern_of(report), dig(report, "method", "name")
-    base, license_id = report.get("base_model"), report.get("base_license")
     results = _evaluation_results(report)
     return ModelCardData(
-        base_model=base if is_hub_id(base) else None,
-        license=license_id,
+        base_model=hub_base_model(report, recipe),
+        license=report.get("base_license"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[tag for tag in ("hf_prune", "pruning", "sparse", method, pattern) if tag],
@@ -88,7 +87,14 @@ def _protocol(report: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key in keys if (value := dig(report, "evaluation", key)) is not None}
 
 
-def is_hub_id(name: Any) -> bool:
+def hub_base_model(report: dict[str, Any], recipe: dict[str, Any]) -> str | None:
+    """The base model's id on the Hub; None for one from a local folder, whose bare name would link to a stranger."""
+    base, source = report.get("base_model"), recipe.get("model_name_or_path")
+    from_folder = isinstance(source, str) and "/" not in str(base) and Path(source).exists()
+    return base if _is_hub_id(base) and not from_folder else None
+
+
+def _is_hub_id(name: Any) -> bool:
     """Whether a name can stand in metadata that links to the Hub: a well-formed id that is no folder here."""
     if not isinstance(name, str):
         return False
@@ -102,4 +108,4 @@ def is_hub_id(name: Any) -> bool:
 def _hub_dataset(text: Any) -> str | None:
     """The Hub id of a text; None for private and packaged ones."""
     name = dig(text, "dataset")
-    return name if name and not is_private(text) and is_hub_id(name) else None
+    return name if name and not is_private(text) and _is_hub_id(name) else None

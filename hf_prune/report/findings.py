@@ -132,7 +132,8 @@ def _speed(report: dict[str, Any]) -> list[str]:
     if not measured:
         return [f"Speed was not measured; expect 1.0x: {reason}."]
     place = dig(report, "efficiency", "device")
-    return [f"Speed: {', '.join(measured)}, measured{f' on {code(place)}' if place else ''}; {reason}."]
+    where = f" on {code(place)}" if place else ""
+    return [f"Speed: {', '.join(measured)}, measured{where}; {reason}, so that differences from 1.00x are noise."]
 
 
 def _theory(report: dict[str, Any]) -> list[str]:
@@ -180,12 +181,17 @@ def _quality_limits(report: dict[str, Any]) -> list[str]:
     name = short_name(evaluation)
     if before:
         verb = "grew" if after >= before else "fell"
-        interval = f" ({perplexity_interval(report)})" if perplexity_interval(report) else ""
+        low, high, confidence = (number(dig(evaluation, "change", key)) for key in ("low", "high", "confidence"))
+        interval = ""
+        if low is not None and high is not None:
+            level = f"{percent(confidence, 0)} " if confidence is not None else ""
+            interval = f" ({level}interval {change_percent(1, low)} to {change_percent(1, high)})"
         grown = change_percent(before, after).lstrip("+-")
         sentences.append(f"Perplexity {verb} by {grown} on {name}{interval}.")
-        low, high = (number(dig(evaluation, "change", key)) for key in ("low", "high"))
         if low is not None and high is not None and low <= 1 <= high:
-            sentences.append("The interval includes 1.00x: these windows are too few to tell the two models apart.")
+            sentences.append(
+                "The interval includes no change at all: these windows are too few to tell the two models apart."
+            )
     sentences.append(
         f"Only language modelling on {name} was measured: nothing here tells how downstream tasks, instruction "
         "following, other languages or safety behaviour changed."

@@ -193,6 +193,15 @@ def test_body_holds_what_a_reader_needs_to_redo_it(tmp_path: Path, report: dict[
     assert "torch 2.13.0" in text
 
 
+def test_a_local_base_model_links_to_nobody(tmp_path: Path, report: dict[str, Any]) -> None:
+    (tmp_path / "tiny").mkdir()
+    report["base_model"] = "tiny"
+    card = card_of(tmp_path, report, f"model_name_or_path: {tmp_path}/tiny\n")
+    assert card.data.base_model is None
+    assert "huggingface.co" not in card.text
+    assert card_of(tmp_path, report | {"base_model": "gpt2"}, "model_name_or_path: gpt2\n").data.base_model == "gpt2"
+
+
 def test_plot_is_mentioned_only_where_it_lies(tmp_path: Path, report: dict[str, Any]) -> None:
     assert ".png" not in card_of(tmp_path, report).text
 
