@@ -20,7 +20,7 @@ from hf_prune.errors import BadInputError
 
 logger = logging.getLogger(__name__)
 
-GROUP_SIZES = (4, 8, 16)
+GROUP_SIZES = (4, 8, 16)  # each twice the one before
 CHUNK = 2**24  # weights looked at together: 64 MB of float32
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -44,12 +44,16 @@ class Tally:
     def add(self, kept: torch.Tensor, grouped: bool) -> None:
         """Count a boolean chunk; with `grouped` it is [outputs, inputs] and its n:m groups are looked at too."""
         self.numel += kept.numel()
-        self.nonzeros += int(kept.sum())
-        if grouped and kept.numel():
-            for m in GROUP_SIZES:
-                if kept.shape[1] % m == 0:
-                    fullest = int(kept.reshape(kept.shape[0], -1, m).sum(-1).max())
-                    self.fullest[m] = max(self.fullest.get(m, 0), fullest)
+        if not grouped or not kept.numel() or kept.shape[1] % GROUP_SIZES[0]:
+            self.nonzeros += int(kept.sum())
+            return
+        counts = kept.reshape(kept.shape[0], -1, GROUP_SIZES[0]).sum(-1, dtype=torch.uint8)
+        self.nonzeros += int(counts.sum())
+        for m in GROUP_SIZES:
+            self.fullest[m] = max(self.fullest.get(m, 0), int(counts.max()))
+            if counts.shape[1] % 2:
+                break
+            counts = counts[:, ::2] + counts[:, 1::2]
 
     @property
     def density(self) -> float:

@@ -105,6 +105,10 @@ def not_a_number(tensors: dict[str, torch.Tensor]) -> None:
     tensors[NORM][3] = float("nan")
 
 
+def infinite(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[DOWN][tensors[DOWN] != 0] = float("-inf")
+
+
 def removed_tensor(tensors: dict[str, torch.Tensor]) -> None:
     del tensors[NORM]
 
@@ -131,6 +135,7 @@ FAULTS = {
     },
     changed_weight: {LOGITS: "differ, by up to"},
     not_a_number: {script.FINITE_PARAMETERS: NORM, script.FINITE_LOGITS: "of 6208", LOGITS: "nan"},
+    infinite: {script.FINITE_PARAMETERS: DOWN, script.FINITE_LOGITS: "of 6208", LOGITS: "nan"},
     removed_tensor: {script.LOADS: f"missing_keys: {NORM}"},
     foreign_tensor: {script.LOADS: "unexpected_keys: model.layers.0.mlp.mask"},
 }
