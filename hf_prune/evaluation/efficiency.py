@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
+from hf_prune.checkpoint.load import pick_device
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
 
@@ -64,7 +65,7 @@ def measure_efficiency(
         - decode_latency_p50_seconds, decode_latency_p95_seconds: of single tokens, pooled over repeats.
 
     Raises:
-        BadInputError: impossible lengths.
+        BadInputError: impossible lengths, or a device that is not there.
         RunError: a model could not be loaded or run.
     """
     if new_tokens < 2 or repeats < 1:
@@ -72,8 +73,7 @@ def measure_efficiency(
             f"measuring decoding needs new_tokens >= 2 and repeats >= 1, got {new_tokens} and {repeats}."
         )
     revisions = revisions or {}
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(pick_device(device))
     prompt_length = min(prompt_length, shortest_context(models, revisions, trust_remote_code) - new_tokens)
     if prompt_length < 1:
         raise BadInputError(f"new_tokens: {new_tokens} new tokens leave no room for a prompt in the model's context.")

@@ -1,6 +1,6 @@
 """Perplexity as a metric of Hugging Face's evaluate, by the protocol of `perplexity.py`.
 
-`evaluate.load` copies this file and reads its imports line by line: one import a line, none relative.
+`evaluate.load` copies this file and reads its imports line by line: one import a line, no relative one.
 
     metric = evaluate.load(hf_prune.evaluation.metric.__file__)
     metric.compute(predictions=texts, model="path/or/id", seq_length=1024, max_windows=32)
@@ -12,6 +12,7 @@ import datasets
 import evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_prune.checkpoint.load import pick_device
 from hf_prune.data.text import TextData
 from hf_prune.data.windows import default_seq_length, evaluation_windows
 from hf_prune.errors import BadInputError
@@ -32,6 +33,7 @@ Args:
     max_windows (int, optional): use the first so many windows only.
     add_bos (bool, optional): start every window with the BOS token; where the tokenizer does so unless given.
     dtype (str): of a model that is loaded: "auto" (as saved), "float32", ...
+    device (str): of a model that is loaded: "auto" (a GPU where there is one), "cpu", "cuda", ...
 Returns:
     perplexity, bits_per_byte, mean_nll (nats per token), windows, seq_length, add_bos.
 """
@@ -65,10 +67,12 @@ class Perplexity(evaluate.Metric):
         max_windows: int | None = None,
         add_bos: bool | None = None,
         dtype: str = "auto",
+        device: str = "auto",
     ) -> dict[str, Any]:
         if not isinstance(model, PreTrainedModel):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            model = loaded.to(device=pick_device(device))
         if tokenizer is None:
             raise BadInputError("tokenizer: hand over the tokenizer of the live model as well.")
         text = TextData(

@@ -129,5 +129,5 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(folders: dict[str, Path],
         content = file.read_bytes()
         (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
     with pytest.raises(RunError, match="of the pruned model failed at 'warm_up'") as caught:
-        measure_efficiency({"pruned": broken})
+        measure_efficiency({"pruned": broken}, device="cpu")
     assert "\n" not in str(caught.value)

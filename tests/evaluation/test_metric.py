@@ -62,7 +62,7 @@ def test_loads_a_folder_and_takes_every_window(
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    result = metric.compute(predictions=TEXTS, model=str(tmp_path / "model"), seq_length=LENGTH)
+    result = metric.compute(predictions=TEXTS, model=str(tmp_path / "model"), seq_length=LENGTH, device="cpu")
     assert result["add_bos"]  # this tokenizer adds one
     assert result["windows"] == len(TEXTS) * 13 // (LENGTH - 1)
     assert result["perplexity"] == pytest.approx(expected(model, tokenizer, True, result["windows"])["perplexity"])
