@@ -112,7 +112,7 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
     summary = escape(method.get("summary") or "").rstrip(".")
     steps = {key: method.get(key) for key in ("criterion", "update", "reconstruct", "allocation", "pattern")}
     steps |= method.get("options") or {}
-    settings = [code(f"{key}: {_yaml_scalar(value)}") for key, value in steps.items() if value is not None]
+    settings = [code(f"{key}: {_yaml_scalar(value)}") for key, value in steps.items() if _is_said(value)]
     revision = f", revision {code(report['base_revision'])}" if report.get("base_revision") else ""
     link_to_base = f"[{escape(base)}](https://huggingface.co/{base})" if hub_base_model(report, recipe) else ""
     base_text = link_to_base or (code(base) if base else "")
@@ -158,6 +158,10 @@ def _loading(repo_id: Any) -> str:
         f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
         f"model = AutoModelForCausalLM.from_pretrained({name})"
     )
+
+
+def _is_said(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and number(value) is None)
 
 
 def _yaml_scalar(value: Any) -> str:
