@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig
 
-from hf_prune.checkpoint.load import pick_device
+from hf_prune.checkpoint.load import load_config, pick_device
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
+from hf_prune.recipe import ModelArguments
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +65,7 @@ def measure_efficiency(
         - decode_latency_p50_seconds, decode_latency_p95_seconds: of single tokens, pooled over repeats.
 
     Raises:
-        BadInputError: impossible lengths, or a device that is not there.
+        BadInputError: impossible lengths, a device that is not there, a model that is not found or damaged.
         RunError: a model could not be loaded or run.
     """
     if new_tokens < 2 or repeats < 1:
@@ -132,7 +132,7 @@ def summarize(answer: dict[str, list[dict[str, Any]]], prompt_length: int, size:
 def shortest_context(models: Mapping[str, str | Path], revisions: Mapping[str, str], trust_remote_code: bool) -> int:
     """The number of positions that all the models can read."""
     configs = [
-        AutoConfig.from_pretrained(path, revision=revisions.get(name), trust_remote_code=trust_remote_code)
+        load_config(str(path), ModelArguments(trust_remote_code=trust_remote_code), revisions.get(name))
         for name, path in models.items()
     ]
     return min(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize for config in configs)

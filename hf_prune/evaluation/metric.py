@@ -10,13 +10,14 @@ from typing import Any
 
 import datasets
 import evaluate
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_prune.checkpoint.load import pick_device
+from hf_prune.checkpoint.load import load_model, load_tokenizer, pick_device
 from hf_prune.data.text import TextData
 from hf_prune.data.windows import default_seq_length, evaluation_windows
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import bits_per_byte, perplexity, window_nll
+from hf_prune.recipe import ModelArguments
 
 DESCRIPTION = """\
 Perplexity of a causal language model over a text: the texts are joined with a blank line, tokenised once, and cut into
@@ -61,7 +62,7 @@ class Perplexity(evaluate.Metric):
     def _compute(
         self,
         predictions: list[str],
-        model: PreTrainedModel | str,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         seq_length: int | None = None,
         max_windows: int | None = None,
@@ -70,9 +71,9 @@ class Perplexity(evaluate.Metric):
         device: str = "auto",
     ) -> dict[str, Any]:
         if not isinstance(model, PreTrainedModel):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-            model = loaded.to(device=pick_device(device))
+            arguments = ModelArguments(model, dtype=dtype, device=device)
+            tokenizer = tokenizer or load_tokenizer(model, arguments)
+            model = load_model(model, arguments, pick_device(device))
         if tokenizer is None:
             raise BadInputError("tokenizer: hand over the tokenizer of the live model as well.")
         text = TextData(

@@ -1,5 +1,7 @@
 """The interleaved measurement, on saved models in real processes."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,11 +125,20 @@ def test_refuses_impossible_lengths(folders: dict[str, Path], impossible: dict[s
 
 
 def test_a_model_that_cannot_be_loaded_is_one_sentence(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Weights that do not fit the config are found out in the worker, whose error comes back as ours."""
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in folders["dense"].iterdir():
-        content = file.read_bytes()
-        (broken / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    shutil.copytree(folders["dense"], broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 256}))
     with pytest.raises(RunError, match="of the pruned model failed at 'warm_up'") as caught:
         measure_efficiency({"pruned": broken}, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_found_before_anything_starts(folders: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["dense"], broken)
+    shard = next(broken.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(BadInputError, match=shard.name):
+        measure_efficiency({"pruned": broken}, device="cpu")
