@@ -196,8 +196,8 @@ def _covered_bytes(text: str, offsets: list[tuple[int, int]], windows: int, stri
     code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
     byte_at = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
-    # ends[i]: bytes of text up to and with token i - 1; a token without text of its own keeps the end before it.
-    ends = np.concatenate([[0], byte_at[np.maximum.accumulate([end for _, end in offsets])]])
+    # ends[i]: bytes of the text up to token i.
+    ends = np.concatenate([[0], byte_at[[end for _, end in offsets]]])
     starts = np.arange(windows) * stride
     return ends[starts + stride] - ends[starts + (0 if bos else 1)]
 
