@@ -208,6 +208,6 @@ def _renderer(
 
 
 def _commit(builder: "DatasetBuilder") -> str | None:
-    """The commit a Hub builder reads from, which it keeps in its base path (hf://datasets/me/text@<sha>)."""
-    found = re.search(r"@([0-9a-f]{40})", str(builder.base_path or ""))
-    return found.group(1) if found else None
+    """The commit a Hub builder reads from, which is its hash, from the cache too."""
+    found = re.fullmatch(r"[0-9a-f]{40}", str(builder.hash))
+    return found.group() if found else None
