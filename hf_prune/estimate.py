@@ -95,10 +95,7 @@ def estimate(
 
 def check_fits(predicted: Estimate, device: torch.device, output_dir: str | None) -> None:
     """Raise BadInputError where memory or disk are certain to run out."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if predicted.memory_bytes > free:
         raise BadInputError(
             f"model_name_or_path: pruning needs about {predicted.memory_bytes / 1e9:.1f} GB on {device} and "
@@ -109,8 +106,8 @@ def check_fits(predicted: Estimate, device: torch.device, output_dir: str | None
         free = shutil.disk_usage(parent).free
         if predicted.disk_bytes > free:
             raise BadInputError(
-                f"output_dir: the result takes about {predicted.disk_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free "
-                f"in {parent}; free some space or choose another folder."
+                f"output_dir: the result takes about {predicted.disk_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
+                f"free in {parent}; free some space or choose another folder."
             )
 
 

@@ -84,7 +84,7 @@ def prepare(recipe: Recipe) -> Preparation:
     if output.push_to_hub and output.hub_model_id:
         check_ready_to_push(output.hub_model_id)
     needs_text = bool(make_solver(config).statistics)
-    if needs_text and recipe.data.dataset_name is None:
+    if needs_text and not recipe.data.dataset_name:
         raise BadInputError(
             f"dataset_name: {config.method or config.criterion} needs calibration text; name a dataset."
         )
@@ -100,7 +100,7 @@ def prepare(recipe: Recipe) -> Preparation:
     return Preparation(recipe, config, source, model_config, plan, predicted, device, seq_length)
 
 
-def run(recipe: Recipe, command: str = "") -> dict[str, Any]:
+def run(recipe: Recipe) -> dict[str, Any]:
     """Do everything a recipe asks for; returns the report that stands in the output folder.
 
     With several processes all of them must call this; the main one writes and the others get a report without the
@@ -136,7 +136,8 @@ def run(recipe: Recipe, command: str = "") -> dict[str, Any]:
         **describe(ready, model, result, text, total),
         "seconds": watch.seconds,
         "peak_memory_bytes": memory.bytes,
-        "command": command,
+        # The recipe beside the report holds the flags as well, and no path of the machine it ran on.
+        "command": f"hf-prune prune --config {RECIPE_FILE}",
     }
     if evaluation and dense and pruned:
         report["evaluation"] = evaluation.report(dense=dense, pruned=pruned)

@@ -124,7 +124,7 @@ def select_views(
             skipped.append({"name": view.name, "reason": "the LM head, pruned only when it is a target"})
         elif is_head and getattr(model.config, "tie_word_embeddings", False):
             raise BadInputError(
-                f"targets: {view.name} is tied to the embeddings, so pruning it would zero them; remove it from targets."
+                f"targets: {view.name} is tied to the embeddings, so pruning it zeroes them; remove it from targets."
             )
         else:
             chosen.append(view)

@@ -70,7 +70,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         inside = any(name.startswith(outer + ".") for _, outer, _ in candidates)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            size = sum(layer.weight.numel() for _, layer, _ in linear_layers(module))
+            size = sum(layer.get_parameter("weight").numel() for _, layer, _ in linear_layers(module))
             if size:
                 candidates.append((size, name, module))
     candidates.sort(key=lambda candidate: candidate[0], reverse=True)

@@ -35,7 +35,12 @@ FAMILIES = {
     ),
     "gpt2": lambda: GPT2Config(**_COMMON, n_embd=32, n_head=4, n_positions=128),
     "opt": lambda: OPTConfig(
-        **_COMMON, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_attention_heads=4, max_position_embeddings=128
+        **_COMMON,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_attention_heads=4,
+        max_position_embeddings=128,
     ),
 }
 

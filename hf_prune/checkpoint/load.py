@@ -109,7 +109,8 @@ def load_model(path: str, arguments: ModelArguments, device: torch.device, revis
             trust_remote_code=arguments.trust_remote_code,
             use_safetensors=True,
         )
-        model = model.to(device).eval()
+        model.to(device)  # type: ignore[arg-type]  # a wrapper's annotation lost the overloads
+        model.eval()
     check_finite(model)
     return model
 
@@ -133,24 +134,25 @@ def _explained(path: str, what: str = "model") -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise RunError(f"device: {path} does not fit into the memory of the device; use a larger one.") from None
     except Exception as error:
-        name = path if Path(path).is_dir() or "/" in path else f"{path!r}"
-        text = " ".join(str(error).split())
         logger.debug("loading %s failed", path, exc_info=True)
-        if "trust_remote_code" in text:
-            message = (
-                f"trust_remote_code: {name} brings code of its own; read it and set trust_remote_code: true to run it."
-            )
-        elif "gated" in text.lower() or "401" in text or "403" in text:
-            message = f"model_name_or_path: {name} is private or gated; ask for access and run `hf auth login`."
-        elif not Path(path).is_dir() and _is_unreachable(error):
-            message = f"model_name_or_path: {name} is not in the cache and the Hub cannot be reached; connect, or give a local folder."
-        elif not Path(path).is_dir() and (
-            "404" in text or "not a valid model identifier" in text or "not a local folder" in text
-        ):
-            message = f"model_name_or_path: there is no {what} {name} on the Hub; check the id and the revision."
-        else:
-            message = f"model_name_or_path: the {what} of {name} cannot be loaded ({text[:200].rstrip('.')}); check its files."
-        raise BadInputError(message) from error
+        raise BadInputError(_explanation(path, what, error)) from error
+
+
+def _explanation(path: str, what: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    local = Path(path).is_dir()
+    if "trust_remote_code" in text:
+        return f"trust_remote_code: {path} brings code of its own; read it and set trust_remote_code: true to run it."
+    if not local and ("gated" in text.lower() or "401" in text or "403" in text):
+        return f"model_name_or_path: {path} is private or gated; ask for access and run `hf auth login`."
+    if not local and _is_unreachable(error):
+        return (
+            f"model_name_or_path: {path} is not in the cache and the Hub cannot be reached; connect, or give a local "
+            "folder."
+        )
+    if not local and any(words in text for words in ("404", "not a valid model identifier", "not a local folder")):
+        return f"model_name_or_path: there is no {what} {path} on the Hub; check the id and the revision."
+    return f"model_name_or_path: the {what} of {path} cannot be loaded ({text[:200].rstrip('.')}); check its files."
 
 
 def _is_unreachable(error: BaseException | None) -> bool:

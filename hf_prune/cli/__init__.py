@@ -73,10 +73,11 @@ def _configure_logging(debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DATASETS_VERBOSITY", "error")
+        # datasets would log its own account, with paths, beside our one sentence.
+        os.environ.setdefault("DATASETS_VERBOSITY", "critical")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     level = logging.DEBUG if debug else logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("hf_prune").setLevel(level)
-    for name in ("httpx", "httpx2", "huggingface_hub", "datasets"):
+    for name in ("httpx", "httpx2", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR if not debug else logging.INFO)

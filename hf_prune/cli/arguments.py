@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import shlex
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import BadInputError
@@ -55,11 +54,6 @@ def take_flags(flags: dict[str, Any], *known: str) -> dict[str, Any]:
         if key not in known:
             raise BadInputError(f"{key}: unknown flag; this verb knows {', '.join('--' + name for name in known)}.")
     return flags
-
-
-def command_line(verb: str, arguments: list[str]) -> str:
-    """The command as a reader can type it."""
-    return shlex.join(["hf-prune", verb, *arguments])
 
 
 def recipe_help(verb: str, text: str) -> str:

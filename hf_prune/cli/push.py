@@ -10,7 +10,7 @@ from hf_prune.recipe import coerce
 def help_text() -> str:
     return (
         "usage: hf-prune push FOLDER --repo_id USER/NAME [--private] [--commit_message TEXT]\n\n"
-        "Creates the repository where it does not exist and uploads the folder; safe to repeat. The token is the one of\n"
+        "Creates the repository where it does not exist and uploads the folder; safe to repeat. The token is that of\n"
         "`hf auth login` or HF_TOKEN; it is never written anywhere.\n"
     )
 

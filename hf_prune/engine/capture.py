@@ -113,14 +113,14 @@ class BlockRunner:
 def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace a module's forward for a while, leaving one set by somebody else (accelerate's hooks) as it was."""
     before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if before is None:
             del module.forward
         else:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 class InputObserver:

@@ -88,7 +88,7 @@ def change_percent(before: float, after: float) -> str:
     if before == 0:
         return ""
     change = 100 * (after / before - 1)
-    if abs(change) < 0.05:
+    if after == before:
         return "-0 %"
     return f"{change:+.1f} %" if abs(change) < 100 else f"{change:+,.0f} %"
 

@@ -1,0 +1,80 @@
+"""Two real processes against one: the masks and the perplexity are the same but for float64 rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, tiny_model
+
+from hf_prune.engine.walk import _assign
+
+
+def prune(folder: Path, recipe: dict, processes: int) -> dict:
+    """Run the command line in `processes` processes and return its report."""
+    folder.mkdir()
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({**recipe, "output_dir": str(folder / "out")}))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, "-m", "hf_prune", "prune", "--config", str(path)]
+    # The same threads a process whatever their number: float32 sums depend on it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((folder / "out" / "prune_report.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_two_processes_prune_like_one(method: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    (tmp_path / "text.txt").write_text("".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000)))
+    recipe = {
+        "model_name_or_path": str(model), "method": method, "sparsity": 0.5, "dataset_name": str(tmp_path / "text.txt"),
+        "num_calibration_samples": 165, "seq_length": 64, "eval_dataset_name": str(tmp_path / "text.txt"),
+        "eval_seq_length": 64, "eval_max_windows": 21, "eval_efficiency": False,
+    }  # fmt: skip
+    one, two = (prune(tmp_path / str(processes), recipe, processes) for processes in (1, 2))
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    weights = [load_file(tmp_path / str(processes) / "out" / "model.safetensors") for processes in (1, 2)]
+    same = total = 0
+    for view in one["views"]:
+        masks = [tensors[f"{view['name']}.weight"] != 0 for tensors in weights]
+        same, total = same + int((masks[0] == masks[1]).sum()), total + masks[0].numel()
+    assert same / total >= 0.999
+    for name in ("dense", "pruned"):
+        assert two["evaluation"][name]["perplexity"] == pytest.approx(one["evaluation"][name]["perplexity"], rel=1e-3)
+
+
+def test_work_is_spread_dearest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_prune.engine.distributed.world_size", lambda: 2)
+    assert _assign([1.0, 8.0, 3.0, 4.0]) == [0, 0, 1, 1] or _assign([1.0, 8.0, 3.0, 4.0]) == [1, 0, 1, 1]
+    loads = [
+        sum(c for c, o in zip([1.0, 8.0, 3.0, 4.0], _assign([1.0, 8.0, 3.0, 4.0]), strict=True) if o == r)
+        for r in (0, 1)
+    ]
+    assert sorted(loads) == [8.0, 8.0]
+
+
+def test_statistics_do_not_depend_on_who_gathers_them() -> None:
+    from hf_prune.engine.statistics import Statistics
+
+    chunks = torch.randn(6, 40, 24).unbind(0)
+    whole = Statistics({"gram", "sum_of_squares"}, 24, torch.device("cpu"))
+    halves = [Statistics({"gram", "sum_of_squares"}, 24, torch.device("cpu")) for _ in range(2)]
+    for place, chunk in enumerate(chunks):
+        whole.add(chunk)
+        halves[place % 2].add(chunk)
+    whole.finish(lambda tensor: None)
+    others = iter([torch.tensor([halves[1].count]), *halves[1]._totals.values()])
+    halves[0].finish(lambda tensor: tensor.add_(next(others)))
+    assert halves[0].count == whole.count
+    torch.testing.assert_close(halves[0].gram, whole.gram, rtol=1e-14, atol=1e-11)
