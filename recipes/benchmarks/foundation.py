@@ -90,9 +90,10 @@ def prune_in_turn(arguments: argparse.Namespace, results: Results, model: Path, 
                 command += ["--method", method, "--pattern", pattern, "--sparsity", SPARSITY]
                 command += ["--output", output, "--report", report]
                 with log.open("w") as stream:
-                    status = subprocess.run(list(map(str, command)), env=environment, stdout=stream, stderr=stream)
-                if status.returncode:
-                    raise SystemExit(f"{contestant} failed on {method} {pattern}: see {log}.")
+                    done = subprocess.run(list(map(str, command)), env=environment, stdout=stream, stderr=stream)
+                if done.returncode:
+                    ending = f"failed on {method} {pattern} (exit status {done.returncode}, negative: a signal)"
+                    raise SystemExit(f"{contestant} {ending}; see {log}, then start again to go on.")
                 runs.append(json.loads(report.read_text()) | {"weights": digest(output)})
                 results.save()
                 seconds, busy = runs[-1]["seconds"]["prune"], runs[-1]["busy_elsewhere"]["prune"]
