@@ -25,9 +25,6 @@ from hf_prune.progress import progress
 from hf_prune.recipe import ModelArguments
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
-# OpenMP threads wait for each other by spinning. Where something else takes one of the cores, they spin until that is
-# scheduled away, hundreds of times a token: ten times slower. Waiting for some 50 microseconds first costs nothing.
-SPIN_COUNT = "10000"
 
 
 def measure_efficiency(
@@ -168,7 +165,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, "PYTHONPATH": search_path},
+            env={**os.environ, "PYTHONPATH": search_path},
         )
         self._say(json.dumps(options))
 
