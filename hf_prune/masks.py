@@ -17,6 +17,7 @@ from hf_prune.patterns import UNSTRUCTURED, Pattern
 
 # Float noise in `1 - sparsity` must not change a count: 0.7 * 10 is 7.000000000000001.
 _ROUNDING = 1e-9
+_GROUPS_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ def select_largest(scores: Tensor, count: int) -> Tensor:
     if count >= columns:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores, columns - count)
+    mask = scores >= threshold
+    if int(mask.sum()) == count * len(scores):
+        return mask
     above = scores > threshold
-    missing = count - above.sum(dim=1, keepdim=True)
-    tied = scores == threshold
-    if bool((tied.sum(dim=1, keepdim=True) == missing).all()):
-        return above | tied
-    return above | (tied & (tied.cumsum(dim=1) <= missing))
+    tied = mask & ~above
+    return above | (tied & (tied.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True)))
 
 
 def _kth_smallest(scores: Tensor, index: int) -> Tensor:
@@ -87,11 +88,13 @@ def select_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
 
     A weight's rank in its group is the number of group members that beat it, which needs no sort for small m.
     """
-    rows, columns = scores.shape
-    groups = scores.reshape(rows, columns // m, m)
-    keep = torch.empty_like(groups, dtype=torch.bool)
-    for place in range(m):
-        own = groups[..., place : place + 1]
-        beaten = (groups[..., :place] >= own).sum(-1) + (groups[..., place + 1 :] > own).sum(-1)
-        keep[..., place] = beaten < n
-    return keep.reshape(rows, columns)
+    earlier = torch.ones(m, m, dtype=torch.bool, device=scores.device).tril(-1)[:, :, None]
+    parts = []
+    # Comparisons take m bytes a weight: groups are taken in parts that stay in the cache.
+    for groups in scores.reshape(-1, m).split(_GROUPS_AT_ONCE):
+        # Members lead, [m, groups]: every comparison and sum then runs over contiguous memory.
+        members = groups.T.contiguous()
+        own, other = members[:, None], members[None]
+        beaten = torch.where(earlier, other >= own, other > own).sum(dim=1, dtype=torch.uint8)
+        parts.append((beaten < n).T)
+    return torch.cat(parts).reshape(scores.shape)

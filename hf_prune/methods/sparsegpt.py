@@ -21,6 +21,8 @@ from hf_prune.recipe import PruneConfig
 
 logger = logging.getLogger(__name__)
 _ATTEMPTS = 6
+# Columns updated one by one; wider updates are matrix products. Only speed depends on it.
+_PANEL = 16
 
 
 def inverse_cholesky(statistics: Statistics, damping: float) -> tuple[Tensor, Tensor]:
@@ -85,36 +87,41 @@ class SparseGPT(Criterion, Update):
         columns = weight.T.contiguous()
         columns[dead] = 0
         keep = mask.T.contiguous() if mask is not None else torch.ones_like(columns, dtype=torch.bool)
-        group = rule.pattern.m
-        # A block must hold whole groups of m.
-        width = self.block_size if group is None else max(self.block_size // group, 1) * group
+        group = rule.pattern.m or 1
+        # A block and a panel must hold whole groups of m.
+        width, panel = (max(size // group, 1) * group for size in (self.block_size, _PANEL))
         for start in range(0, len(columns), width):
             stop = min(start + width, len(columns))
-            block, kept = columns[start:stop], keep[start:stop]
-            corner = factor[start:stop, start:stop]
-            if mask is None and group is None:
-                kept.copy_(rule.select((block / corner.diagonal()[:, None]).square().T.contiguous()).T)
-            errors = self._sweep(block, kept, corner, rule if mask is None else None)
+            if mask is None and group == 1:
+                cost = (columns[start:stop] / factor.diagonal()[start:stop, None]).square()
+                keep[start:stop] = rule.select(cost.T.contiguous()).T
+            errors = torch.empty_like(columns[start:stop])
+            for left in range(start, stop, panel):
+                right = min(left + panel, stop)
+                own = slice(left, right)
+                late = rule if mask is None and group > 1 else None
+                changed = errors[left - start : right - start]
+                _sweep(columns[own], keep[own], factor[own, own], late, changed)
+                columns[right:stop].addmm_(factor[own, right:stop].T, changed, alpha=-1)
             columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         columns.mul_(keep)
         return columns.T.contiguous(), keep.T.contiguous()
 
-    @staticmethod
-    def _sweep(block: Tensor, kept: Tensor, factor: Tensor, rule: MaskRule | None) -> Tensor:
-        """Drop column after column [width, out] in place; returns their scaled errors [width, out]."""
-        diagonal = factor.diagonal()
-        errors = torch.empty_like(block)
-        group = rule.pattern.m if rule is not None else None
-        scale = ~kept / diagonal[:, None]
-        for column in range(len(block)):
-            if rule is not None and group is not None and column % group == 0:
-                # n:m is selected as late as possible: with the updates of every earlier column.
-                ahead = slice(column, column + group)
-                kept[ahead] = rule.select((block[ahead] / diagonal[ahead, None]).square().T.contiguous()).T
-                scale[ahead] = ~kept[ahead] / diagonal[ahead, None]
-            torch.mul(block[column], scale[column], out=errors[column])
-            block[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
-        return errors
+
+def _sweep(columns: Tensor, keep: Tensor, factor: Tensor, late: MaskRule | None, errors: Tensor) -> None:
+    """Drop column after column of a panel [width, out] in place and write their scaled errors [width, out].
+
+    `late` selects n:m as late as possible, with the updates of every earlier column in.
+    """
+    diagonal = factor.diagonal()
+    scale = ~keep / diagonal[:, None]
+    for column in range(len(columns)):
+        if late is not None and late.pattern.m and column % late.pattern.m == 0:
+            ahead = slice(column, column + late.pattern.m)
+            keep[ahead] = late.select((columns[ahead] / diagonal[ahead, None]).square().T.contiguous()).T
+            scale[ahead] = ~keep[ahead] / diagonal[ahead, None]
+        torch.mul(columns[column], scale[column], out=errors[column])
+        columns[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
 
 
 @register
