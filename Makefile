@@ -18,7 +18,8 @@ lint: .venv/dev.stamp
 
 .venv/install.stamp: pyproject.toml constraints.txt
 	@echo "Installing hf_prune into .venv (a few minutes)"
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'hf_prune needs Python 3.11 or later: make PYTHON=python3.11')"
+	.venv/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) --editable .
 	touch $@
 

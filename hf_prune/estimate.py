@@ -73,11 +73,17 @@ def estimate(
         # Observe and hand on: two forwards of the blocks (without the head), the Gram matrices, the factorisations.
         walk_flops = 2.0 * tokens * linear
         if "gram" in statistics:
-            distinct = {(view.block, view.shape[1], view.name.rsplit(".", 2)[-2]) for view in plan.views}
+            distinct = {(view.block, view.shape[1], view.name.rpartition(".")[0]) for view in plan.views}
             walk_flops += sum(1.2 * tokens * width**2 + 2 * width**3 for _, width, _ in distinct)
             walk_flops += sum(6 * view.numel * view.shape[1] for view in plan.views)
     hidden = model.config.get_text_config().hidden_size
-    gram = 3 * 8 * widest**2 if "gram" in statistics else 0
+    # The distinct Gram matrices of a block at once, and what a factorisation holds beside its own, all in float64.
+    gram = 0
+    if "gram" in statistics:
+        first = {
+            (view.name.rpartition(".")[0], view.shape[1]) for view in plan.views if view.block == plan.views[0].block
+        }
+        gram = 8 * (5 * widest**2 + 2 * sum(width**2 for _, width in first))
     activations = TOKENS_PER_FORWARD * (6 * widest + 4 * hidden) * size if statistics else 0
     memory = sum(weights.values()) * size + gram + activations + tokens * hidden * size + 5 * 4 * _largest(plan)
     disk = sum(weights.values()) * size
@@ -102,7 +108,7 @@ def check_fits(predicted: Estimate, device: torch.device, output_dir: str | None
             f"{free / 1e9:.1f} GB are free; use a smaller model, dtype bfloat16, or fewer num_calibration_samples."
         )
     if output_dir is not None:
-        parent = next(place for place in Path(output_dir).absolute().parents if place.exists())
+        parent = next(place for place in Path(output_dir).expanduser().absolute().parents if place.exists())
         free = shutil.disk_usage(parent).free
         if predicted.disk_bytes > free:
             raise BadInputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 
 import hf_prune
-from hf_prune.checkpoint.folder import check_output_folder, output_folder, save_model
+from hf_prune.checkpoint.folder import (
+    PLAN_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    check_output_folder,
+    output_folder,
+    save_model,
+)
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.data.builtin import ModelSource, resolve_model
@@ -37,7 +45,6 @@ from hf_prune.recipe import PruneConfig, Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer
 
 logger = logging.getLogger(__name__)
-RECIPE_FILE, PLAN_FILE, REPORT_FILE = "hf_prune_recipe.yaml", "prune_plan.json", "prune_report.json"
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub")
 
 
@@ -73,16 +80,12 @@ def prepare(recipe: Recipe) -> Preparation:
     """Check a recipe against its model without loading weights.
 
     Raises:
-        BadInputError: a key, the model or the output folder cannot be used, or the run cannot fit into this machine.
+        BadInputError: a key or the model cannot be used.
     """
     config = make_config(recipe.prune_options)
     recipe.require("model_name_or_path")
-    model, output = recipe.model, recipe.output
+    model = recipe.model
     assert model.model_name_or_path is not None
-    if output.output_dir:
-        check_output_folder(output.output_dir, output.overwrite_output_dir)
-    if output.push_to_hub and output.hub_model_id:
-        check_ready_to_push(output.hub_model_id)
     needs_text = bool(make_solver(config).statistics)
     if needs_text and not recipe.data.dataset_name:
         raise BadInputError(
@@ -96,8 +99,17 @@ def prepare(recipe: Recipe) -> Preparation:
     seq_length = recipe.data.seq_length or default_seq_length(model_config)
     samples = recipe.data.num_calibration_samples if needs_text else 0
     predicted = estimate(empty, plan, make_solver(config).statistics, samples, seq_length, model.dtype, device)
-    check_fits(predicted, device, output.output_dir)
     return Preparation(recipe, config, source, model_config, plan, predicted, device, seq_length)
+
+
+def check_feasible(ready: Preparation) -> None:
+    """Raise BadInputError where the output folder, the push or this machine's memory and disk would stop the run."""
+    output = ready.recipe.output
+    assert output.output_dir is not None
+    check_output_folder(output.output_dir, output.overwrite_output_dir)
+    if output.push_to_hub and output.hub_model_id:
+        check_ready_to_push(output.hub_model_id)
+    check_fits(ready.estimate, ready.device, output.output_dir)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -108,13 +120,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     Raises:
         BadInputError: something handed over cannot be used; nothing has been written.
-        RunError: the run failed, verification included; nothing is left behind.
+        RunError: the run failed, verification included; nothing is left behind. Where only the push at the end fails,
+            the finished folder stays.
     """
     recipe.require("output_dir")
-    distributed.initialise()
+    distributed.initialise(recipe.model.device)
     watch = Stopwatch()
     with watch.phase("prepare"):
         ready = prepare(recipe)
+        check_feasible(ready)
         revision = ready.source.revision or recipe.model.revision
         tokenizer = load_tokenizer(ready.source.path, recipe.model, revision)
     with watch.phase("text"):
@@ -177,9 +191,14 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
         with watch.phase("verify"):
             kept = {view.name: view.kept for view in result.views}
             views = [{**asdict(view), "kept": kept[view.name]} for view in result.plan.views]
-            report["verification"] = verify_folder(
-                folder, model, views, tokenizer, trust_remote_code=ready.recipe.model.trust_remote_code
-            )
+            report["verification"] = [
+                within_plan(result),
+                *verify_folder(folder, model, views, tokenizer, trust_remote_code=ready.recipe.model.trust_remote_code),
+            ]
+        # The memory is wanted for measuring: what is saved and verified need not be held any longer.
+        model.to("meta")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         failed = [row for row in report["verification"] if not row["passed"]]
         if failed:
             raise RunError(
@@ -188,7 +207,11 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
             )
         if ready.recipe.evaluation.eval_efficiency:
             with watch.phase("efficiency"):
-                report["efficiency"] = efficiency(ready, folder)
+                try:
+                    report["efficiency"] = efficiency(ready, folder)
+                except RunError as error:
+                    # A verified model is not thrown away for want of a measurement.
+                    logger.warning("Sizes and speeds were not measured: %s", error)
         (folder / "plots").mkdir()
         plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -196,6 +219,18 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
     if output.push_to_hub:
         assert output.hub_model_id is not None
         push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)
+
+
+def within_plan(result: PruneResult) -> dict[str, Any]:
+    """A verification row: no weight matrix keeps more than its plan allows, whole weights a row."""
+    floor = result.plan.min_keep_ratio
+    over = [
+        view.name
+        for view, outcome in zip(result.plan.views, result.views, strict=True)
+        if outcome.kept > view.shape[0] * math.ceil(max(view.density, floor) * view.shape[1] - 1e-9)
+    ]
+    detail = f"{over[0]} keeps more than planned" if over else f"target {result.plan.sparsity:.2%} zeros"
+    return {"check": "density within the plan", "passed": not over, "detail": detail}
 
 
 def efficiency(ready: Preparation, folder: Path) -> dict[str, Any]:
@@ -240,7 +275,7 @@ def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData
         "architecture": plan.architecture,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(ready.device),
-        "method": describe_method(ready.config),
+        "method": {**describe_method(ready.config), "pattern": plan.pattern},
         "calibration": None
         if text is None
         else {
@@ -288,7 +323,6 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
         "update": solver.update_name,
         "reconstruct": config.reconstruct,
         "allocation": "uniform" if config.allocation == "uniform" else Path(config.allocation).name,
-        "pattern": config.pattern,
         "options": {**own, **config.options},
         "paper": owner.info.paper,
         "paper_title": owner.info.paper_title,
@@ -297,17 +331,17 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
     }
 
 
-def evaluate(recipe: Recipe, baseline: str | None = None) -> dict[str, Any]:
+def evaluate(recipe: Recipe, baseline: str | None = None, baseline_revision: str | None = None) -> dict[str, Any]:
     """Measure a finished model, and the dense one beside it where `baseline` names it; a report of those two entries.
 
     Raises:
         BadInputError: the model or the text cannot be used.
     """
     recipe.require("model_name_or_path", "eval_dataset_name")
-    distributed.initialise()
+    distributed.initialise(recipe.model.device)
     device = pick_device(recipe.model.device, distributed.local_rank())
-    names = {"dense": baseline, "pruned": recipe.model.model_name_or_path}
-    sources = {name: resolve_model(model) for name, model in names.items() if model}
+    names = {"dense": (baseline, baseline_revision), "pruned": (recipe.model.model_name_or_path, recipe.model.revision)}
+    sources = {name: resolve_model(model, revision) for name, (model, revision) in names.items() if model}
     evaluation = None
     measured = {}
     for name, source in sources.items():

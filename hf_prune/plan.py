@@ -77,9 +77,12 @@ class Plan:
             raise BadInputError(f"{origin}: plan version {values.get('version')} is unknown; this release reads 1.")
         try:
             rest = {key: value for key, value in values.items() if key not in ("format", "version", "views")}
-            views = [ViewPlan(**{**view, "shape": tuple(view["shape"])}) for view in values["views"]]
+            views = [
+                ViewPlan(**{**view, "shape": tuple(view["shape"]), "density": float(view["density"])})
+                for view in values["views"]
+            ]
             return cls(views=views, **rest)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise BadInputError(f"{origin}: the plan is incomplete or has unknown entries ({error}).") from None
 
     @classmethod
@@ -122,7 +125,7 @@ def select_views(
             skipped.append({"name": view.name, "reason": "ignored"})
         elif is_head and not targets:
             skipped.append({"name": view.name, "reason": "the LM head, pruned only when it is a target"})
-        elif is_head and getattr(model.config, "tie_word_embeddings", False):
+        elif is_head and _is_tied(model, view):
             raise BadInputError(
                 f"targets: {view.name} is tied to the embeddings, so pruning it zeroes them; remove it from targets."
             )
@@ -135,6 +138,13 @@ def select_views(
         if name.startswith(prefix + ".") and parameter.ndim > 1 and name not in covered:
             skipped.append({"name": name, "reason": f"a {parameter.ndim}-D weight that is no linear layer"})
     return chosen, skipped
+
+
+def _is_tied(model: nn.Module, head: WeightView) -> bool:
+    """Whether the head shares its weight with the embeddings; on the meta device only the config can tell."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return embeddings.weight is head.parameter or bool(getattr(config, "tie_word_embeddings", False))
 
 
 def make_plan(
@@ -179,7 +189,7 @@ def make_plan(
         base_model=base_model,
         architecture=type(model).__name__,
         sparsity=1 - sum(view.density * view.numel for view in planned) / total,
-        pattern=config.pattern,
+        pattern=planned[0].pattern if len({view.pattern for view in planned}) == 1 else "mixed",
         allocation=config.allocation if config.allocation == "uniform" else Path(config.allocation).name,
         min_keep_ratio=config.min_keep_ratio,
         views=planned,

@@ -236,7 +236,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """Read a flat mapping; `origin` names the text in errors."""
     try:
         values = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise BadInputError(f"{origin}: not valid YAML{line}; write one `key: value` a line.") from None
@@ -265,17 +265,17 @@ def parse_flags(arguments: list[str]) -> dict[str, Any]:
             raise BadInputError(f"{argument}: flags are written --key value.")
         else:
             values[key].append(argument)
-    return {key: _flag_value(words) for key, words in values.items()}
+    return {key: _flag_value(key, words) for key, words in values.items()}
 
 
-def _flag_value(words: list[str]) -> Any:
+def _flag_value(key: str, words: list[str]) -> Any:
     if len(words) != 1:
         return words or True
     word = words[0]
     # Only lists and null need YAML; everything else is coerced from text by the field's own type.
-    if word.startswith("[") or word in ("null", "None"):
-        return None if word == "None" else yaml.load(word, Loader=_Loader)
-    return word
+    if word in ("null", "None"):
+        return None
+    return parse_yaml(f"{key}: {word}", f"--{key}")[key] if word.startswith("[") else word
 
 
 def load_recipe(path: str | Path | None, flags: Mapping[str, Any] | None = None) -> Recipe:

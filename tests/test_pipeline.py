@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,22 @@ def test_private_text_stays_at_home(finished: Path) -> None:
             assert "quick brown" not in content, path
             assert "Line 7: the" not in content, path
     assert "secret-notes" not in (finished / "README.md").read_text()
+
+
+def test_a_push_sends_no_private_text(finished: Path) -> None:
+    from hf_prune.hub.push import files_to_upload, public_copy
+
+    paths = files_to_upload(finished)
+    with public_copy(finished, paths) as public:
+        assert sorted(str(path.relative_to(public)) for path in public.rglob("*") if path.is_file()) == paths
+        for path in paths:
+            content = (public / path).read_bytes()
+            if path == "tokenizer.json":
+                continue
+            for private in (b"quick brown", b"Line 7: the", b"secret-notes"):
+                assert private not in content, path
+        assert "pattern: 2:4" in (public / "hf_prune_recipe.yaml").read_text().replace("'", "")
+        assert (public / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
 def test_samples_are_published_when_the_user_says_so(dense: Path, text: Path, tmp_path: Path) -> None:
@@ -283,6 +300,48 @@ def test_help_and_import_load_nothing_heavy() -> None:
     assert "--sparsity" in done.stdout and "--hub_model_id" in done.stdout
 
 
+def test_flags_without_a_value_and_slips_are_refused(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments in (
+        ["push", str(finished), "--repo_id"],
+        ["inspect", str(finished), "--plot"],
+        ["evaluate", str(finished), "--output_file"],
+        ["evaluate", str(finished), "--eval_max_window", "4"],
+        ["plan", "--save", "--config", "x.yaml"],
+        ["plan", "--save", "plan.txt"],
+        ["prune", "--targets", "[a"],
+    ):
+        assert cli.main(arguments) == 2, arguments
+    assert capsys.readouterr().err.count("\n") == 7
+
+
+def test_an_untied_head_can_be_pruned_from_a_recipe(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "qwen3"
+    tiny_model("qwen3").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    changes = {"targets": ["lm_head"], "eval_dataset_name": None, "eval_efficiency": False}
+    report = run(make_recipe(recipe(folder, text, tmp_path / "out", **changes)))
+    assert [view["name"] for view in report["views"]] == ["lm_head"]
+    assert report["views"][0]["density"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_quantized_models_are_refused(dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "quantized"
+    shutil.copytree(dense, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    flags = [f"--{key}={value}" for key, value in recipe(folder, text, tmp_path / "out").items()]
+    assert cli.main(["prune", *flags]) == 2
+    assert "is quantized" in capsys.readouterr().err
+
+
+def test_several_processes_refuse_bad_input_in_one_sentence(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    values = recipe(dense, text, tmp_path / "out", num_processes=2, pattern="2:5", sparsity=0.6)
+    assert cli.main(["prune", *[f"--{key}={value}" for key, value in values.items()]]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_unknown_verbs_and_flags(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["shrink"]) == 2
     assert cli.main(["inspect", "somewhere", "--colour", "red"]) == 2
@@ -307,7 +366,7 @@ def test_plan_says_what_will_happen_and_what_it_takes(
 
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(dense: Path, text: Path, tmp_path: Path) -> None:
     from hf_prune.errors import BadInputError
-    from hf_prune.pipeline import prepare
+    from hf_prune.pipeline import check_feasible, prepare
 
     huge = tmp_path / "huge"
     huge.mkdir()
@@ -318,7 +377,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(dense: Path, text: Pa
     (huge / "config.json").write_text(json.dumps(config))
     save_file({"placeholder": torch.zeros(1)}, huge / "model.safetensors")
     with pytest.raises(BadInputError, match="GB are free"):
-        prepare(make_recipe(recipe(huge, text, tmp_path / "out")))
+        check_feasible(prepare(make_recipe(recipe(huge, text, tmp_path / "out"))))
 
 
 def test_the_saved_recipe_runs_again(finished: Path, tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ def test_a_saved_plan_is_an_allocation(tmp_path: Path) -> None:
         assert kept == round((0.25 if "mlp" in view.name else 0.75) * view.numel)
     groups = (model.model.layers[0].self_attn.q_proj.weight != 0).view(32, 8, 4).sum(-1)
     assert torch.equal(groups, torch.full((32, 8), 3))
+    assert result.plan.pattern == "mixed"
+    with pytest.raises(BadInputError, match="pattern: 2:4 contradicts the plan"):
+        plan_pruning(model, MagnitudeConfig(allocation=str(path), pattern="2:4"))
     with pytest.raises(BadInputError, match="contradicts the plan"):
         plan_pruning(model, MagnitudeConfig(allocation=str(path), sparsity=0.9))
     with pytest.raises(BadInputError, match="plan this model anew"):

@@ -26,6 +26,11 @@ def saved_plan(config: PruneConfig, views: Sequence[WeightView]) -> tuple[dict[s
             )
         if not 0 <= planned.density <= 1:
             raise BadInputError(f"allocation: {config.allocation} gives {view.name} a density outside [0, 1].")
+        if config.pattern not in ("unstructured", planned.pattern):
+            raise BadInputError(
+                f"pattern: {config.pattern} contradicts the plan {config.allocation}, which gives {view.name} "
+                f"{planned.pattern}; leave pattern out."
+            )
     kept = sum(table[view.name].density * view.shape[0] * view.shape[1] for view in views)
     sparsity = 1 - kept / sum(view.shape[0] * view.shape[1] for view in views)
     if config.sparsity is not None and abs(config.sparsity - sparsity) > 1e-3:

@@ -20,6 +20,8 @@ from hf_prune.errors import BadInputError, HfPruneError, RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What hf_prune writes beside the stock files.
+RECIPE_FILE, PLAN_FILE, REPORT_FILE = "hf_prune_recipe.yaml", "prune_plan.json", "prune_report.json"
 logger = logging.getLogger(__name__)
 
 FULL = {errno.ENOSPC, errno.EDQUOT}

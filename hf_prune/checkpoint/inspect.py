@@ -199,7 +199,7 @@ def _layer_kinds(folder: Path) -> tuple[dict[str, str], str]:
     for auto_class in (AutoModelForCausalLM, AutoModel):
         try:
             with torch.device("meta"):
-                model = auto_class.from_config(AutoConfig.from_pretrained(folder))
+                model = auto_class.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
             break
         except Exception as error:
             logger.info("no %s from the config of %s: %s", auto_class.__name__, folder, error)

@@ -28,14 +28,19 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         BadInputError: the device is not there.
     """
     if name == "auto":
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type != "cpu":
         backend = getattr(torch, device.type, None)
         if backend is None or not backend.is_available():
             raise BadInputError(f"device: {name} is not available here; use device cpu or auto.")
         if device.index is not None and device.index >= backend.device_count():
-            raise BadInputError(f"device: {name} is not there, this machine has {backend.device_count()}; use auto.")
+            raise BadInputError(
+                f"device: {name} is not there, this machine has {backend.device_count()}; use auto or fewer "
+                "num_processes."
+            )
     return device
 
 
@@ -52,6 +57,8 @@ def load_config(path: str, arguments: ModelArguments, revision: str | None = Non
     with _explained(path):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=arguments.trust_remote_code)
     _check_causal(path, config)
+    if getattr(config, "quantization_config", None):
+        raise BadInputError(f"model_name_or_path: {path} is quantized; prune the unquantized model it was made from.")
     return config
 
 

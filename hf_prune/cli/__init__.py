@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return int(module.main(rest) or 0)
     except KeyboardInterrupt:
-        print("hf-prune: interrupted; nothing was written.", file=sys.stderr)
+        print("hf-prune: interrupted.", file=sys.stderr)
         return 130
     except HfPruneError as error:
         if debug:
@@ -63,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":
+            print("hf-prune: device: out of memory; use a larger device, dtype bfloat16 or less text.", file=sys.stderr)
+            return 1
         text = " ".join(str(error).split())[:300]
         print(f"hf-prune: unexpected {type(error).__name__}: {text} (--debug shows where).", file=sys.stderr)
         return 1

@@ -34,7 +34,7 @@ def quiet_libraries() -> None:
 def read_recipe(arguments: list[str]) -> Recipe:
     """`--config file.yaml` with the other flags laid over it."""
     flags = parse_flags(arguments)
-    return load_recipe(flags.pop("config", None), flags)
+    return load_recipe(take_text(flags, "config"), flags)
 
 
 def split_positional(arguments: list[str], what: str) -> tuple[str, dict[str, Any]]:
@@ -46,6 +46,18 @@ def split_positional(arguments: list[str], what: str) -> tuple[str, dict[str, An
     if not arguments or arguments[0].startswith("--"):
         raise BadInputError(f"name {what} first, then the flags.")
     return arguments[0], parse_flags(arguments[1:])
+
+
+def take_text(flags: dict[str, Any], key: str) -> str | None:
+    """Take a flag with a text value out of `flags`; None where it is absent.
+
+    Raises:
+        BadInputError: the flag stands without a value, or with several.
+    """
+    value = flags.pop(key, None)
+    if value is True or isinstance(value, list):
+        raise BadInputError(f"{key}: needs one value; write --{key} VALUE.")
+    return None if value is None else str(value)
 
 
 def take_flags(flags: dict[str, Any], *known: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_prune.cli.arguments import console, split_positional, take_flags
+from hf_prune.cli.arguments import console, split_positional, take_flags, take_text
 
 
 def help_text() -> str:
@@ -22,10 +22,10 @@ def main(arguments: list[str]) -> None:
     from hf_prune.report.plots import plot_sparsity_by_layer
     from hf_prune.report.tables import inspect_table
 
-    inspection = inspect_checkpoint(model, revision=flags.get("revision"))
+    revision, plot = take_text(flags, "revision"), Path(take_text(flags, "plot") or "sparsity_by_layer.png")
+    inspection = inspect_checkpoint(model, revision=revision)
     out = console()
     out.print(inspect_table(inspection.rows, inspection.summary, verbose=bool(flags.get("verbose"))))
-    plot = Path(flags.get("plot") or "sparsity_by_layer.png")
     drawn = [row for row in inspection.rows if row.get("block") is not None]
     if drawn:
         plot_sparsity_by_layer(drawn, plot)

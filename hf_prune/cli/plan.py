@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from hf_prune.cli.arguments import console, quiet_libraries, read_recipe, recipe_help
+from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, take_text
+from hf_prune.errors import BadInputError
+from hf_prune.progress import is_main_process
+from hf_prune.recipe import coerce, load_recipe, parse_flags
 
 
 def help_text() -> str:
@@ -13,15 +16,13 @@ def help_text() -> str:
 
 
 def main(arguments: list[str]) -> None:
-    verbose = "--verbose" in arguments
-    arguments = [argument for argument in arguments if argument != "--verbose"]
-    save = None
-    if "--save" in arguments:
-        place = arguments.index("--save")
-        save = arguments[place + 1] if place + 1 < len(arguments) else None
-        del arguments[place : place + 2]
-    recipe = read_recipe(arguments)
-    from hf_prune.pipeline import prepare
+    flags = parse_flags(arguments)
+    verbose = coerce("verbose", flags.pop("verbose", False), bool)
+    save = take_text(flags, "save")
+    if save and not save.endswith(".json"):
+        raise BadInputError(f"save: {save} must end in .json, so that `allocation: {save}.json` can name it.")
+    recipe = load_recipe(take_text(flags, "config"), flags)
+    from hf_prune.pipeline import check_feasible, prepare
     from hf_prune.report.figures import duration, flops, size
     from hf_prune.report.tables import plan_table
 
@@ -38,6 +39,11 @@ def main(arguments: list[str]) -> None:
         f"Pruning: about {duration(predicted.seconds)} and {size(predicted.memory_bytes)} of memory on {ready.device}, "
         f"{size(predicted.disk_bytes)} of disk; evaluation comes on top."
     )
-    if save:
-        ready.plan.save(save)
-        out.print(f"Saved to {save}; `allocation: {save}` uses it.")
+    if save and is_main_process():
+        try:
+            ready.plan.save(save)
+        except OSError as error:
+            raise BadInputError(f"save: {save} cannot be written ({error.strerror}); choose another file.") from None
+        out.print(f"Saved to {save}; `allocation: {save}` uses it.", markup=False)
+    if recipe.output.output_dir:
+        check_feasible(ready)

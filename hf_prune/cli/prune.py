@@ -15,9 +15,19 @@ def help_text() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    recipe = read_recipe(arguments)
+    return execute(read_recipe(arguments), ["prune", *arguments])
+
+
+def execute(recipe: Recipe, command: list[str]) -> int:
+    """Run the recipe here, or `command` once per process where the recipe asks for several."""
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
-        return relaunch(recipe.model.num_processes, ["prune", *arguments])
+        from hf_prune.pipeline import check_feasible, prepare
+
+        # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
+        quiet_libraries()
+        recipe.require("output_dir")
+        check_feasible(prepare(recipe))
+        return relaunch(recipe.model.num_processes, command)
     run_and_show(recipe)
     return 0
 

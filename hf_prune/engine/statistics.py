@@ -76,7 +76,8 @@ class Statistics:
         if "gram" in self._totals:
             add_gram(self._totals["gram"], rows)
         if "sum_of_squares" in self._totals:
-            self._totals["sum_of_squares"] += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+            # Not vector_norm(dim=0), which is ten times slower down the columns.
+            self._totals["sum_of_squares"] += rows.square().sum(dim=0)
         if "sum" in self._totals:
             self._totals["sum"] += rows.sum(dim=0)
 

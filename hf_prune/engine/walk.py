@@ -7,7 +7,8 @@ one to hand its pruned outputs on, none at all for methods without statistics.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from hf_prune.weights import WeightView, find_views
 
 logger = logging.getLogger(__name__)
 # Tokens a forward: large enough for full-speed matrix products, small enough to keep activations out of the peak.
-TOKENS_PER_FORWARD = 4096
+TOKENS_PER_FORWARD = 2048
 
 
 class WeightSolver(Protocol):
@@ -84,7 +85,7 @@ def walk(model: nn.Module, plan: Plan, solver: WeightSolver, input_ids: Tensor |
     chunks = _own_chunks(input_ids)
     hidden: list[Tensor | None] = [None] * len(chunks)
     last = max(view.block for view in views)
-    with BlockRunner(model) as runner:
+    with BlockRunner(model) as runner, _full_float32():
         for index in progress(range(last + 1), "pruning blocks", total=last + 1):
             own = [view for view in views if view.block == index]
             if own:
@@ -98,6 +99,17 @@ def walk(model: nn.Module, plan: Plan, solver: WeightSolver, input_ids: Tensor |
     order = {view.name: place for place, view in enumerate(plan.views)}
     result.views.sort(key=lambda view: order[view.name])
     return result
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TF32 in the statistics and solves, whatever the user's own training code has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _views_of(model: nn.Module, plan: Plan) -> list[WeightView]:
@@ -148,9 +160,13 @@ def _solve(
 ) -> list[ViewResult]:
     """Solve each group on one process and hand the weights out, so that all processes hold the same bits."""
     owners = _assign([sum(view.parameter.numel() for view in members) * members[0].shape[1] for _, members in groups])
+    # All sums first: an owner that solves before it joins the next reduction would keep the others waiting.
+    for (statistics, _), owner in zip(groups, owners, strict=True):
+        statistics.finish(lambda tensor, owner=owner: distributed.sum_at(tensor, owner))  # type: ignore[misc]
+        if owner != distributed.rank():
+            statistics.release()
     results: list[ViewResult] = []
     for (statistics, members), owner in zip(groups, owners, strict=True):
-        statistics.finish(lambda tensor, owner=owner: distributed.sum_at(tensor, owner))  # type: ignore[misc]
         if owner == distributed.rank():
             results += [_prune(view, statistics, solver, rules[view.name]) for view in members]
             statistics.release()
@@ -183,13 +199,13 @@ def _prune(view: WeightView, statistics: Statistics | None, solver: WeightSolver
     view.write(weight)
     error = None
     if statistics is not None and statistics.gram is not None:
-        error = _relative_error(weight - dense, dense, statistics.gram)
+        gram = statistics.gram
+        error = _relative_error(weight - dense, dense, statistics.derive("float32 gram", lambda _: gram.float()))
     return ViewResult(view.name, view.count_nonzero(), zeros_before, error)
 
 
 def _relative_error(change: Tensor, dense: Tensor, gram: Tensor) -> float:
     """tr(D G D^T) / tr(W G W^T) with D the change: the squared output error over the squared output."""
-    gram = gram.to(dense.dtype)
     numerator = float(((change @ gram) * change).sum())
     denominator = float(((dense @ gram) * dense).sum())
     return max(numerator, 0.0) / denominator if denominator > 0 else 0.0

@@ -4,6 +4,7 @@ import glob
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_prune.checkpoint.folder import RECIPE_FILE, REPORT_FILE
 from hf_prune.errors import BadInputError, HfPruneError, RunError
+from hf_prune.report.privacy import public_recipe, public_report
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +63,48 @@ def push_folder(
             "on the Hub, or choose another repo_id."
         )
     with _one_sentence(f"upload {folder.name} to {repo_id}", token, if_unreachable=RunError):
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=[glob.escape(path) for path in paths],
-            delete_patterns=OUR_FILES,
-            commit_message=commit_message,
-        )
+        with public_copy(folder, paths) as public:
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=public,
+                allow_patterns=[glob.escape(path) for path in paths],
+                delete_patterns=OUR_FILES,
+                commit_message=commit_message,
+            )
     if commit.oid == before.sha:
         logger.info("%s already holds exactly this folder: nothing to upload.", url)
     else:
         logger.info("Pushed %d files to %s", len(paths), url)
     return str(url)
+
+
+@contextmanager
+def public_copy(folder: Path, paths: list[str]) -> Iterator[Path]:
+    """The files of `folder` as they may be seen by anybody: links to them, but for recipe and report.
+
+    Those two name local text and hold prompts in the user's own folder; a push sends them without, unless the recipe
+    says publish_samples.
+    """
+    recipe, report = (folder / name if name in paths else None for name in (RECIPE_FILE, REPORT_FILE))
+    if recipe is None or report is None:
+        yield folder
+        return
+    recipe_text = recipe.read_text(encoding="utf-8")
+    try:
+        content = json.loads(report.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BadInputError(f"{report} cannot be read: write the folder again before pushing it.") from None
+    with tempfile.TemporaryDirectory(prefix="hf_prune-push-") as place:
+        for path in paths:
+            link = Path(place, path)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if path not in (RECIPE_FILE, REPORT_FILE):
+                link.symlink_to(folder / path)
+        text, verbatim = public_recipe(content, recipe_text)
+        Path(place, RECIPE_FILE).write_text(recipe_text if verbatim else text + "\n", encoding="utf-8")
+        public = json.dumps(public_report(content, recipe_text), indent=1) + "\n"
+        Path(place, REPORT_FILE).write_text(public, encoding="utf-8")
+        yield Path(place)
 
 
 def check_ready_to_push(repo_id: str, token: str | None = None) -> str:

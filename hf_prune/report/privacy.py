@@ -82,6 +82,18 @@ def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
     return (dump_yaml(shown).strip() if shown else ""), False
 
 
+def public_report(report: dict[str, Any], recipe_text: str) -> dict[str, Any]:
+    """The report as it may be published: private texts unnamed, samples only where they may be shown."""
+    public = dict(report)
+    for part in TEXT_KEYS:
+        text = report.get(part)
+        if isinstance(text, dict) and is_private(text):
+            public[part] = {**text, "dataset": LOCAL_TEXT, "config": None, "split": None, "revision": None}
+    if not may_show_samples(report, parsed_recipe(recipe_text)):
+        public.pop("samples", None)
+    return public
+
+
 def public_command(command: Any, hidden: set[str]) -> str:
     """The command line with the values of hidden flags replaced; '' where it cannot be read for sure."""
     if not command or not hidden:
