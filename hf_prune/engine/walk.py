@@ -26,7 +26,7 @@ from hf_prune.weights import WeightView, find_views
 
 logger = logging.getLogger(__name__)
 # Tokens a forward: large enough for full-speed matrix products, small enough to keep activations out of the peak.
-TOKENS_PER_FORWARD = 2048
+TOKENS_PER_FORWARD = 1024
 
 
 class WeightSolver(Protocol):

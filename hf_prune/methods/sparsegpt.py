@@ -43,7 +43,8 @@ def inverse_cholesky(statistics: Statistics, damping: float) -> tuple[Tensor, Te
 
 def _inverse_cholesky(statistics: Statistics, damping: float) -> tuple[Tensor, Tensor]:
     assert statistics.gram is not None
-    hessian = (statistics.gram / max(statistics.count, 1)).flip(0, 1)
+    # These matrices are the peak of the memory: each is freed as soon as the next one stands.
+    hessian = statistics.gram.flip(0, 1).div_(max(statistics.count, 1))
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1.0
@@ -52,9 +53,11 @@ def _inverse_cholesky(statistics: Statistics, damping: float) -> tuple[Tensor, T
     for attempt in range(_ATTEMPTS):
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
-            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            return upper.float(), dead.flip(0)
+            del hessian, diagonal
+            upper = lower.flip(0, 1)
+            del lower
+            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+            return torch.linalg.solve_triangular(upper, identity, upper=True).float(), dead.flip(0)
         logger.warning("The Hessian of %d inputs is not positive definite; raising the damping tenfold.", len(hessian))
         diagonal += step * (10 ** (attempt + 1) - 10**attempt)
     raise RunError(

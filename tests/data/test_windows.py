@@ -235,4 +235,4 @@ def test_a_real_sentencepiece_vocabulary(shared_folder: Path) -> None:
     assert torch.equal(windows.input_ids[:, 1:], ids[:, 1:])
     for row, num_bytes in zip(ids, windows.num_bytes.tolist(), strict=True):
         difference = len(tokenizer.decode(row[1:]).encode()) - num_bytes
-        assert difference in (-1, 0)  # its decoder eats a leading space
+        assert abs(difference) <= 1  # its decoder eats a leading space, or leaves one

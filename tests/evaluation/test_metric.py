@@ -28,8 +28,9 @@ def metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> evaluate.Metric:
 def expected(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, bos: bool, count: int) -> dict[str, float]:
     """Protocol written out: join, tokenise, cut, mean of log-softmax in float64; every token is one word."""
     ids = tokenizer("\n\n".join(TEXTS), add_special_tokens=False)["input_ids"]
-    stride = LENGTH - 1 if bos else LENGTH
-    windows = [[1] * bos + ids[start : start + stride] for start in range(0, count * stride, stride)]
+    windows = [ids[start : start + LENGTH] for start in range(0, count * LENGTH, LENGTH)]
+    if bos:
+        windows = [[1, *window[1:]] for window in windows]
     with torch.no_grad():
         scores = model(torch.tensor(windows)).logits.double().log_softmax(-1)
     losses = [
@@ -64,7 +65,7 @@ def test_loads_a_folder_and_takes_every_window(
     tokenizer.save_pretrained(tmp_path / "model")
     result = metric.compute(predictions=TEXTS, model=str(tmp_path / "model"), seq_length=LENGTH, device="cpu")
     assert result["add_bos"]  # this tokenizer adds one
-    assert result["windows"] == len(TEXTS) * 13 // (LENGTH - 1)
+    assert result["windows"] == len(TEXTS) * 13 // LENGTH
     assert result["perplexity"] == pytest.approx(expected(model, tokenizer, True, result["windows"])["perplexity"])
 
 
