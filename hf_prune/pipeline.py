@@ -14,7 +14,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import hf_prune
 from hf_prune.checkpoint.folder import (
@@ -28,8 +27,8 @@ from hf_prune.checkpoint.folder import (
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.data.builtin import ModelSource, resolve_model
-from hf_prune.data.text import TextData, load_text
-from hf_prune.data.windows import calibration_windows, default_seq_length
+from hf_prune.data.text import TextData
+from hf_prune.data.windows import default_seq_length
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.estimate import Estimate, check_fits, estimate
@@ -40,7 +39,7 @@ from hf_prune.hub.card import write_card
 from hf_prune.hub.push import check_ready_to_push, push_folder
 from hf_prune.methods import find_method, make_config, make_solver
 from hf_prune.plan import Plan
-from hf_prune.pruning import PruneResult, plan_pruning, prune
+from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune
 from hf_prune.recipe import PruneConfig, Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer
 
@@ -132,7 +131,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
         revision = ready.source.revision or recipe.model.revision
         tokenizer = load_tokenizer(ready.source.path, recipe.model, revision)
     with watch.phase("text"):
-        text, input_ids = calibration(ready, tokenizer)
+        text, input_ids = None, None
+        if make_solver(ready.config).statistics:
+            text, input_ids = load_calibration(recipe.data, tokenizer, ready.model_config)
         evaluation = None
         if recipe.evaluation.eval_dataset_name:
             evaluation = QualityEvaluation(recipe.evaluation, tokenizer, ready.model_config)
@@ -161,22 +162,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if distributed.rank() == 0:
         write(ready, model, tokenizer, result, report, watch)
     return report
-
-
-def calibration(ready: Preparation, tokenizer: Any) -> tuple[TextData | None, Tensor | None]:
-    """The calibration text and its windows; (None, None) for a method that needs none."""
-    data = ready.recipe.data
-    if not make_solver(ready.config).statistics or data.dataset_name is None:
-        return None, None
-    text = load_text(
-        data.dataset_name,
-        config=data.dataset_config,
-        split=data.dataset_split,
-        text_column=data.text_column,
-        revision=data.dataset_revision,
-        tokenizer=tokenizer,
-    )
-    return text, calibration_windows(text, tokenizer, data.num_calibration_samples, ready.seq_length, data.seed)
 
 
 def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, report: dict, watch: Stopwatch) -> None:

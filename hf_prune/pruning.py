@@ -17,6 +17,8 @@ from hf_prune.recipe import DataArguments, PruneConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from hf_prune.data.text import TextData
+
 
 @dataclass
 class PruneResult:
@@ -81,13 +83,15 @@ def prune(
                 f"dataset_name: {config.method or config.criterion} needs calibration text; pass input_ids, or "
                 "tokenizer and dataset_name."
             )
-        input_ids = calibration_ids(arguments, tokenizer, model.config)
+        _, input_ids = load_calibration(arguments, tokenizer, model.config)
     result = walk(model, plan, solver, input_ids)
     return PruneResult(plan, result.views, result.forward_passes)
 
 
-def calibration_ids(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> Tensor:
-    """The calibration windows a recipe asks for, int64 [samples, tokens]."""
+def load_calibration(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, model_config: Any
+) -> tuple[TextData, Tensor]:
+    """The calibration text a recipe names, and its windows, int64 [samples, tokens]."""
     from hf_prune.data.text import load_text
     from hf_prune.data.windows import calibration_windows, default_seq_length
 
@@ -101,4 +105,4 @@ def calibration_ids(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase
         tokenizer=tokenizer,
     )
     seq_length = arguments.seq_length or default_seq_length(model_config)
-    return calibration_windows(text, tokenizer, arguments.num_calibration_samples, seq_length, arguments.seed)
+    return text, calibration_windows(text, tokenizer, arguments.num_calibration_samples, seq_length, arguments.seed)
