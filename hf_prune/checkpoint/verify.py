@@ -40,11 +40,11 @@ def verify_folder(
     Returns rows {"check": str, "passed": bool, "detail": str}; failing rows name the modules. A child that dies gives
     one failed row with its last words. Nothing is raised for a failed check: the caller decides.
     """
-    with tempfile.TemporaryDirectory(prefix="hf_prune-verify-") as workplace:
-        expected_file, report_file = Path(workplace, "expected.json"), Path(workplace, "report.json")
+    with tempfile.TemporaryDirectory(prefix="hf_prune-verify-") as scratch:
+        expected_file, report_file = Path(scratch, "expected.json"), Path(scratch, "report.json")
         expected, logits = expectation(model, views, tokenizer, trust_remote_code=trust_remote_code, seed=seed)
         expected_file.write_text(json.dumps(expected))
-        save_file({"logits": logits.contiguous()}, Path(workplace, "probe_logits.safetensors"))
+        save_file({"logits": logits.contiguous()}, Path(scratch, "probe_logits.safetensors"))
         # -P: the script's own folder stays off sys.path, where inspect.py would hide the standard library's.
         files = [script.__file__, str(Path(folder).resolve()), str(expected_file), str(report_file)]
         command = [sys.executable, "-P", *files]
