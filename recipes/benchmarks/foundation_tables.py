@@ -59,11 +59,11 @@ def markdown(rows: list[Row], settings: Sequence[tuple[str, str]], conditions: s
         lines.append(f"| {method} | {setting} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} |")
     versions = "; ".join(sorted({row["versions"] for row in rows}))
     fewest = min(row["runs"] for row in rows)
+    runs = "single runs" if fewest == 1 else f"medians of {fewest} runs or more"
     busy = max(row["cores_busy_elsewhere"] for row in rows)
     note = (
-        f"{conditions} Seconds and peak own (anonymous) memory are of the pruning itself, "
-        f"{'single runs' if fewest == 1 else f'medians of {fewest} runs or more'} on {rows[0]['threads']} CPU threads with "
-        f"at most {busy:.2f} cores busy elsewhere; {versions}."
+        f"{conditions} Seconds and peak own (anonymous) memory are of the pruning itself, {runs} on "
+        f"{rows[0]['threads']} CPU threads with at most {busy:.2f} cores busy elsewhere; {versions}."
     )
     if any(row["cores_busy_elsewhere"] > QUIET for row in rows):
         note += " The machine was not idle: the seconds are only a sketch."
