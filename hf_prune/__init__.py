@@ -15,6 +15,10 @@ _EXPORTS = {
     "HfPruneError": "hf_prune.errors",
     "RunError": "hf_prune.errors",
     "PruneConfig": "hf_prune.recipe",
+    "AdmmConfig": "hf_prune.methods.admm",
+    "BalancedConfig": "hf_prune.methods.presets",
+    "BestConfig": "hf_prune.methods.presets",
+    "FastConfig": "hf_prune.methods.presets",
     "MagnitudeConfig": "hf_prune.methods.magnitude",
     "SparseGPTConfig": "hf_prune.methods.sparsegpt",
     "WandaConfig": "hf_prune.methods.wanda",
@@ -24,7 +28,11 @@ _EXPORTS = {
     "prune": "hf_prune.pruning",
 }
 __all__ = [
+    "AdmmConfig",
     "BadInputError",
+    "BalancedConfig",
+    "BestConfig",
+    "FastConfig",
     "HfPruneError",
     "MagnitudeConfig",
     "Plan",
@@ -40,7 +48,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from hf_prune.errors import BadInputError, HfPruneError, RunError
+    from hf_prune.methods.admm import AdmmConfig
     from hf_prune.methods.magnitude import MagnitudeConfig
+    from hf_prune.methods.presets import BalancedConfig, BestConfig, FastConfig
     from hf_prune.methods.sparsegpt import SparseGPTConfig
     from hf_prune.methods.wanda import WandaConfig
     from hf_prune.plan import Plan

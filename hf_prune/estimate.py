@@ -13,9 +13,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from hf_prune.engine.walk import TOKENS_PER_FORWARD
+from hf_prune.engine.stream import TOKENS_PER_FORWARD
 from hf_prune.errors import BadInputError
+from hf_prune.methods.base import Solver
 from hf_prune.plan import Plan
+from hf_prune.reconstruction import BlockReconstruction
 
 logger = logging.getLogger(__name__)
 # A process with torch and transformers imported, before any model.
@@ -47,7 +49,8 @@ class Estimate:
 def estimate(
     model: PreTrainedModel,
     plan: Plan,
-    statistics: frozenset[str],
+    solver: Solver,
+    reconstruction: BlockReconstruction | None,
     samples: int,
     seq_length: int,
     dtype: str,
@@ -56,7 +59,8 @@ def estimate(
     """Predict from a model on the meta device.
 
     Args:
-        statistics: what the method needs of each layer's inputs; none means no forward pass at all.
+        solver: its statistics need forward passes, its update operations.
+        reconstruction: of each block, if there is one.
         samples, seq_length: calibration windows and their length in tokens.
         dtype: as in a recipe; `auto` is the config's.
     """
@@ -69,13 +73,17 @@ def estimate(
     tokens = samples * seq_length
     widest = max(view.shape[1] for view in plan.views)
     walk_flops = 0.0
-    if statistics:
+    statistics = solver.statistics
+    if statistics or reconstruction:
         # Observe and hand on: two forwards of the blocks (without the head), the Gram matrices, the factorisations.
         walk_flops = 2.0 * tokens * linear
+        if reconstruction:
+            # A forward and a backward, which is two of them.
+            walk_flops += 3.0 * reconstruction.reconstruct_passes * tokens * linear
         if "gram" in statistics:
             distinct = {(view.block, view.shape[1], view.name.rpartition(".")[0]) for view in plan.views}
             walk_flops += sum(1.2 * tokens * width**2 + 2 * width**3 for _, width, _ in distinct)
-            walk_flops += sum(6 * view.numel * view.shape[1] for view in plan.views)
+    walk_flops += sum(solver.update.flops(*view.shape) for view in plan.views)
     hidden = model.config.get_text_config().hidden_size
     # The distinct Gram matrices of a block at once, and what a factorisation holds beside its own, all in float64.
     gram = 0
@@ -84,8 +92,14 @@ def estimate(
             (view.name.rpartition(".")[0], view.shape[1]) for view in plan.views if view.block == plan.views[0].block
         }
         gram = 8 * (5 * widest**2 + 2 * sum(width**2 for _, width in first))
-    activations = TOKENS_PER_FORWARD * (6 * widest + 4 * hidden) * size if statistics else 0
+    activations = TOKENS_PER_FORWARD * (6 * widest + 4 * hidden) * size if statistics or reconstruction else 0
     memory = sum(weights.values()) * size + gram + activations + tokens * hidden * size + 5 * 4 * _largest(plan)
+    if reconstruction:
+        # The targets; weights, gradients, two moments and the best state of a block in float32; its activations.
+        block = max(
+            sum(view.numel for view in plan.views if view.block == own) for own in {v.block for v in plan.views}
+        )
+        memory += tokens * hidden * size + 5 * 4 * block + 3 * activations
     disk = sum(weights.values()) * size
     if device.type == "cpu":
         memory += _PYTHON_BYTES

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +26,7 @@ from hf_prune.checkpoint.folder import (
 )
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
 from hf_prune.checkpoint.verify import verify_folder
+from hf_prune.compose import make_allocation, make_block_reconstruction, make_config, make_solver, needs_text
 from hf_prune.data.builtin import ModelSource, resolve_model
 from hf_prune.data.text import TextData
 from hf_prune.data.windows import default_seq_length
@@ -37,9 +38,9 @@ from hf_prune.evaluation.memory import PeakMemory
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.hub.card import write_card
 from hf_prune.hub.push import check_ready_to_push, push_folder
-from hf_prune.methods import find_method, make_config, make_solver
+from hf_prune.methods import find_method
 from hf_prune.plan import Plan
-from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune
+from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, provisional_plan, prune
 from hf_prune.recipe import PruneConfig, Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer
 
@@ -49,13 +50,17 @@ VERSIONS = ("torch", "transformers", "accelerate", "datasets", "safetensors", "h
 
 @dataclass
 class Preparation:
-    """Everything a recipe decides before weights are loaded: the model's skeleton, the plan and what it will take."""
+    """Everything a recipe decides before weights are loaded: the model's skeleton, the plan and what it will take.
+
+    `plan_is_final` is False where the allocation has yet to look at the weights: densities are uniform until then.
+    """
 
     recipe: Recipe
     config: PruneConfig
     source: ModelSource
     model_config: Any
     plan: Plan
+    plan_is_final: bool
     estimate: Estimate
     device: torch.device
     seq_length: int
@@ -85,8 +90,7 @@ def prepare(recipe: Recipe) -> Preparation:
     recipe.require("model_name_or_path")
     model = recipe.model
     assert model.model_name_or_path is not None
-    needs_text = bool(make_solver(config).statistics)
-    if needs_text and not recipe.data.dataset_name:
+    if needs_text(config) and not recipe.data.dataset_name:
         raise BadInputError(
             f"dataset_name: {config.method or config.criterion} needs calibration text; name a dataset."
         )
@@ -94,11 +98,12 @@ def prepare(recipe: Recipe) -> Preparation:
     source = resolve_model(model.model_name_or_path, model.revision)
     model_config = load_config(source.path, model, source.revision or model.revision)
     empty = skeleton(model_config, model)
-    plan = plan_pruning(empty, config, source.base_model)
+    plan, final = provisional_plan(empty, config, source.base_model)
     seq_length = recipe.data.seq_length or default_seq_length(model_config)
-    samples = recipe.data.num_calibration_samples if needs_text else 0
-    predicted = estimate(empty, plan, make_solver(config).statistics, samples, seq_length, model.dtype, device)
-    return Preparation(recipe, config, source, model_config, plan, predicted, device, seq_length)
+    samples = recipe.data.num_calibration_samples if needs_text(config) else 0
+    solver, reconstruction = make_solver(config), make_block_reconstruction(config)
+    predicted = estimate(empty, plan, solver, reconstruction, samples, seq_length, model.dtype, device)
+    return Preparation(recipe, config, source, model_config, plan, final, predicted, device, seq_length)
 
 
 def check_feasible(ready: Preparation) -> None:
@@ -132,7 +137,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         tokenizer = load_tokenizer(ready.source.path, recipe.model, revision)
     with watch.phase("text"):
         text, input_ids = None, None
-        if make_solver(ready.config).statistics:
+        if needs_text(ready.config):
             text, input_ids = load_calibration(recipe.data, tokenizer, ready.model_config)
         evaluation = None
         if recipe.evaluation.eval_dataset_name:
@@ -144,7 +149,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
         with watch.phase("evaluate"):
             dense = evaluation.measure(model, "evaluating the dense model") if evaluation else None
         with watch.phase("prune"):
-            result = prune(model, ready.config, input_ids=input_ids, plan=ready.plan)
+            if not ready.plan_is_final:
+                plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids)
+                ready = replace(ready, plan=plan, plan_is_final=True)
+            folder = recipe.data.statistics_folder
+            result = prune(model, ready.config, input_ids=input_ids, plan=ready.plan, statistics_folder=folder)
         with watch.phase("evaluate"):
             pruned = evaluation.measure(model, "evaluating the pruned model") if evaluation else None
     report = {
@@ -162,6 +171,19 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if distributed.rank() == 0:
         write(ready, model, tokenizer, result, report, watch)
     return report
+
+
+def with_final_plan(ready: Preparation) -> Preparation:
+    """Load the weights, and the text where the allocation needs it, for a plan that depends on them."""
+    revision = ready.source.revision or ready.recipe.model.revision
+    input_ids = None
+    rule = make_allocation(ready.config)
+    if rule is not None and rule.statistics:
+        tokenizer = load_tokenizer(ready.source.path, ready.recipe.model, revision)
+        _, input_ids = load_calibration(ready.recipe.data, tokenizer, ready.model_config)
+    model = load_model(ready.source.path, ready.recipe.model, ready.device, revision)
+    plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids)
+    return replace(ready, plan=plan, plan_is_final=True)
 
 
 def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, report: dict, watch: Stopwatch) -> None:
@@ -283,6 +305,7 @@ def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData
         },
         "views": views,
         "forward_passes": result.forward_passes,
+        "reconstruction": [{"block": block, **asdict(outcome)} for block, outcome in result.reconstruction.items()],
         "versions": {"hf_prune": hf_prune.__version__, **{name: metadata.version(name) for name in VERSIONS}},
         "seed": recipe.data.seed,
         "num_processes": distributed.world_size(),
@@ -307,7 +330,7 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
         "criterion": solver.criterion_name,
         "update": solver.update_name,
         "reconstruct": config.reconstruct,
-        "allocation": "uniform" if config.allocation == "uniform" else Path(config.allocation).name,
+        "allocation": Path(config.allocation).name,
         "options": {**own, **config.options},
         "paper": owner.info.paper,
         "paper_title": owner.info.paper_title,

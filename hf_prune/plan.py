@@ -154,6 +154,7 @@ def make_plan(
     densities: dict[str, float],
     *,
     patterns: dict[str, str] | None = None,
+    held: frozenset[str] = frozenset(),
     skipped: list[dict[str, str]] | None = None,
     base_model: str = "",
 ) -> Plan:
@@ -162,6 +163,7 @@ def make_plan(
     Args:
         densities: share kept of each view, by name; ignored where the pattern is n:m.
         patterns: pattern of each view where they differ (a saved plan's table); `config.pattern` otherwise.
+        held: views whose density the floor has already raised.
 
     Raises:
         BadInputError: a layer's inputs do not divide into groups of m, or the floor is above an n:m density.
@@ -179,10 +181,9 @@ def make_plan(
         if pattern.density is not None and pattern.density < config.min_keep_ratio:
             raise BadInputError(f"min_keep_ratio: {config.min_keep_ratio} is more than pattern {text} keeps; lower it.")
         density = max(wanted, config.min_keep_ratio)
+        floor = density > wanted or view.name in held
         planned.append(
-            ViewPlan(
-                view.name, view.parameter_name, view.block, view.shape, view.transposed, density, text, density > wanted
-            )
+            ViewPlan(view.name, view.parameter_name, view.block, view.shape, view.transposed, density, text, floor)
         )
     total = sum(view.numel for view in planned)
     return Plan(
@@ -190,7 +191,7 @@ def make_plan(
         architecture=type(model).__name__,
         sparsity=1 - sum(view.density * view.numel for view in planned) / total,
         pattern=planned[0].pattern if len({view.pattern for view in planned}) == 1 else "mixed",
-        allocation=config.allocation if config.allocation == "uniform" else Path(config.allocation).name,
+        allocation=Path(config.allocation).name,
         min_keep_ratio=config.min_keep_ratio,
         views=planned,
         skipped=skipped or [],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hf_prune.allocation import allocate
+from hf_prune.allocation.base import meet_budget
+from hf_prune.allocation.saved import saved_plan
+from hf_prune.compose import make_allocation, make_block_reconstruction, make_solver, needs_text
+from hf_prune.engine.measure import measure_views
 from hf_prune.engine.walk import ViewResult, walk
 from hf_prune.errors import BadInputError
-from hf_prune.methods import make_solver
 from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.recipe import DataArguments, PruneConfig
+from hf_prune.reconstruction.block import BlockOutcome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,12 +31,14 @@ class PruneResult:
     Attributes:
         plan: every pruned weight matrix with its target.
         views: what became of each, in the plan's order.
-        forward_passes: forwards over the calibration set that it took.
+        forward_passes: forwards over the calibration set that the walk took.
+        reconstruction: outcome of each block's training by the block's index, where there was one.
     """
 
     plan: Plan
     views: list[ViewResult]
     forward_passes: float
+    reconstruction: dict[int, BlockOutcome] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -40,15 +46,43 @@ class PruneResult:
         return 1 - sum(view.kept for view in self.views) / sum(view.numel for view in self.plan.views)
 
 
-def plan_pruning(model: nn.Module, config: PruneConfig, base_model: str = "") -> Plan:
-    """What `prune` would do to `model`, which may live on the meta device.
+def plan_pruning(model: nn.Module, config: PruneConfig, base_model: str = "", input_ids: Tensor | None = None) -> Plan:
+    """What `prune` would do to `model`, which may live on the meta device unless the allocation looks at weights.
+
+    Args:
+        input_ids: int64 [samples, tokens], for allocations that look at the dense model's activations.
 
     Raises:
         BadInputError: targets match nothing, a pattern does not divide a layer's inputs, an allocation does not fit.
     """
     views, skipped = select_views(model, config.targets, config.ignore)
-    densities, patterns = allocate(config, views)
-    return make_plan(model, config, views, densities, patterns=patterns, skipped=skipped, base_model=base_model)
+    rule = make_allocation(config)
+    patterns: dict[str, str] = {}
+    held: frozenset[str] = frozenset()
+    if rule is None:
+        densities, patterns = saved_plan(config, views)
+    else:
+        assert config.sparsity is not None
+        measures = {}
+        if rule.needs_weights:
+            measures = measure_views(model, views, rule.measure, rule.statistics, input_ids)
+        wanted = rule.densities(views, measures, config.sparsity)
+        sizes = [view.shape[0] * view.shape[1] for view in views]
+        met = meet_budget(wanted, sizes, 1 - config.sparsity, config.min_keep_ratio)
+        densities = {view.name: density for view, density in zip(views, met, strict=True)}
+        held = frozenset(name for name, density in densities.items() if 0 < density <= config.min_keep_ratio)
+    return make_plan(
+        model, config, views, densities, patterns=patterns, held=held, skipped=skipped, base_model=base_model
+    )
+
+
+def provisional_plan(model: nn.Module, config: PruneConfig, base_model: str = "") -> tuple[Plan, bool]:
+    """A plan without looking at weights, for estimates, and whether it is final: an allocation may change densities."""
+    rule = make_allocation(config)
+    final = rule is None or not rule.needs_weights
+    own = config if final else replace(config, allocation="uniform")
+    plan = plan_pruning(model, own, base_model)
+    return replace(plan, allocation=Path(config.allocation).name), final
 
 
 def prune(
@@ -58,6 +92,7 @@ def prune(
     input_ids: Tensor | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     plan: Plan | None = None,
+    statistics_folder: str | None = None,
     **data: Any,
 ) -> PruneResult:
     """Prune a causal language model in place; it is usable at once and `save_pretrained` works as always.
@@ -69,14 +104,14 @@ def prune(
         tokenizer: the model's tokenizer, together with the calibration keys of a recipe as keywords
             (`dataset_name="allenai/c4", dataset_config="en", num_calibration_samples=128, seq_length=2048`).
         plan: a plan made before; made here otherwise.
+        statistics_folder: keeps the activations' statistics for further runs; used only with `propagate=False`.
 
     Raises:
         BadInputError: config, plan, text and model do not fit together.
         RunError: the arithmetic failed (an indefinite Hessian, an overflow).
     """
     solver = make_solver(config)
-    plan = plan or plan_pruning(model, config, getattr(model.config, "_name_or_path", ""))
-    if input_ids is None and solver.statistics:
+    if input_ids is None and needs_text(config):
         arguments = DataArguments(**data)
         if tokenizer is None or arguments.dataset_name is None:
             raise BadInputError(
@@ -84,18 +119,34 @@ def prune(
                 "tokenizer and dataset_name."
             )
         _, input_ids = load_calibration(arguments, tokenizer, model.config)
-    result = walk(model, plan, solver, input_ids)
-    return PruneResult(plan, result.views, result.forward_passes)
+    plan = plan or plan_pruning(model, config, getattr(model.config, "_name_or_path", ""), input_ids)
+    reconstruction = make_block_reconstruction(config)
+    result = walk(
+        model,
+        plan,
+        solver,
+        input_ids,
+        reconstruction=reconstruction,
+        propagate=config.propagate,
+        statistics_folder=Path(statistics_folder) if statistics_folder else None,
+    )
+    return PruneResult(plan, result.views, result.forward_passes, result.reconstruction)
 
 
 def load_calibration(
     arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, model_config: Any
 ) -> tuple[TextData, Tensor]:
-    """The calibration text a recipe names, and its windows, int64 [samples, tokens]."""
-    from hf_prune.data.text import load_text
-    from hf_prune.data.windows import calibration_windows, default_seq_length
+    """The calibration text a recipe names, and its windows, int64 [samples, tokens].
+
+    A .safetensors file holds windows that were cut before, as `input_ids`; their text is not known.
+    """
+    from hf_prune.data.text import TextData, load_text
+    from hf_prune.data.windows import calibration_windows, default_seq_length, stored_windows
 
     assert arguments.dataset_name is not None
+    if arguments.dataset_name.endswith(".safetensors"):
+        text = TextData((), Path(arguments.dataset_name).name, private=True)
+        return text, stored_windows(arguments.dataset_name)
     text = load_text(
         arguments.dataset_name,
         config=arguments.dataset_config,

@@ -21,6 +21,7 @@ import yaml
 from hf_prune.errors import BadInputError
 from hf_prune.patterns import Pattern
 
+RECONSTRUCT = ("none", "linear", "block")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Arguments = TypeVar("Arguments")
 
@@ -56,15 +57,19 @@ class PruneConfig:
         method: a preset of criterion and update (`magnitude`, `wanda`, `sparsegpt`; `hf-prune methods` lists them).
         criterion: what to drop; the method's own unless given.
         update: what happens to the surviving weights; the method's own unless given, `none` leaves them alone.
-        reconstruct: `none`.
+        reconstruct: `linear`, a least squares refit of each matrix on its support; `block`, a short training of each
+            block towards its dense outputs; `none`.
         sparsity: share of the targeted weights set to zero, in [0, 1); follows from the pattern where there is one.
         pattern: `unstructured`, or `n:m`: at most n of m consecutive inputs of an output row are kept.
-        allocation: `uniform`, or the path of a saved `prune_plan.json` whose densities are used.
+        allocation: how the budget is shared out: `uniform`, `global`, `erk`, `owl`, `alpha`, `layerwise_l1`,
+            `layerwise_l2`, or the path of a saved `prune_plan.json` whose densities are used.
         min_keep_ratio: floor in [0, 1): each weight matrix and each of its rows keep at least this share.
         targets: modules to prune, by suffix (`q_proj`), full name, or `re:` and a regular expression over the full
             name; every linear layer of every block unless given. Embeddings and the LM head are never included
             by default.
         ignore: modules to leave alone, written like `targets`.
+        propagate: every block sees what the pruned blocks before it hand over; false, what the dense ones do, which
+            saves a forward pass and costs quality.
 
     Raises:
         BadInputError: a value is out of range, or sparsity and pattern contradict one another.
@@ -80,7 +85,8 @@ class PruneConfig:
     min_keep_ratio: float = 0.0
     targets: list[str] | None = None
     ignore: list[str] | None = None
-    # Own keys of a criterion or update that comes from another method than `method`.
+    propagate: bool = True
+    # Own keys of parts that come from elsewhere than `method`.
     options: dict[str, Any] = field(default_factory=dict)
 
     # What a method's config declares: how tables call it and the parts it brings.
@@ -109,15 +115,15 @@ class PruneConfig:
             self.sparsity = 1 - pattern.density
         if not 0 <= self.min_keep_ratio < 1:
             raise BadInputError(f"min_keep_ratio: {self.min_keep_ratio} is outside [0, 1).")
-        if self.sparsity is None and self.allocation == "uniform":
+        if self.sparsity is None and not self.allocation.endswith(".json"):
             self.sparsity = 0.5
         if self.sparsity is not None and self.min_keep_ratio > 1 - self.sparsity + 1e-9:
             raise BadInputError(
                 f"min_keep_ratio: {self.min_keep_ratio} is more than the {1 - self.sparsity:.4g} that sparsity "
                 f"{self.sparsity:.4g} keeps; lower one of them."
             )
-        if self.reconstruct != "none":
-            raise BadInputError(f"reconstruct: {self.reconstruct!r} is unknown; the only choice today is none.")
+        if self.reconstruct not in RECONSTRUCT:
+            raise BadInputError(f"reconstruct: {self.reconstruct!r} is unknown; choose {', '.join(RECONSTRUCT)}.")
         for key in ("targets", "ignore"):
             for pattern_text in getattr(self, key) or []:
                 check_module_pattern(key, pattern_text)
@@ -137,6 +143,9 @@ class DataArguments:
     num_calibration_samples: int = field(default=128, metadata={"help": "calibration windows"})
     seq_length: int | None = field(default=None, metadata={"help": "tokens a window; min(2048, context) unless given"})
     seed: int = field(default=0, metadata={"help": "seed of every random choice"})
+    statistics_folder: str | None = field(
+        default=None, metadata={"help": "share activations' statistics between runs with propagate: false"}
+    )
 
     def __post_init__(self) -> None:
         if self.num_calibration_samples < 1:
@@ -209,7 +218,7 @@ class Recipe:
                 raise BadInputError(f"{key}: the recipe does not say; add the key or the flag --{key}.")
 
 
-class _Loader(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):
     """SafeLoader that refuses doubled keys and reads 2:4 as text (YAML 1.1 reads it as the base-60 number 124)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -222,12 +231,12 @@ class _Loader(yaml.SafeLoader):
 
 
 # The tables belong to the parent class: copy them before the resolvers are changed.
-_Loader.yaml_implicit_resolvers = {
+RecipeLoader.yaml_implicit_resolvers = {
     letter: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":int", ":float"))]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789")
 )
 
@@ -235,7 +244,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """Read a flat mapping; `origin` names the text in errors."""
     try:
-        values = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain data only
+        values = yaml.load(text, Loader=RecipeLoader)  # a SafeLoader: plain data only
     except (yaml.YAMLError, TypeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""

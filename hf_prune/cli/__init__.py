@@ -17,6 +17,8 @@ VERBS = {
     "plan": "dry run: what would be pruned, and what it would take; loads no weights",
     "evaluate": "quality and efficiency of a model, beside its dense original where it is known",
     "inspect": "sparsity and pattern by layer of any checkpoint",
+    "sensitivity": "what each block, kind of layer or matrix costs when it alone is pruned",
+    "bench": "a grid of recipes in turn, peers included: table, CSV and plot",
     "push": "upload a finished folder to the Hub",
     "methods": "the methods there are, with their papers",
 }

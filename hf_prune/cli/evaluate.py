@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     model, flags = split_positional(arguments, "the model's folder or Hub id")
     baseline, output_file = take_text(flags, "baseline"), take_text(flags, "output_file")
     from hf_prune.checkpoint.folder import RECIPE_FILE
-    from hf_prune.methods import make_config
+    from hf_prune.compose import make_config
     from hf_prune.pipeline import evaluate
     from hf_prune.recipe import make_recipe
     from hf_prune.report import tables

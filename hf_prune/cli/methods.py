@@ -9,21 +9,27 @@ from hf_prune.recipe import PruneConfig, parse_flags
 
 
 def help_text() -> str:
-    return "usage: hf-prune methods\n\nLists the methods with their papers and their own recipe keys.\n"
+    return "usage: hf-prune methods\n\nLists methods, allocations and reconstructions with their papers and own keys.\n"
 
 
 def main(arguments: list[str]) -> None:
     take_flags(parse_flags(arguments))
+    from hf_prune.allocation import ALLOCATIONS
     from hf_prune.methods import methods
+    from hf_prune.reconstruction import RECONSTRUCTIONS
     from hf_prune.report.tables import methods_table
 
-    common = {item.name for item in fields(PruneConfig)}
     out = console()
     out.print(methods_table([asdict(config.info) for config in methods().values()]))
-    for name, config in methods().items():
+    for title, parts in (("Allocations", ALLOCATIONS), ("Reconstructions", RECONSTRUCTIONS)):
+        rows = [{"name": name, "summary": part.summary, "paper": part.paper} for name, part in parts.items()]
+        out.print(methods_table(rows, title))
+    common = {item.name for item in fields(PruneConfig)}
+    for name, config in {**methods(), **ALLOCATIONS, **RECONSTRUCTIONS}.items():
         own = [f"{item.name} [{item.default}]" for item in fields(config) if item.name not in common]
         if own:
-            out.print(f"{name}: own keys {', '.join(own)}")
+            out.print(f"{name}: own keys {', '.join(own)}", markup=False)
     out.print(
-        "Any criterion goes with any update, allocation and pattern: `criterion: wanda` with `update: sparsegpt`."
+        "Any criterion goes with any update, allocation, pattern and reconstruction: `criterion: wanda`, "
+        "`update: sparsegpt`, `allocation: owl`, `reconstruct: block`."
     )

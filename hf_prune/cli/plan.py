@@ -22,12 +22,15 @@ def main(arguments: list[str]) -> None:
     if save and not save.endswith(".json"):
         raise BadInputError(f"save: {save} must end in .json, so that `allocation: {save}.json` can name it.")
     recipe = load_recipe(take_text(flags, "config"), flags)
-    from hf_prune.pipeline import check_feasible, prepare
+    from hf_prune.pipeline import check_feasible, prepare, with_final_plan
     from hf_prune.report.figures import duration, flops, size
     from hf_prune.report.tables import plan_table
 
     quiet_libraries()
     ready = prepare(recipe)
+    if not ready.plan_is_final:
+        # Densities that depend on the weights: the one case in which a plan loads them.
+        ready = with_final_plan(ready)
     out = console()
     out.print(plan_table(ready.plan.to_dict(), verbose=verbose))
     predicted = ready.estimate

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from hf_prune.data.text import TextData, adds_bos
 from hf_prune.errors import BadInputError
@@ -75,6 +77,20 @@ def calibration_windows(
         f"num_calibration_samples: {text.name} holds {len(tokens):,} tokens and {num_samples} windows of {seq_length} "
         f"need {needed:,}; lower num_calibration_samples or seq_length, or give more text."
     )
+
+
+def stored_windows(path: str) -> torch.Tensor:
+    """Windows that were cut before: `input_ids` of a safetensors file, int64 [samples, tokens].
+
+    Raises BadInputError where the file is missing or holds none.
+    """
+    try:
+        windows = load_file(path).get("input_ids")
+    except (OSError, SafetensorError) as error:
+        raise BadInputError(f"dataset_name: {path} cannot be read ({error}); give a safetensors file.") from None
+    if windows is None or windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
+        raise BadInputError(f"dataset_name: {path} holds no input_ids of int64 [samples, tokens]; write some there.")
+    return windows
 
 
 def evaluation_windows(

@@ -8,7 +8,7 @@ architecture: a block sees exactly what it sees in `model(input_ids)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -43,12 +43,13 @@ class BlockRunner:
     def __exit__(self, *exception: object) -> None:
         self.model.train(self._was_training)
 
-    def run(self, index: int, input_ids: Tensor, hidden: Tensor | None) -> Tensor:
+    def run(self, index: int, input_ids: Tensor, hidden: Tensor | None, *, gradients: bool = False) -> Tensor:
         """The output of block `index`.
 
         Args:
             input_ids: int64 [sequences, tokens], the tokens that `hidden` came from.
             hidden: [sequences, tokens, width], output of the block before it; None for the first block.
+            gradients: record what a backward pass needs.
 
         Returns:
             [sequences, tokens, width] in the model's dtype.
@@ -65,7 +66,7 @@ class BlockRunner:
             output.append(result)
             raise _Stop
 
-        with self._skipping(index, hidden), _patched(block, run_and_stop):
+        with self._skipping(index, hidden), _patched(block, run_and_stop), torch.set_grad_enabled(gradients):
             self._forward(input_ids)
         return output[0] if output else torch.empty(0)
 
@@ -75,7 +76,7 @@ class BlockRunner:
         `index` equal to the number of blocks skips all of them and runs what follows: the LM head.
         """
         if index == len(self.blocks):
-            with self._skipping(index, hidden):
+            with self._skipping(index, hidden), torch.no_grad():
                 self._forward(input_ids)
         else:
             self.run(index, input_ids, hidden)
@@ -86,11 +87,8 @@ class BlockRunner:
         raise _Stop
 
     def _forward(self, input_ids: Tensor) -> None:
-        try:
-            with torch.no_grad():
-                self.model(input_ids=input_ids.to(self.device), use_cache=False)
-        except _Stop:
-            pass
+        with suppress(_Stop):
+            self.model(input_ids=input_ids.to(self.device), use_cache=False)
 
     @contextmanager
     def _skipping(self, index: int, hidden: Tensor | None) -> Iterator[None]:
@@ -127,12 +125,14 @@ class InputObserver:
     """Gathers statistics of the inputs of some layers, once per distinct input.
 
     Layers that are handed the very same tensor in a forward (q, k and v; gate and up) share one set of sums.
-    `groups` lists, in order of first use, the statistics with the views that share them.
+    `groups` lists, in order of first use, the statistics with the views that share them. Unless `leave_early` is False
+    a forward ends once the last layer's input has been seen, and the block then has no output.
     """
 
-    def __init__(self, views: list[WeightView], kinds: frozenset[str]) -> None:
+    def __init__(self, views: list[WeightView], kinds: frozenset[str], *, leave_early: bool = True) -> None:
         self.views = views
         self.kinds = kinds
+        self.leave_early = leave_early
         self.groups: list[tuple[Statistics, list[WeightView]]] = []
         self._group_of: dict[str, int] = {}
         self._seen: list[tuple[Tensor, int]] = []
@@ -157,7 +157,11 @@ class InputObserver:
             yield
         finally:
             # After a whole forward in which every layer ran once, the last one's input is all that is waited for.
-            if self._last is None and sorted(self._calls) == sorted(view.name for view in self.views):
+            if (
+                self.leave_early
+                and self._last is None
+                and sorted(self._calls) == sorted(view.name for view in self.views)
+            ):
                 self._last = self._calls[-1]
             self._seen = []
 

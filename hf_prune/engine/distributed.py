@@ -69,6 +69,12 @@ def send_from(tensor: Tensor, owner: int) -> None:
             tensor.copy_(whole)
 
 
+def sum_everywhere(tensor: Tensor) -> None:
+    """Sum over processes in place, with the same bits on each."""
+    sum_at(tensor, 0)
+    send_from(tensor, 0)
+
+
 def gather(value: Any) -> list[Any]:
     """Every process's picklable value, by rank, everywhere (between our own processes, never from a file)."""
     if not is_distributed():

@@ -43,6 +43,18 @@ class Statistics:
             shape = (width, width) if kind == "gram" else (width,)
             self._totals[kind] = torch.zeros(shape, dtype=_accumulation_dtype(device), device=device)
 
+    @classmethod
+    def restore(cls, totals: dict[str, Tensor], count: int, width: int, device: torch.device) -> Statistics:
+        """Statistics from sums that `totals` gave before."""
+        own = cls(totals.keys(), width, device)
+        own.count = count
+        own._totals = {kind: total.to(device) for kind, total in totals.items()}
+        return own
+
+    def totals(self) -> dict[str, Tensor]:
+        """The sums by kind."""
+        return self._totals
+
     @property
     def gram(self) -> Tensor | None:
         return self._totals.get("gram")

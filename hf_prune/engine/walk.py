@@ -1,7 +1,7 @@
 """The walk: block by block, observe inputs, add up over processes, solve, hand the pruned block's outputs on.
 
 Cost over the calibration set: one forward to observe each block (left as soon as the last layer's input is seen) and
-one to hand its pruned outputs on, none at all for methods without statistics.
+one to hand its pruned outputs on, none at all for methods without statistics. A block's training comes on top.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.engine import distributed
-from hf_prune.engine.capture import BlockRunner, InputObserver
+from hf_prune.engine.block_training import BlockTask, train_block
+from hf_prune.engine.capture import BlockRunner
 from hf_prune.engine.statistics import Statistics
+from hf_prune.engine.statistics_cache import StatisticsCache
+from hf_prune.engine.stream import Stream
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.masks import MaskRule
 from hf_prune.plan import Plan
@@ -25,8 +29,6 @@ from hf_prune.progress import progress
 from hf_prune.weights import WeightView, find_views
 
 logger = logging.getLogger(__name__)
-# Tokens a forward: large enough for full-speed matrix products, small enough to keep activations out of the peak.
-TOKENS_PER_FORWARD = 1024
 
 
 class WeightSolver(Protocol):
@@ -54,20 +56,52 @@ class ViewResult:
     error: float | None = None
 
 
+class BlockUpdater(Protocol):
+    """What the walk needs of a block reconstruction."""
+
+    @property
+    def reconstruct_target(self) -> str: ...
+
+    @property
+    def reconstruct_batch_size(self) -> int: ...
+
+    @property
+    def reconstruct_held_out(self) -> float: ...
+
+    def update_block(self, task: BlockTask) -> Any: ...
+
+
 @dataclass
 class WalkResult:
-    """Results by view, in the plan's order, and the forward passes over the calibration set that they took."""
+    """Results by view, in the plan's order, and the forward passes over the calibration set that they took.
+
+    `reconstruction` holds the outcome of each block's training by the block's index.
+    """
 
     views: list[ViewResult] = field(default_factory=list)
     forward_passes: float = 0.0
+    reconstruction: dict[int, Any] = field(default_factory=dict)
 
 
-def walk(model: nn.Module, plan: Plan, solver: WeightSolver, input_ids: Tensor | None) -> WalkResult:
+def walk(
+    model: nn.Module,
+    plan: Plan,
+    solver: WeightSolver,
+    input_ids: Tensor | None,
+    *,
+    reconstruction: BlockUpdater | None = None,
+    propagate: bool = True,
+    statistics_folder: Path | None = None,
+) -> WalkResult:
     """Prune `model` in place.
 
     Args:
         input_ids: int64 [samples, tokens], calibration windows without padding, the same on every process; None for
             a solver that declares no statistics.
+        reconstruction: trains each block after its solves.
+        propagate: hand pruned outputs on; False lets every block see the dense model's hidden states.
+        statistics_folder: keeps the statistics for further runs on the same model and windows; used only where
+            nothing is propagated.
 
     Raises:
         BadInputError: calibration is missing or cannot be shared out over the processes; a weight is not finite.
@@ -76,26 +110,46 @@ def walk(model: nn.Module, plan: Plan, solver: WeightSolver, input_ids: Tensor |
     views = _views_of(model, plan)
     rules = {view.name: plan.rule(view) for view in plan.views}
     result = WalkResult()
-    if not solver.statistics:
+    if not solver.statistics and reconstruction is None:
         for view in progress(views, "pruning"):
             result.views.append(_prune(view, None, solver, rules[view.name]))
         return result
     if input_ids is None:
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
-    chunks = _own_chunks(input_ids)
-    hidden: list[Tensor | None] = [None] * len(chunks)
-    last = max(view.block for view in views)
     with BlockRunner(model) as runner, _full_float32():
+        stream = Stream(runner, input_ids)
+        dense = Stream(runner, input_ids) if reconstruction and reconstruction.reconstruct_target == "model" else None
+        last = max(view.block for view in views)
+        cache = None
+        if statistics_folder is not None and not propagate and solver.statistics:
+            cache = StatisticsCache(statistics_folder, model, input_ids, views, solver.statistics)
         for index in progress(range(last + 1), "pruning blocks", total=last + 1):
             own = [view for view in views if view.block == index]
+            if cache is not None and cache.complete:
+                result.views += _solve(cache.load(index), solver, rules) if own else []
+                continue
+            inside = index < len(runner.blocks)
+            # The dense block's outputs on the pruned prefix come with the observation for one layer's product more.
+            wanted = inside and ((reconstruction is not None and dense is None) or not propagate)
+            groups, outputs = stream.observe(index, own, solver.statistics, outputs=wanted) if own else ([], None)
+            if cache is not None and own:
+                cache.save(index, groups)
+            if dense is not None and inside:
+                dense.advance(index)
+                outputs = dense.hidden
             if own:
-                groups = _observe(runner, index, chunks, hidden, own, solver.statistics)
-                result.views += _solve(groups, solver, rules)
-                result.forward_passes += 1 / len(runner.blocks)
+                solved = _solve(groups, solver, rules)
+                if reconstruction is not None and inside:
+                    assert outputs is not None
+                    result.reconstruction[index] = train_block(stream, index, own, outputs, reconstruction)
+                    kept = {view.name: view.count_nonzero() for view in own}
+                    solved = [replace(view, kept=kept[view.name]) for view in solved]
+                result.views += solved
             if index < last:
-                for place, chunk in enumerate(chunks):
-                    hidden[place] = runner.run(index, chunk, hidden[place])
-                result.forward_passes += 1 / len(runner.blocks)
+                stream.advance(index, None if propagate else outputs)
+        if cache is not None:
+            cache.finish()
+        result.forward_passes = stream.forward_passes + (dense.forward_passes if dense else 0.0)
     order = {view.name: place for place, view in enumerate(plan.views)}
     result.views.sort(key=lambda view: order[view.name])
     return result
@@ -121,38 +175,6 @@ def _views_of(model: nn.Module, plan: Plan) -> list[WeightView]:
                 f"allocation: the plan's {planned.name} {list(planned.shape)} is not in this model; plan it anew."
             )
     return [found[planned.name] for planned in plan.views]
-
-
-def _own_chunks(input_ids: Tensor) -> list[Tensor]:
-    """This process's share of the forwards. How samples are grouped never depends on the number of processes."""
-    samples = max(TOKENS_PER_FORWARD // input_ids.shape[1], 1)
-    chunks = list(input_ids.split(samples))
-    if len(chunks) < distributed.world_size():
-        raise BadInputError(
-            f"num_calibration_samples: {len(input_ids)} windows make {len(chunks)} forwards, fewer than the "
-            f"{distributed.world_size()} processes; use more windows or fewer processes."
-        )
-    return chunks[distributed.rank() :: distributed.world_size()]
-
-
-def _observe(
-    runner: BlockRunner,
-    index: int,
-    chunks: Sequence[Tensor],
-    hidden: Sequence[Tensor | None],
-    views: list[WeightView],
-    kinds: frozenset[str],
-) -> list[tuple[Statistics, list[WeightView]]]:
-    """Statistics of every distinct input of a block's views over this process's chunks."""
-    observer = InputObserver(views, kinds)
-    with observer.listening():
-        for chunk, states in zip(chunks, hidden, strict=True):
-            with observer.forward():
-                runner.observe(index, chunk, states)
-    silent = {view.name for view in views} - {view.name for _, members in observer.groups for view in members}
-    if silent:
-        raise RunError(f"{min(silent)} saw no calibration token; put it on ignore or use more calibration text.")
-    return observer.groups
 
 
 def _solve(

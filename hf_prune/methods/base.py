@@ -7,7 +7,7 @@ declare, and a rule that says how much is kept and in which pattern.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -53,6 +53,10 @@ class Update:
 
     statistics: ClassVar[frozenset[str]] = frozenset()
 
+    def flops(self, rows: int, columns: int) -> float:
+        """Floating point operations of one solve of a [rows, columns] weight, for estimates."""
+        return 0.0
+
     def solve(
         self, weight: Tensor, statistics: Statistics | None, rule: MaskRule, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -74,23 +78,38 @@ class NoUpdate(Update):
         return weight * mask, mask
 
 
+class Refit(Protocol):
+    """A last improvement of each weight matrix on its support."""
+
+    statistics: ClassVar[frozenset[str]]
+
+    def refit(self, dense: Tensor, weight: Tensor, mask: Tensor, statistics: Statistics | None) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Solver:
-    """A criterion and an update, put together."""
+    """A criterion, an update and perhaps a refit, put together; no criterion where the update selects by itself."""
 
     criterion_name: str
-    criterion: Criterion
+    criterion: Criterion | None
     update_name: str
     update: Update
+    refit: Refit | None = None
 
     @property
     def statistics(self) -> frozenset[str]:
-        """Everything the two parts need to know of a layer's inputs."""
-        return self.criterion.statistics | self.update.statistics
+        """Everything the parts need to know of a layer's inputs."""
+        needed = self.update.statistics
+        for part in (self.criterion, self.refit):
+            needed |= part.statistics if part else frozenset()
+        return needed
 
     def solve(self, weight: Tensor, statistics: Statistics | None, rule: MaskRule) -> tuple[Tensor, Tensor]:
         """Prune one weight matrix: (weight, mask), both [out, in]."""
         mask = None
-        if self.update_name != self.criterion_name:
+        if self.criterion is not None:
             mask = rule.select(self.criterion.score(weight, statistics), self.criterion.by_row)
-        return self.update.solve(weight, statistics, rule, mask)
+        pruned, mask = self.update.solve(weight, statistics, rule, mask)
+        if self.refit is not None:
+            pruned = self.refit.refit(weight, pruned, mask, statistics)
+        return pruned, mask

@@ -81,6 +81,10 @@ class SparseGPT(Criterion, Update):
         factor, dead = inverse_cholesky(statistics, self.damping)
         return (weight / factor.diagonal()).square().masked_fill_(dead, 0)
 
+    def flops(self, rows: int, columns: int) -> float:
+        # Column by column is several times slower than the products that are counted elsewhere.
+        return 6.0 * rows * columns**2
+
     def solve(
         self, weight: Tensor, statistics: Statistics | None, rule: MaskRule, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def plot_sparsity_by_layer(rows: list[dict[str, Any]], path: str | Path) -> Figu
     title = "Sparsity: zeros in % of the weights"
     if uniform:
         title = f"Sparsity: {percent(sum(values) / len(values))} in each of {len(rows)} weight matrices"
-    panels = [] if uniform and error else [(sparsity, title, "cividis", _sparsity_norm(values))]
+    panels = [] if uniform and error else [(sparsity, title, "cividis", _sparsity_norm(values, uniform))]
     if error:
         above = f"{title}\n" if uniform else ""
         error_title = f"{above}Output error: |dW X|² in % of |W X|², calibration text"
@@ -62,6 +62,33 @@ def plot_sparsity_by_layer(rows: list[dict[str, Any]], path: str | Path) -> Figu
     return figure
 
 
+def plot_sensitivity(report: dict[str, Any], path: str | Path) -> Figure:
+    """Draw what each part costs when it alone is pruned, from a sensitivity.json, as a PNG at `path`.
+
+    Bars are the rise of log-perplexity in nats a token with its 95 % interval; parts in the model's order.
+    """
+    from matplotlib.figure import Figure
+
+    parts = report["parts"]
+    figure = Figure(figsize=(WIDTHS[0], max(ROW * 0.75 * len(parts) + FRAME, 2.5)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(parts))
+    costs = [part["cost"] for part in parts]
+    axes.barh(places, costs, color="#4878a8")
+    for place, part in zip(places, parts, strict=True):
+        if part["low"] is not None:
+            axes.plot([math.log(part["low"]), math.log(part["high"])], [place, place], color="0.25", linewidth=1)
+    axes.set_yticks(places, [part["part"] for part in parts], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set_xlabel("rise of log-perplexity when this part alone is pruned (nats a token, 95 % interval)", fontsize=9)
+    axes.set_title(f"Sensitivity by {report['by']} at {percent(report['sparsity'])} sparsity", fontsize=11, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
 def _grid(items: list[tuple[dict[str, Any], float]]) -> Grid:
     """The mean over the weights of a kind in a block: experts are many."""
     gathered: dict[str, dict[int, list[float]]] = {}
@@ -74,9 +101,12 @@ def _values(grid: Grid) -> list[float]:
     return [value for line in grid.values() for value in line.values()]
 
 
-def _sparsity_norm(values: list[float]) -> Normalize:
+def _sparsity_norm(values: list[float], uniform: bool) -> Normalize:
     from matplotlib.colors import Normalize
 
+    if uniform:
+        # One colour that means something: its place between none and all.
+        return Normalize(0, 100)
     width = max(max(values) - min(values), NARROWEST)
     low = min(max((min(values) + max(values) - width) / 2, 0.0), 1 - width)
     return Normalize(100 * low, 100 * (low + width))

@@ -27,6 +27,7 @@ __all__ = [
     "next_step",
     "plan_table",
     "samples_table",
+    "sensitivity_table",
     "verification_table",
 ]
 
@@ -85,6 +86,22 @@ def inspect_table(rows: list[dict[str, Any]], summary: dict[str, Any], verbose: 
     return Group(*lines)
 
 
+def sensitivity_table(report: dict[str, Any]) -> Table:
+    """Each part alone, from a sensitivity.json: the dearest first."""
+    table = _table(f"Sensitivity by {one_line(report['by'])} (dense perplexity {report['dense_perplexity']:.2f})")
+    table.add_column("Pruned alone", overflow="fold", ratio=1)
+    for name in ("Zeros", "Perplexity", "Change", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for part in sorted(report["parts"], key=lambda part: -part["cost"]):
+        interval = f"{part['low']:.3f} to {part['high']:.3f}" if part["low"] is not None else ""
+        figures = (count(part["weights"]), f"{part['perplexity']:.2f}", f"{part['ratio']:.3f}x", interval)
+        table.add_row(Text(one_line(part["part"])), *figures)
+    table.add_section()
+    ratio = report["all_pruned_perplexity"] / report["dense_perplexity"]
+    table.add_row("all together", "", f"{report['all_pruned_perplexity']:.2f}", f"{ratio:.3f}x", "")
+    return table
+
+
 def samples_table(samples: Iterable[dict[str, Any]]) -> RenderableType:
     """Each prompt, and below it what the dense and the pruned model wrote, side by side."""
     parts: list[RenderableType] = []
@@ -98,10 +115,10 @@ def samples_table(samples: Iterable[dict[str, Any]]) -> RenderableType:
     return Group(*parts)
 
 
-def methods_table(methods: Iterable[dict[str, Any]]) -> Table:
+def methods_table(methods: Iterable[dict[str, Any]], title: str = "Methods") -> Table:
     """What there is: name, one line, paper. Each method is a dict of name, title, summary, paper."""
-    table = _table("Methods")
-    table.add_column("Method", no_wrap=True, style="bold")
+    table = _table(title)
+    table.add_column("Name", no_wrap=True, style="bold")
     table.add_column("What it does", ratio=1)
     for method in methods:
         what = Text(": ".join(one_line(method[key]) for key in ("title", "summary") if method.get(key)))

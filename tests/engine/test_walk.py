@@ -7,10 +7,11 @@ import torch
 from tiny import FAMILIES, tiny_ids, tiny_model
 from torch import nn
 
+from hf_prune.compose import make_solver
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.engine.walk import walk
 from hf_prune.errors import BadInputError, RunError
-from hf_prune.methods import make_solver, methods
+from hf_prune.methods import methods
 from hf_prune.methods.magnitude import MagnitudeConfig
 from hf_prune.methods.sparsegpt import SparseGPTConfig
 from hf_prune.methods.wanda import WandaConfig
@@ -56,9 +57,11 @@ def test_every_method_meets_its_plan_on_every_family(family: str, name: str, pat
     config = make(name, pattern=pattern, sparsity=0.6 if pattern == "unstructured" else None)
     result = prune(model, config, input_ids=tiny_ids(4, 32))
     check(model, result, pattern)
-    pruned = {view.parameter for view in result.plan.views}
+    may_move = {view.parameter for view in result.plan.views}
+    if result.reconstruction:
+        may_move |= {key for key, value in untouched.items() if value.ndim == 1 and ("norm" in key or "ln_" in key)}
     for key, value in model.state_dict().items():
-        assert (key in pruned) or torch.equal(value, untouched[key]), key
+        assert (key in may_move) or torch.equal(value, untouched[key]), key
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -203,3 +206,41 @@ def test_views_read_and_write_whatever_lies_behind() -> None:
     wanted = torch.randn(128, 32)
     view.write(wanted)
     assert torch.equal(view.read(), wanted) and torch.equal(view.module.weight.detach(), wanted.T)
+
+
+def test_without_propagation_every_layer_sees_the_dense_model() -> None:
+    input_ids = tiny_ids(8, 64)
+    whole = tiny_model("llama")
+    config = WandaConfig(sparsity=0.6, propagate=False)
+    result = prune(whole, config, input_ids=input_ids)
+    assert result.forward_passes == pytest.approx(1)
+    # A block pruned alone has a dense prefix in any case.
+    for block in range(3):
+        alone = tiny_model("llama")
+        prune(alone, WandaConfig(sparsity=0.6, targets=[f"model.layers.{block}"]), input_ids=input_ids)
+        for one, other in zip(
+            whole.model.layers[block].parameters(), alone.model.layers[block].parameters(), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+def test_statistics_of_the_dense_model_are_gathered_once_for_several_runs(tmp_path: Path) -> None:
+    input_ids = tiny_ids(8, 64)
+    passes = []
+    for sparsity in (0.5, 0.7, 0.7):
+        config = SparseGPTConfig(sparsity=sparsity, propagate=False)
+        shared, alone = tiny_model("llama"), tiny_model("llama")
+        result = prune(shared, config, input_ids=input_ids, statistics_folder=str(tmp_path))
+        passes.append(result.forward_passes)
+        prune(alone, config, input_ids=input_ids)
+        for one, other in zip(shared.state_dict().values(), alone.state_dict().values(), strict=True):
+            assert torch.equal(one, other)
+    assert passes == [pytest.approx(1), 0, 0]
+    # Other windows, another model, other statistics: nothing of the folder fits.
+    for config, ids, seed in (
+        (SparseGPTConfig(sparsity=0.5, propagate=False), tiny_ids(8, 64, seed=4), 0),
+        (SparseGPTConfig(sparsity=0.5, propagate=False), input_ids, 1),
+        (WandaConfig(sparsity=0.5, propagate=False), input_ids, 0),
+    ):
+        result = prune(tiny_model("llama", seed=seed), config, input_ids=ids, statistics_folder=str(tmp_path))
+        assert result.forward_passes == pytest.approx(1)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_prune.compose import make_solver
 from hf_prune.engine.statistics import Statistics
 from hf_prune.masks import MaskRule
-from hf_prune.methods import make_solver, methods
+from hf_prune.methods import methods
 from hf_prune.methods.sparsegpt import SparseGPTConfig, inverse_cholesky
 from hf_prune.methods.wanda import WandaConfig
 from hf_prune.patterns import Pattern

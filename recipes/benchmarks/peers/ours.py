@@ -16,7 +16,7 @@ def main() -> None:
         from transformers import AutoModelForCausalLM
 
         from hf_prune import __version__, prune
-        from hf_prune.methods import make_config
+        from hf_prune.compose import make_config
 
         options = {"method": arguments.method, "sparsity": arguments.sparsity, "pattern": arguments.pattern}
         config = make_config(options)

@@ -1,0 +1,76 @@
+"""What a rule of allocation is, and how its wishes are brought under one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy
+from torch import Tensor
+
+from hf_prune.engine.statistics import Statistics
+from hf_prune.weights import WeightView
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A rule that says which share of each weight matrix is kept.
+
+    `measure` looks at one dense matrix at a time and keeps something small of it; `densities` sees what it kept of all.
+    A rule with `needs_weights = False` works on shapes alone, a model on the meta device included.
+    """
+
+    needs_weights: ClassVar[bool] = False
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str | None] = None
+
+    def measure(self, weight: Tensor, statistics: Statistics | None) -> Any:
+        """Whatever the rule wants to remember of a weight, float32 [out, in], on the inputs of the dense model."""
+        return None
+
+    def densities(self, views: Sequence[WeightView], measures: Mapping[str, Any], sparsity: float) -> list[float]:
+        """The share of each view that the rule would keep, in any range; `meet_budget` comes after it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same sparsity everywhere, the default of every one-shot paper."""
+
+    summary = "the same sparsity in every layer"
+
+    def densities(self, views: Sequence[WeightView], measures: Mapping[str, Any], sparsity: float) -> list[float]:
+        return [1 - sparsity] * len(views)
+
+
+def meet_budget(wanted: Sequence[float], sizes: Sequence[int], density: float, floor: float) -> list[float]:
+    """The densities nearest in proportion to `wanted` that lie in [floor, 1] and keep `density` of all weights.
+
+    Every layer that is neither held by the floor nor full keeps its proportion to the others.
+
+    Args:
+        wanted: non-negative, one for each layer.
+        sizes: weights of each layer.
+        density: share of all weights that is kept, at least `floor`.
+    """
+    shape, numel = numpy.maximum(numpy.asarray(wanted, dtype=float), 1e-12), numpy.asarray(sizes, dtype=float)
+    budget = density * numel.sum()
+
+    if abs((numpy.clip(shape, floor, 1.0) * numel).sum() - budget) < 1e-9 * budget:
+        return [float(value) for value in numpy.clip(shape, floor, 1.0)]
+
+    def kept(factor: float) -> numpy.ndarray:
+        return numpy.clip(factor * shape, floor, 1.0)
+
+    low, high = 0.0, 1.0 / shape.min()
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (kept(middle) * numel).sum() < budget else (low, middle)
+    return [float(value) for value in kept(high)]
+
+
+def by_block(views: Sequence[WeightView], values: Mapping[int, float]) -> list[float]:
+    """A value of each block handed to all of its views."""
+    return [values[view.block] for view in views]

@@ -1,0 +1,1 @@
+"""Benchmarks: a grid of recipes and peers run in turn, resumable, scored by one evaluator."""

@@ -1,0 +1,213 @@
+"""Running a grid: each cell in a process of its own, then every folder scored by the same evaluator.
+
+A work folder keeps everything that is finished (`results.json`, replaced in one step), so that a run that was cut off
+goes on where it was. Weights are deleted once they are scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from hf_prune.bench.grid import Cell, Grid
+from hf_prune.checkpoint.inspect import inspect_checkpoint
+from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
+from hf_prune.data.builtin import resolve_model
+from hf_prune.errors import BadInputError
+from hf_prune.evaluation.quality import QualityEvaluation
+from hf_prune.pruning import load_calibration
+from hf_prune.recipe import dump_yaml, make_recipe
+
+logger = logging.getLogger(__name__)
+CALIBRATION_KEYS = (
+    "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "text_column", "num_calibration_samples",
+    "seq_length", "seed",
+)  # fmt: skip
+
+
+class Results:
+    """{"runs": {cell: [report, ...]}, "quality": {digest of the weights: figures}}, saved after every step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}, "quality": {}}
+
+    def runs(self, cell: Cell) -> list[dict[str, Any]]:
+        """Reports of a cell's finished runs, oldest first; append to it and save."""
+        return self.content["runs"].setdefault(cell.key, [])
+
+    def save(self) -> None:
+        """Replace the file in one step."""
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+class Bench:
+    """One benchmark in one work folder."""
+
+    def __init__(self, grid: Grid, work_folder: Path, variables: dict[str, str]) -> None:
+        self.grid = grid
+        self.folder = work_folder
+        self.variables = variables
+        work_folder.mkdir(parents=True, exist_ok=True)
+        self.results = Results(work_folder / "results.json")
+        self.recipe = make_recipe(grid.common)
+        assert self.recipe.model.model_name_or_path is not None
+        self.source = resolve_model(self.recipe.model.model_name_or_path, self.recipe.model.revision)
+        self.model_config = load_config(self.source.path, self.recipe.model, self.source.revision)
+        self.tokenizer = load_tokenizer(self.source.path, self.recipe.model, self.source.revision)
+        self._evaluation: QualityEvaluation | None = None
+
+    def run(self) -> list[str]:
+        """Run whatever is not finished; returns a sentence for each cell that failed."""
+        failures = []
+        self._dense()
+        for repeat in range(self.grid.repeats):
+            # Who goes first changes from repeat to repeat.
+            for cell in self.grid.cells[:: -1 if repeat % 2 else 1]:
+                if len(self.results.runs(cell)) > repeat:
+                    continue
+                failure = self._run_cell(cell)
+                if failure:
+                    failures.append(failure)
+                    logger.error("%s", failure)
+        return failures
+
+    def _dense(self) -> None:
+        if "dense" not in self.results.content["quality"]:
+            self.results.content["quality"]["dense"] = self._score(Path(self.source.path), "dense")
+            self.results.save()
+
+    def _run_cell(self, cell: Cell) -> str | None:
+        """Prune in a fresh process, then score; None, or what went wrong."""
+        name = "-".join("".join(c if c.isalnum() else "_" for c in part) for part in (cell.row, cell.setting) if part)
+        place = self.folder / f"{name}-{cell.seed}-{cell.key}"
+        output, report_file, log = (place.with_suffix(suffix) for suffix in (".model", ".json", ".log"))
+        shutil.rmtree(output, ignore_errors=True)
+        report_file.unlink(missing_ok=True)
+        command = self._command(cell, output, report_file)
+        before, start = _processor_seconds(), perf_counter()
+        with log.open("w") as stream:
+            done = subprocess.run(command, stdout=stream, stderr=stream, env=os.environ | {"HF_PRUNE_QUIET": "1"})
+        wall = perf_counter() - start
+        busy = max(0.0, (_processor_seconds() - before) / wall)
+        if done.returncode:
+            return f"{cell.row}, {cell.setting or 'the only setting'}: exit status {done.returncode}; see {log}"
+        report = json.loads((output / "prune_report.json" if cell.command is None else report_file).read_text())
+        digest = _digest(output)
+        if digest not in self.results.content["quality"]:
+            self.results.content["quality"][digest] = self._score(output, f"{cell.row} {cell.setting}")
+        self.results.runs(cell).append(
+            {
+                "row": cell.row,
+                "setting": cell.setting,
+                "seed": cell.seed,
+                "weights": digest,
+                "seconds": report["seconds"]["prune"],
+                "peak_memory_bytes": _peak(report["peak_memory_bytes"]),
+                "process_seconds": wall,
+                "cores_busy_elsewhere": busy,
+                "versions": report.get("versions"),
+            }
+        )
+        self.results.save()
+        shutil.rmtree(output, ignore_errors=True)
+        quality = self.results.content["quality"][digest]
+        logger.info(
+            "%s %s seed %d: perplexity %.2f, %.1f s, %.2f cores busy elsewhere",
+            cell.row, cell.setting, cell.seed, quality["perplexity"], report["seconds"]["prune"], busy,
+        )  # fmt: skip
+        return None
+
+    def _command(self, cell: Cell, output: Path, report: Path) -> list[str]:
+        token_ids = self._token_ids(cell)
+        if cell.command is None:
+            left_out = {"sample_prompts", "push_to_hub", *CALIBRATION_KEYS}
+            values = {k: v for k, v in cell.values.items() if k not in left_out and not k.startswith("eval_")}
+            values |= {"seed": cell.seed, "output_dir": str(output), "eval_efficiency": False}
+            if token_ids is not None:
+                values["dataset_name"] = str(token_ids)
+            if values.get("propagate") is False:
+                values["statistics_folder"] = str(self.folder / "statistics")
+            recipe = output.with_suffix(".yaml")
+            recipe.write_text(dump_yaml(values))
+            return [sys.executable, "-m", "hf_prune", "prune", "--config", str(recipe)]
+        # Each word is filled in by itself: a path with a space stays one argument.
+        known = {
+            **{key: str(value) for key, value in cell.values.items()},
+            **self.variables,
+            "model": str(self.source.path),
+            "token_ids": str(token_ids),
+            "output": str(output),
+            "report": str(report),
+        }
+        try:
+            return [word.format(**known) for word in shlex.split(cell.command)]
+        except KeyError as error:
+            raise BadInputError(f"{error.args[0]}: {cell.row} needs it; give --{error.args[0]} VALUE.") from None
+
+    def _token_ids(self, cell: Cell) -> Path | None:
+        """The file of the cell's calibration windows, made once for all rows that share them."""
+        data = make_recipe({key: cell.values[key] for key in CALIBRATION_KEYS if key in cell.values}).data
+        if data.dataset_name is None:
+            return None
+        name = hashlib.sha256(json.dumps(vars(data), sort_keys=True).encode()).hexdigest()[:12]
+        path = self.folder / f"token_ids-{name}.safetensors"
+        if not path.exists():
+            _, input_ids = load_calibration(data, self.tokenizer, self.model_config)
+            save_file({"input_ids": input_ids}, path)
+        return path
+
+    def _score(self, folder: Path, label: str) -> dict[str, Any]:
+        """Perplexity by window, and the share of zeros, of a saved folder."""
+        if self._evaluation is None:
+            self._evaluation = QualityEvaluation(self.recipe.evaluation, self.tokenizer, self.model_config)
+        device = pick_device(self.recipe.model.device, 0)
+        model = load_model(str(folder), self.recipe.model, device)
+        with torch.inference_mode():
+            measured = self._evaluation.measure(model, label)
+        summary = inspect_checkpoint(folder).summary
+        return {
+            "perplexity": float(measured.nll.mean().exp()),
+            "nll": measured.nll.tolist(),
+            "sparsity": summary["block_sparsity"],
+            "total_sparsity": summary["total_sparsity"],
+            "patterns": summary["patterns"],
+        }
+
+
+def _peak(value: Any) -> int | None:
+    """Peers report a mapping by phase."""
+    return value.get("prune") if isinstance(value, dict) else value
+
+
+def _processor_seconds() -> float:
+    """Processor time of everything on this machine but this process and its finished children."""
+    machine = psutil.cpu_times()
+    busy = sum(getattr(machine, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return busy - sum(usage.ru_utime + usage.ru_stime for usage in own)
+
+
+def _digest(folder: Path) -> str:
+    """Of a folder's weights: equal runs are told from unequal ones, and each is scored once."""
+    total = hashlib.sha256()
+    for shard in sorted(folder.glob("*.safetensors")):
+        with shard.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,152 @@
+"""The tables of a benchmark: a line for each row and setting, as CSV, Markdown and a plot."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from hf_prune.bench.grid import Grid
+from hf_prune.bench.runner import Results
+from hf_prune.errors import BadInputError
+from hf_prune.evaluation.perplexity import bootstrap_ratio
+
+# Cores; above this the machine was not idle.
+QUIET = 0.1
+
+
+def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
+    """A flat line for every row and setting that has a finished run, seeds and repeats put together.
+
+    `excess` is log(perplexity / dense perplexity), the mean over seeds; `excess_ratio` and `time_ratio` are to the
+    grid's reference row under the same setting.
+    """
+    quality = results.content["quality"]
+    dense = quality["dense"]
+    lines = []
+    for setting in grid.settings:
+        for row in grid.rows:
+            runs = [
+                run
+                for cell in grid.cells
+                if (cell.row, cell.setting) == (row["name"], setting)
+                for run in results.runs(cell)
+            ]
+            if not runs:
+                continue
+            first = {run["seed"]: quality[run["weights"]] for run in reversed(runs)}
+            logs = [math.log(figures["perplexity"] / dense["perplexity"]) for figures in first.values()]
+            seed = min(first)
+            nll = [torch.tensor(figures["nll"], dtype=torch.float64) for figures in (dense, first[seed])]
+            _, low, high = bootstrap_ratio(*nll)
+            excess = sum(logs) / len(logs)
+            lines.append(
+                {
+                    "setting": setting,
+                    "row": row["name"],
+                    "perplexity": dense["perplexity"] * math.exp(excess),
+                    "low": low and dense["perplexity"] * low,
+                    "high": high and dense["perplexity"] * high,
+                    "excess": excess,
+                    "seeds": len(logs),
+                    "excess_spread": max(logs) - min(logs),
+                    "seconds": median(run["seconds"] for run in runs),
+                    "runs": len(runs),
+                    "peak_memory_bytes": median(run["peak_memory_bytes"] or 0 for run in runs),
+                    "sparsity": first[seed]["sparsity"],
+                    "total_sparsity": first[seed]["total_sparsity"],
+                    "cores_busy_elsewhere": max(run["cores_busy_elsewhere"] for run in runs),
+                }
+            )
+    _add_ratios(lines, grid.reference)
+    return lines
+
+
+def _add_ratios(lines: list[dict[str, Any]], reference: str | None) -> None:
+    base = {line["setting"]: line for line in lines if line["row"] == reference}
+    for line in lines:
+        other = base.get(line["setting"])
+        line["excess_ratio"] = line["excess"] / other["excess"] if other and other["excess"] > 0 else None
+        line["time_ratio"] = line["seconds"] / other["seconds"] if other and other["seconds"] > 0 else None
+
+
+def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
+    """One table, settings under one another, and the conditions below it."""
+    head = ["setting", "row", "perplexity (95 % interval)", "excess", "seconds", "peak MB", "zeros of all parameters"]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in lines:
+        interval = f" ({line['low']:.1f} to {line['high']:.1f})" if line["low"] else ""
+        spread = f" ± {line['excess_spread'] / 2:.3f}, {line['seeds']} seeds" if line["seeds"] > 1 else ""
+        against = f" ({line['excess_ratio']:.2f}x)" if line["excess_ratio"] is not None else ""
+        time = f" ({line['time_ratio']:.2f}x)" if line["time_ratio"] is not None else ""
+        cells = [
+            line["setting"],
+            line["row"],
+            f"{line['perplexity']:.2f}{interval}",
+            f"{line['excess']:.3f}{spread}{against}",
+            f"{line['seconds']:.0f}{time}",
+            f"{line['peak_memory_bytes'] / 1e6:.0f}",
+            f"{100 * line['total_sparsity']:.1f} %",
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    dense = results.content["quality"]["dense"]
+    windows, busy = len(dense["nll"]), max((line["cores_busy_elsewhere"] for line in lines), default=0.0)
+    reference = f", in brackets as a multiple of {grid.reference}'s" if grid.reference else ""
+    note = (
+        f"{grid.title} Dense perplexity {dense['perplexity']:.2f} on {windows} windows; excess is the rise of "
+        f"log-perplexity in nats a token{reference}. Seconds and peak memory are of the pruning; at most {busy:.2f} "
+        "cores were busy elsewhere."
+    )
+    if busy > QUIET:
+        note += " The machine was not idle: the seconds are only a sketch."
+    return "\n".join([*out, "", note.strip()])
+
+
+def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Every column of every line."""
+    import pandas
+
+    pandas.DataFrame(lines).to_csv(path, index=False)
+
+
+def write_between_markers(path: Path, name: str, table: str) -> None:
+    """Replace what stands between `<!-- benchmark:NAME:start -->` and `<!-- benchmark:NAME:end -->`.
+
+    Raises:
+        BadInputError: the file lacks the two lines; it is left as it was.
+    """
+    start, end = f"<!-- benchmark:{name}:start -->", f"<!-- benchmark:{name}:end -->"
+    text = path.read_text(encoding="utf-8")
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise BadInputError(f"readme: {path} has no lines {start} and {end}; add them where the table shall stand.")
+    before, after = text[: text.index(start)], text[text.index(end) :]
+    path.write_text(f"{before}{start}\n{table}\n{after}", encoding="utf-8")
+
+
+def plot(path: Path, grid: Grid, lines: list[dict[str, Any]]) -> None:
+    """Excess log-perplexity against seconds, a panel for each setting, a point for each row, as a PNG."""
+    from matplotlib.figure import Figure
+
+    settings = [setting for setting in grid.settings if any(line["setting"] == setting for line in lines)]
+    figure = Figure(figsize=(4.2 * max(len(settings), 1), 3.8), layout="constrained")
+    panels = figure.subplots(1, max(len(settings), 1), squeeze=False)[0]
+    for axes, setting in zip(panels, settings, strict=False):
+        for number, row in enumerate(grid.rows):
+            for line in lines:
+                if (line["row"], line["setting"]) == (row["name"], setting):
+                    marker = "s" if row.get("command") else "o"
+                    axes.plot(line["seconds"], line["excess"], marker, color=f"C{number % 10}", label=row["name"])
+                    axes.annotate(
+                        row["name"], (line["seconds"], line["excess"]), xytext=(5, 4), textcoords="offset points",
+                        fontsize=7,
+                    )  # fmt: skip
+        axes.set_xscale("log")
+        axes.margins(x=0.25, y=0.15)
+        axes.set_title(setting, fontsize=10, loc="left")
+        axes.set_xlabel("seconds to prune", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("rise of log-perplexity (nats a token)", fontsize=9)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,48 @@
+"""hf-prune bench: a grid of recipes and peers, run in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_prune.cli.arguments import console, quiet_libraries, split_positional, take_text
+from hf_prune.errors import RunError
+
+TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.md] [--key value ...]
+
+Runs every row of the grid under every setting, each in a process of its own, and scores all of them with one
+evaluator. What is finished is kept in the work folder: start again to go on. Writes NAME.csv, NAME.md and NAME.png
+there, and the table between the README's markers <!-- benchmark:NAME:start --> and <!-- benchmark:NAME:end -->.
+
+A flag that is a recipe key is laid over the grid's common keys; any other fills the {word} of the same name in a peer's
+command, which may also name {model}, {token_ids}, {output}, {report} and every recipe key.
+"""
+
+
+def help_text() -> str:
+    return TEXT
+
+
+def main(arguments: list[str]) -> None:
+    path, flags = split_positional(arguments, "the benchmark's file")
+    work_folder, readme = take_text(flags, "work_folder") or "bench", take_text(flags, "readme")
+    from hf_prune.bench import summary
+    from hf_prune.bench.grid import load_grid
+    from hf_prune.bench.runner import Bench
+    from hf_prune.recipe import SECTIONS, field_types
+
+    quiet_libraries()
+    known = {key for section in SECTIONS.values() for key in field_types(section)}
+    grid = load_grid(path, {key: value for key, value in flags.items() if key in known})
+    bench = Bench(grid, Path(work_folder), {key: str(value) for key, value in flags.items() if key not in known})
+    failures = bench.run()
+    lines = summary.summarise(grid, bench.results)
+    table = summary.markdown(grid, bench.results, lines)
+    folder = Path(work_folder)
+    summary.write_csv(folder / f"{grid.name}.csv", lines)
+    (folder / f"{grid.name}.md").write_text(table + "\n", encoding="utf-8")
+    summary.plot(folder / f"{grid.name}.png", grid, lines)
+    if readme:
+        summary.write_between_markers(Path(readme), grid.name, table)
+    console().print(table, markup=False, soft_wrap=True)
+    if failures:
+        raise RunError(f"{len(failures)} of {len(grid.cells)} runs failed: {failures[0]}")

@@ -1,0 +1,161 @@
+"""From a recipe's words to the parts of a run: criterion, update, reconstruction, allocation, and their own keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from hf_prune.allocation import ALLOCATIONS, Allocation
+from hf_prune.errors import BadInputError
+from hf_prune.methods import find_method, methods
+from hf_prune.methods.base import NoUpdate, Solver
+from hf_prune.recipe import PruneConfig, coerce, field_types, fill, unknown_key
+from hf_prune.reconstruction import RECONSTRUCTIONS, BlockReconstruction, LinearReconstruction
+
+DEFAULT_METHOD = "balanced"
+Part = TypeVar("Part")
+
+
+def make_config(options: Mapping[str, Any]) -> PruneConfig:
+    """Turn the pruning keys of a recipe into the method's config, every key checked.
+
+    Raises:
+        BadInputError: an unknown method, an unknown key, a value of the wrong type or out of range, parts that make no
+            sense together.
+    """
+    values = dict(options)
+    if not values.get("method") and not values.get("criterion"):
+        values["method"] = DEFAULT_METHOD
+    main = find_method("method", values["method"]) if values.get("method") else PruneConfig
+    known = dict(field_types(main))
+    del known["options"]
+    for part in _named_parts(values):
+        own = field_types(part)
+        known |= {key: own[key] for key in own.keys() - field_types(PruneConfig).keys() - known.keys()}
+    for key in values:
+        if key not in known:
+            raise _unused_key(key) or unknown_key(key, known)
+    config = fill(main, {key: value for key, value in values.items() if key in field_types(main)})
+    config.options = {
+        key: coerce(key, value, known[key]) for key, value in values.items() if key not in field_types(main)
+    }
+    # The parts check their own values.
+    make_solver(config)
+    make_block_reconstruction(config)
+    make_allocation(config)
+    return config
+
+
+def _unused_key(key: str) -> BadInputError | None:
+    """The error for a key of a part that the recipe does not choose; None where no part knows the key."""
+    tables: dict[str, Mapping[str, type]] = {
+        "reconstruct": RECONSTRUCTIONS,
+        "allocation": ALLOCATIONS,
+        "method": methods(),
+    }
+    for word, table in tables.items():
+        owners = [name for name, part in table.items() if key in field_types(part)]
+        if owners:
+            choice = " or ".join(f"{word}: {name}" for name in owners)
+            return BadInputError(
+                f"{key}: this key belongs to {choice}, which the recipe does not choose; leave it out."
+            )
+    return None
+
+
+def _named_parts(values: Mapping[str, Any]) -> list[type]:
+    """Classes of the parts that a recipe names beside its method; what is unknown is found out later."""
+    parts: list[type] = []
+    for key in ("criterion", "update"):
+        if values.get(key) and (key, values[key]) != ("update", "none"):
+            parts.append(find_method(key, values[key]))
+    defaults = find_method("method", values["method"]) if values.get("method") else PruneConfig
+    for key, table in (("reconstruct", RECONSTRUCTIONS), ("allocation", ALLOCATIONS)):
+        part = table.get(values.get(key) or getattr(defaults, key))
+        parts += [part] if part else []
+    return parts
+
+
+def _fill_part(kind: type[Part], config: PruneConfig) -> Part:
+    """A part with the keys that the config holds for it, its defaults otherwise."""
+    everything = {**vars(config), **config.options}
+    own = field_types(kind).keys() - field_types(PruneConfig).keys()
+    return kind(**{key: value for key, value in everything.items() if key in own})
+
+
+def make_solver(config: PruneConfig) -> Solver:
+    """The criterion, the update and the refit that a config names.
+
+    Raises:
+        BadInputError: an unknown criterion or update, a method without that part, or parts that exclude one another.
+    """
+    main = find_method("method", config.method) if config.method else None
+    criterion = config.criterion or (main.criterion_name if main else None)
+    update = config.update or (main.update_name if main else "none")
+    if criterion is None:
+        raise BadInputError(f"criterion: the config does not say; choose one of {', '.join(methods())}.")
+
+    def part_config(key: str, name: str) -> PruneConfig:
+        kind = find_method(key, name)
+        return config if isinstance(config, kind) else _fill_part(kind, config)
+
+    chosen = None
+    if criterion != update:
+        chosen = part_config("criterion", criterion).make_criterion()
+        if chosen is None:
+            raise BadInputError(
+                f"criterion: {criterion} selects weights only while it updates them; set update: {criterion} as well, "
+                "or choose another criterion."
+            )
+    changed = NoUpdate() if update == "none" else part_config("update", update).make_update()
+    if changed is None:
+        able = [name for name, kind in methods().items() if kind.update_name == name]
+        raise BadInputError(f"update: {update} does not change weights; choose none or {', '.join(able)}.")
+    refit = None
+    if config.reconstruct == "linear":
+        if update == "admm":
+            raise BadInputError(
+                "reconstruct: linear is what the update admm ends with already; leave reconstruct out or take block."
+            )
+        refit = _fill_part(LinearReconstruction, config)
+    return Solver(criterion, chosen, update, changed, refit)
+
+
+def make_block_reconstruction(config: PruneConfig) -> BlockReconstruction | None:
+    """The training of each block after its solves; None unless `reconstruct: block`."""
+    if config.reconstruct != "block":
+        return None
+    if not config.propagate:
+        raise BadInputError(
+            "propagate: false leaves no pruned inputs that reconstruct: block could train on; set propagate to true."
+        )
+    return _fill_part(BlockReconstruction, config)
+
+
+def make_allocation(config: PruneConfig) -> Allocation | None:
+    """The rule that shares the budget out; None where a saved plan does.
+
+    Raises:
+        BadInputError: the rule is unknown, or the pattern leaves it nothing to decide.
+    """
+    if config.allocation.endswith(".json"):
+        return None
+    if config.allocation not in ALLOCATIONS:
+        raise BadInputError(
+            f"allocation: {config.allocation!r} is unknown; choose {', '.join(ALLOCATIONS)} or the path of a "
+            "prune_plan.json."
+        )
+    if config.allocation != "uniform" and config.pattern != "unstructured":
+        raise BadInputError(
+            f"allocation: pattern {config.pattern} keeps the same share of every layer, which leaves "
+            f"{config.allocation} nothing to decide; set allocation to uniform or pattern to unstructured."
+        )
+    return _fill_part(ALLOCATIONS[config.allocation], config)
+
+
+def needs_text(config: PruneConfig) -> bool:
+    """Whether anything of the run looks at calibration text."""
+    allocation = make_allocation(config)
+    return bool(
+        make_solver(config).statistics or (allocation and allocation.statistics) or config.reconstruct != "none"
+    )

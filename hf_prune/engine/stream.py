@@ -1,0 +1,81 @@
+"""The calibration windows on their way through the blocks: cached hidden states, advanced one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hf_prune.engine import distributed
+from hf_prune.engine.capture import BlockRunner, InputObserver
+from hf_prune.engine.statistics import Statistics
+from hf_prune.errors import BadInputError, RunError
+from hf_prune.weights import WeightView
+
+# Tokens a forward: large enough for full-speed matrix products, small enough to keep activations out of the peak.
+TOKENS_PER_FORWARD = 1024
+Groups = list[tuple[Statistics, list[WeightView]]]
+
+
+class Stream:
+    """This process's share of the calibration windows and their hidden states in front of the next block.
+
+    Attributes:
+        chunks: int64 [sequences, tokens] each, one forward's windows.
+        numbers: each chunk's place among those of all processes.
+        hidden: [sequences, tokens, width] each, None in front of the first block.
+        num_chunks: of all processes.
+        forward_passes: taken so far over the calibration set.
+    """
+
+    def __init__(self, runner: BlockRunner, input_ids: Tensor) -> None:
+        # How samples are grouped never depends on the number of processes.
+        samples = max(TOKENS_PER_FORWARD // input_ids.shape[1], 1)
+        chunks = list(input_ids.split(samples))
+        if len(chunks) < distributed.world_size():
+            raise BadInputError(
+                f"num_calibration_samples: {len(input_ids)} windows make {len(chunks)} forwards, fewer than the "
+                f"{distributed.world_size()} processes; use more windows or fewer processes."
+            )
+        self.runner = runner
+        self.num_chunks = len(chunks)
+        self.numbers = list(range(len(chunks)))[distributed.rank() :: distributed.world_size()]
+        self.chunks = [chunks[number] for number in self.numbers]
+        self.hidden: list[Tensor | None] = [None] * len(self.chunks)
+        self.window_counts = [len(chunk) for chunk in chunks]
+        self.forward_passes = 0.0
+
+    def observe(
+        self, index: int, views: list[WeightView], kinds: frozenset[str], *, outputs: bool = False
+    ) -> tuple[Groups, list[Tensor | None] | None]:
+        """Statistics of every distinct input of a block's views, not yet added up over processes.
+
+        Args:
+            outputs: also return the block's outputs, which takes the forward to the block's end.
+
+        Raises:
+            RunError: a layer saw no token.
+        """
+        observer = InputObserver(views, kinds, leave_early=not outputs)
+        seen: list[Tensor | None] | None = [] if outputs else None
+        with observer.listening():
+            for chunk, states in zip(self.chunks, self.hidden, strict=True):
+                with observer.forward():
+                    if seen is None:
+                        self.runner.observe(index, chunk, states)
+                    else:
+                        seen.append(self.runner.run(index, chunk, states))
+        self.forward_passes += 1 / len(self.runner.blocks)
+        silent = {view.name for view in views} - {view.name for _, members in observer.groups for view in members}
+        if silent:
+            raise RunError(f"{min(silent)} saw no calibration token; put it on ignore or use more calibration text.")
+        return observer.groups, seen
+
+    def advance(self, index: int, outputs: Sequence[Tensor | None] | None = None) -> None:
+        """Move past block `index`: through it, or onto `outputs` where they are known already."""
+        if outputs is not None:
+            self.hidden = list(outputs)
+            return
+        for place, chunk in enumerate(self.chunks):
+            self.hidden[place] = self.runner.run(index, chunk, self.hidden[place])
+        self.forward_passes += 1 / len(self.runner.blocks)

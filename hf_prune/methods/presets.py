@@ -1,0 +1,52 @@
+"""Named settings for people who do not want to choose: `fast`, `balanced` (the default) and `best`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hf_prune.methods.admm import AdmmConfig
+from hf_prune.methods.base import register
+from hf_prune.methods.sparsegpt import SparseGPTConfig
+
+
+@register
+@dataclass
+class FastConfig(SparseGPTConfig):
+    """SparseGPT as published: the least time for a result with a weight update."""
+
+    method: str | None = "fast"
+
+    info = replace(SparseGPTConfig.info, name="fast", title="Fast preset (SparseGPT)", summary="SparseGPT as published")
+
+
+@register
+@dataclass
+class BalancedConfig(AdmmConfig):
+    """A short ADMM: 20 iterations with a faster growing rho."""
+
+    method: str | None = "balanced"
+    iterations: int = 20
+    rho_growth: float = 4.0
+
+    info = replace(
+        AdmmConfig.info,
+        name="balanced",
+        title="Balanced preset (short ADMM)",
+        summary="the default: a short ADMM search for the support, then a least squares refit",
+    )
+
+
+@register
+@dataclass
+class BestConfig(AdmmConfig):
+    """The whole ADMM, and each block trained towards its dense outputs."""
+
+    method: str | None = "best"
+    reconstruct: str = "block"
+
+    info = replace(
+        AdmmConfig.info,
+        name="best",
+        title="Best preset (ADMM, block reconstruction)",
+        summary="ADMM, then each block is trained towards its dense outputs: the lowest perplexity, the most time",
+    )

@@ -1,0 +1,134 @@
+"""`reconstruct: block`: train each pruned block to do what the dense block did, before the walk goes on.
+
+The target is the output of the DENSE block on the inputs that the PRUNED blocks before it hand over. Surviving weights
+and norms move, masks hold, and the best state on held-out windows is kept, so that a block never ends worse than it
+began. Block by block, without labels: Transformer Matching in 3BASiL, local reconstruction in arXiv 2510.14444.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.engine.block_training import BlockTask
+from hf_prune.errors import BadInputError
+
+TARGETS = ("block", "model")
+
+
+@dataclass
+class BlockOutcome:
+    """Held-out loss before and after, as a share of the target's own size, and the passes that were trained."""
+
+    before: float
+    after: float
+    passes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockReconstruction:
+    """Settings of the training.
+
+    Args:
+        reconstruct_passes: passes over the calibration windows.
+        reconstruct_seconds: budget of each block; unlimited unless given.
+        reconstruct_learning_rate: Adam's, with a cosine to zero over the passes.
+        reconstruct_batch_size: windows a step (rounded up to whole forwards).
+        reconstruct_held_out: share of the calibration windows that is never trained on and decides what is kept.
+        reconstruct_target: `block`, the dense block on the pruned blocks' outputs; `model`, the dense model's own
+            hidden states, which takes one more forward pass (our extension).
+    """
+
+    reconstruct_passes: int = 8
+    reconstruct_seconds: float | None = None
+    reconstruct_learning_rate: float = 2e-4
+    reconstruct_batch_size: int = 2
+    reconstruct_held_out: float = 0.125
+    reconstruct_target: str = "block"
+
+    summary: ClassVar[str] = "short training of each pruned block towards its dense outputs; masks hold"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.14444"
+
+    def __post_init__(self) -> None:
+        if self.reconstruct_passes < 1:
+            raise BadInputError(f"reconstruct_passes: {self.reconstruct_passes} is too few; use 1 or more.")
+        if self.reconstruct_seconds is not None and self.reconstruct_seconds <= 0:
+            raise BadInputError(
+                f"reconstruct_seconds: {self.reconstruct_seconds} must be above 0; leave it out for no limit."
+            )
+        if self.reconstruct_learning_rate <= 0:
+            raise BadInputError(f"reconstruct_learning_rate: {self.reconstruct_learning_rate} must be above 0.")
+        if self.reconstruct_batch_size < 1:
+            raise BadInputError(f"reconstruct_batch_size: {self.reconstruct_batch_size} is too few; use 1 or more.")
+        if not 0 < self.reconstruct_held_out < 1:
+            raise BadInputError(f"reconstruct_held_out: {self.reconstruct_held_out} is outside (0, 1).")
+        if self.reconstruct_target not in TARGETS:
+            raise BadInputError(f"reconstruct_target: {self.reconstruct_target!r} is not one of {', '.join(TARGETS)}.")
+
+    def update_block(self, task: BlockTask) -> BlockOutcome:
+        """Train in place; the block's parameters are float32 while this runs."""
+        start = perf_counter()
+        trained = [*(parameter for parameter, _ in task.weights), *task.norms]
+        optimizer = torch.optim.Adam(trained, lr=self.reconstruct_learning_rate)
+        rounds = self.reconstruct_passes * max(len(task.steps), 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 + math.cos(math.pi * step / rounds)) / 2
+        )
+        before = best = held_out_loss(task)
+        kept = [parameter.detach().clone() for parameter in trained]
+        done = 0
+        for done in range(1, self.reconstruct_passes + 1):
+            for batches in task.steps:
+                self._step(task, batches, trained, optimizer)
+                schedule.step()
+            loss = held_out_loss(task)
+            # Also False for a loss that is not a number.
+            if loss < best:
+                best = loss
+                kept = [parameter.detach().clone() for parameter in trained]
+            spent = task.agree(perf_counter() - start)
+            if self.reconstruct_seconds is not None and spent * (done + 1) / done > self.reconstruct_seconds:
+                break
+        with torch.no_grad():
+            for parameter, value in zip(trained, kept, strict=True):
+                parameter.copy_(value)
+        return BlockOutcome(before, best, done, perf_counter() - start)
+
+    def _step(self, task: BlockTask, batches: Sequence[int], trained: Sequence[nn.Parameter], optimizer: Any) -> None:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        with torch.enable_grad():
+            for batch in batches:
+                output, target = task.outputs(batch)
+                loss(output, target).sum().backward()
+        for parameter in trained:
+            assert parameter.grad is not None
+            task.total(parameter.grad)
+        for parameter, mask in task.weights:
+            assert parameter.grad is not None
+            parameter.grad *= mask  # Adam moves nothing whose gradients are all zero
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of each token's output to its target: float32 [sequences, tokens]."""
+    return (output.float() - target.float()).square().sum(dim=-1)
+
+
+def held_out_loss(task: BlockTask) -> float:
+    """Squared error over the held-out windows as a share of the targets' squared norm."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in task.held_out:
+            output, target = task.outputs(batch)
+            sums += torch.stack([loss(output, target).sum(), target.float().square().sum()]).double().cpu()
+    task.total(sums)
+    return float(sums[0] / sums[1].clamp(min=torch.finfo(torch.float64).tiny))

@@ -1,0 +1,195 @@
+"""A small grid for real: rows of hf_prune and a peer in processes of their own, resumed, scored, written down."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_prune import cli
+from hf_prune.bench.grid import load_grid
+from hf_prune.bench.summary import write_between_markers
+from hf_prune.compose import make_config
+from hf_prune.data.text import load_text
+from hf_prune.data.windows import evaluation_windows
+from hf_prune.errors import BadInputError
+from hf_prune.pruning import prune
+
+PEER = """
+import json, sys
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model, token_ids, output, report, share = sys.argv[1:]
+assert tuple(load_file(token_ids)["input_ids"].shape) == (16, 64)
+net = AutoModelForCausalLM.from_pretrained(model)
+for name, weight in net.named_parameters():
+    if name.endswith("down_proj.weight"):
+        weight.data[:, : int(float(share) * weight.shape[1])] = 0
+net.save_pretrained(output)
+json.dump({"seconds": {"prune": 1.5}, "peak_memory_bytes": {"prune": 7000000, "load": 9}}, open(report, "w"))
+"""
+GRID = """
+name: small
+title: A tiny Llama.
+repeats: 2
+reference: peer
+common:
+  model_name_or_path: {model}
+  dataset_name: {text}
+  num_calibration_samples: 16
+  seq_length: 64
+  eval_dataset_name: {text}
+  eval_seq_length: 64
+  eval_max_windows: 12
+settings:
+  "50 %": {{sparsity: 0.5}}
+  "2:4": {{pattern: 2:4}}
+rows:
+  - name: wanda
+    method: wanda
+    seeds: [0, 3]
+  - name: sparsegpt, dense inputs
+    method: sparsegpt
+    propagate: false
+    settings: ["2:4"]
+  - name: peer
+    command: '{python} "{{script}}" {{model}} {{token_ids}} {{output}} {{report}} {{sparsity}}'
+    settings: ["50 %"]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench with a space")
+    tiny_model("llama").save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    text = "".join(f"{number}: {number * number} foxes, {number % 7} dogs\n" for number in range(2000))
+    (folder / "text.txt").write_text(text)
+    (folder / "peer.py").write_text(PEER)
+    grid = GRID.format(model=folder / "model", text=folder / "text.txt", python=sys.executable)
+    (folder / "grid.yaml").write_text(grid)
+    (folder / "README.md").write_text(
+        "Before\n<!-- benchmark:small:start -->\nold\n<!-- benchmark:small:end -->\nAfter\n"
+    )
+    return folder
+
+
+def arguments(place: Path) -> list[str]:
+    flags = ["--work_folder", str(place / "work"), "--readme", str(place / "README.md")]
+    return ["bench", str(place / "grid.yaml"), *flags, "--script", str(place / "peer.py")]
+
+
+@pytest.fixture(scope="module")
+def results(place: Path) -> dict:
+    assert cli.main(arguments(place)) == 0
+    return json.loads((place / "work" / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_every_row_is_what_its_recipe_gives(place: Path, results: dict) -> None:
+    """Wanda's row at 50 %, seed 3: pruned and scored here by hand."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    config = make_config({"method": "wanda", "sparsity": 0.5})
+    prune(
+        model, config, tokenizer=tokenizer, dataset_name=str(place / "text.txt"), num_calibration_samples=16,
+        seq_length=64, seed=3,
+    )  # fmt: skip
+    windows = evaluation_windows(load_text(str(place / "text.txt")), tokenizer, 64, 12).input_ids
+    with torch.no_grad():
+        losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in windows]
+    runs = [run for own in results["runs"].values() for run in own]
+    own = [run for run in runs if (run["row"], run["setting"], run["seed"]) == ("wanda", "50 %", 3)]
+    assert len(own) == 2 and own[0]["weights"] == own[1]["weights"]
+    expected = math.exp(sum(losses) / len(losses))
+    assert results["quality"][own[0]["weights"]]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert results["quality"][own[0]["weights"]]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert all(run["seconds"] > 0 and run["peak_memory_bytes"] > 1e6 for run in own)
+
+
+@pytest.mark.slow
+def test_a_line_for_each_row_and_setting(place: Path, results: dict) -> None:
+    with (place / "work" / "small.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    named = {(line["setting"], line["row"]): line for line in lines}
+    assert set(named) == {("50 %", "wanda"), ("50 %", "peer"), ("2:4", "wanda"), ("2:4", "sparsegpt, dense inputs")}
+    peer, wanda = named["50 %", "peer"], named["50 %", "wanda"]
+    assert (float(peer["seconds"]), float(peer["peak_memory_bytes"])) == (1.5, 7e6)
+    assert float(peer["excess_ratio"]) == 1 and named["2:4", "wanda"]["excess_ratio"] == ""
+    assert float(wanda["excess_ratio"]) == pytest.approx(float(wanda["excess"]) / float(peer["excess"]))
+    assert (wanda["seeds"], wanda["runs"]) == ("2", "4")
+    logs = [
+        math.log(results["quality"][run["weights"]]["perplexity"] / results["quality"]["dense"]["perplexity"])
+        for runs in results["runs"].values()
+        for run in runs[:1]
+        if (run["row"], run["setting"]) == ("wanda", "50 %")
+    ]
+    assert float(wanda["excess"]) == pytest.approx(sum(logs) / 2)
+    readme = (place / "README.md").read_text()
+    assert readme.startswith("Before\n") and readme.endswith("\nAfter\n") and "old" not in readme
+    assert readme.count("| wanda |") == 2 and "12 windows" in readme
+    assert (place / "work" / "small.png").read_bytes().startswith(b"\x89PNG")
+    # Calibration windows are cut once for each seed; weights do not stay.
+    assert len(list((place / "work").glob("token_ids-*.safetensors"))) == 2
+    assert not list((place / "work").glob("*.model"))
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_run_again(place: Path, results: dict) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in (place / "work").glob("*.log")}
+    # One run is forgotten: it alone is made up for, with the same weights.
+    path = place / "work" / "results.json"
+    cut = json.loads(path.read_text())
+    forgotten = next(key for key, runs in cut["runs"].items() if runs[0]["row"] == "peer")
+    cut["runs"][forgotten].pop()
+    path.write_text(json.dumps(cut))
+    assert cli.main(arguments(place)) == 0
+    again = json.loads(path.read_text())
+    assert {key: len(runs) for key, runs in again["runs"].items()} == {k: len(r) for k, r in results["runs"].items()}
+    assert again["quality"].keys() == results["quality"].keys()
+    changed = [n for n, time in before.items() if (place / "work" / n).stat().st_mtime_ns != time]
+    assert len(changed) == 1 and changed[0].startswith("peer")
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_does_not_take_the_others_along(place: Path, capsys: pytest.CaptureFixture) -> None:
+    text = (place / "grid.yaml").read_text().replace("repeats: 2", "repeats: 1").replace("[0, 3]", "[0]")
+    (place / "failing.yaml").write_text(text)
+    flags = ["--work_folder", str(place / "other"), "--script", str(place / "absent.py")]
+    assert cli.main(["bench", str(place / "failing.yaml"), *flags]) == 1
+    assert "1 of 4 runs failed: peer, 50 %" in capsys.readouterr().err
+    with (place / "other" / "small.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("method: wanda", "method: magic"), "method: 'magic' is unknown"),
+        (("repeats: 2", "repeat: 2"), "repeat: unknown key"),
+        (('settings: ["2:4"]', 'settings: ["3:4"]'), "names '3:4'"),
+        (("reference: peer", "reference: nobody"), "'nobody' is no row"),
+        (("- name: peer", "- name: wanda"), "a name of its own"),
+        (("seq_length: 64\n  eval_dataset", "sequence: 64\n  eval_dataset"), "sequence: unknown recipe key"),
+        (("propagate: false", "reconstruct: block\n    propagate: false"), "propagate: false leaves no"),
+    ],
+)
+def test_a_broken_grid_is_refused_before_anything_runs(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    text = GRID.format(model="model", text="text.txt", python="python")
+    assert change[0] in text
+    (tmp_path / "grid.yaml").write_text(text.replace(*change))
+    with pytest.raises(BadInputError, match=message):
+        load_grid(tmp_path / "grid.yaml")
+
+
+def test_a_readme_without_the_markers_is_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("Nothing here\n")
+    with pytest.raises(BadInputError, match="benchmark:small:start"):
+        write_between_markers(path, "small", "| table |")
+    assert path.read_text() == "Nothing here\n"
