@@ -26,7 +26,7 @@ class BalancedConfig(AdmmConfig):
 
     method: str | None = "balanced"
     iterations: int = 20
-    rho_growth: float = 4.0
+    rho_growth: float = 2.0
 
     info = replace(
         AdmmConfig.info,
