@@ -88,8 +88,9 @@ def load_grid(path: str | Path, flags: dict[str, Any] | None = None) -> Grid:
         raise BadInputError("rows: every row needs a name of its own.")
     if grid.reference is not None and grid.reference not in names:
         raise BadInputError(f"reference: {grid.reference!r} is no row; choose one of {', '.join(map(str, names))}.")
-    for row in grid.rows:
-        grid.cells.extend(_cells(grid, row))
+    cells = [cell for row in grid.rows for cell in _cells(grid, row)]
+    # A setting is finished before the next begins: what is compared runs close together.
+    grid.cells.extend(sorted(cells, key=lambda cell: list(grid.settings).index(cell.setting)))
     return grid
 
 

@@ -73,14 +73,19 @@ class Bench:
         self.tokenizer = load_tokenizer(self.source.path, self.recipe.model, self.source.revision)
         self._evaluation: QualityEvaluation | None = None
 
-    def run(self) -> list[str]:
-        """Run whatever is not finished; returns a sentence for each cell that failed."""
+    def run(self, rows: set[str], settings: set[str]) -> list[str]:
+        """Run whatever is not finished of some rows and settings (of all where none is named).
+
+        Returns:
+            a sentence for each cell that failed.
+        """
         failures = []
         self._dense()
         for repeat in range(self.grid.repeats):
             # Who goes first changes from repeat to repeat.
             for cell in self.grid.cells[:: -1 if repeat % 2 else 1]:
-                if len(self.results.runs(cell)) > repeat:
+                chosen = (not rows or cell.row in rows) and (not settings or cell.setting in settings)
+                if not chosen or len(self.results.runs(cell)) > repeat:
                     continue
                 failure = self._run_cell(cell)
                 if failure:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_prune.cli.arguments import console, quiet_libraries, split_positional, take_text
-from hf_prune.errors import RunError
+from hf_prune.errors import BadInputError, RunError
+from hf_prune.recipe import coerce
 
-TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.md] [--key value ...]
+TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.md] [--rows NAME ...] [--settings NAME ...]
+           [--key value ...]
 
 Runs every row of the grid under every setting, each in a process of its own, and scores all of them with one
 evaluator. What is finished is kept in the work folder: start again to go on. Writes NAME.csv, NAME.md and NAME.png
 there, and the table between the README's markers <!-- benchmark:NAME:start --> and <!-- benchmark:NAME:end -->.
 
+--rows and --settings take names: only those are run this time; the tables hold everything that is finished.
 A flag that is a recipe key is laid over the grid's common keys; any other fills the {word} of the same name in a peer's
 command, which may also name {model}, {token_ids}, {output}, {report} and every recipe key.
 """
@@ -25,6 +28,7 @@ def help_text() -> str:
 def main(arguments: list[str]) -> None:
     path, flags = split_positional(arguments, "the benchmark's file")
     work_folder, readme = take_text(flags, "work_folder") or "bench", take_text(flags, "readme")
+    chosen = [set(coerce(key, flags.pop(key, []), list[str])) for key in ("rows", "settings")]
     from hf_prune.bench import summary
     from hf_prune.bench.grid import load_grid
     from hf_prune.bench.runner import Bench
@@ -34,7 +38,10 @@ def main(arguments: list[str]) -> None:
     known = {key for section in SECTIONS.values() for key in field_types(section)}
     grid = load_grid(path, {key: value for key, value in flags.items() if key in known})
     bench = Bench(grid, Path(work_folder), {key: str(value) for key, value in flags.items() if key not in known})
-    failures = bench.run()
+    for names, known_names in zip(chosen, ({row["name"] for row in grid.rows}, set(grid.settings)), strict=True):
+        if names - known_names:
+            raise BadInputError(f"{min(names - known_names)!r} is neither a row nor a setting of {path}.")
+    failures = bench.run(*chosen)
     lines = summary.summarise(grid, bench.results)
     table = summary.markdown(grid, bench.results, lines)
     folder = Path(work_folder)
