@@ -180,8 +180,8 @@ def agreement(
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def run_sensitivity(recipe: Recipe, by: str) -> dict[str, Any]:
-    """Prune one part at a time and evaluate it; a report of sensitivity.json's form.
+def run_sensitivity(recipe: Recipe, by: str) -> tuple[Sensitivity, dict[str, float]]:
+    """Prune one part of a recipe's model at a time and evaluate it; also how far each allocation agrees.
 
     Raises:
         BadInputError: the recipe, the model or the text cannot be used.
@@ -200,4 +200,4 @@ def run_sensitivity(recipe: Recipe, by: str) -> dict[str, Any]:
     measured = measure_sensitivity(
         model, ready.config, lambda name: evaluation.measure(model, name).nll, by=by, input_ids=input_ids
     )
-    return {**measured.to_dict(), "agreement": agreement(model, ready.config, measured, input_ids)}
+    return measured, agreement(model, ready.config, measured, input_ids)

@@ -386,3 +386,56 @@ def test_the_saved_recipe_runs_again(finished: Path, tmp_path: Path) -> None:
     run(make_recipe({**values, **changes}))
     first, second = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_allocation_that_looks_at_weights_is_planned_saved_and_carried_out(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    saved = tmp_path / "plan.json"
+    common = ["--model_name_or_path", str(dense), "--method", "wanda", "--sparsity", "0.6"]
+    common += ["--dataset_name", str(text), "--num_calibration_samples", "16", "--seq_length", "64"]
+    assert cli.main(["plan", *common, "--allocation", "owl", "--min_keep_ratio", "0.1", "--save", str(saved)]) == 0
+    assert "60.0 %" in capsys.readouterr().out
+    planned = {view["name"]: view["density"] for view in json.loads(saved.read_text())["views"]}
+    assert len(set(planned.values())) == 3  # one density a block
+    reports = []
+    for name, allocation in (("owl", "owl"), ("saved", str(saved))):
+        command = ["prune", *common, "--allocation", allocation, "--output_dir", str(tmp_path / name)]
+        assert cli.main([*command, "--min_keep_ratio", "0.1"]) == 0
+        reports.append(json.loads((tmp_path / name / "prune_report.json").read_text()))
+        assert {view["name"]: view["target_density"] for view in reports[-1]["views"]} == planned
+        assert all(row["passed"] for row in reports[-1]["verification"])
+    assert [report["method"]["allocation"] for report in reports] == ["owl", "plan.json"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("owl", "saved")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_best_preset_runs_from_a_recipe_and_says_what_it_did(dense: Path, text: Path, tmp_path: Path) -> None:
+    values = recipe(dense, text, tmp_path / "out", method="best", sparsity=0.6, eval_efficiency=False)
+    report = run(make_recipe({**values, "reconstruct_passes": 2}))
+    assert report["method"]["name"] == "best" and report["method"]["reconstruct"] == "block"
+    assert [entry["block"] for entry in report["reconstruction"]] == [0, 1, 2]
+    assert all(entry["after"] <= entry["before"] and entry["passes"] == 2 for entry in report["reconstruction"])
+    assert report["sparsity"]["achieved_pruned"] == pytest.approx(0.6, abs=1e-3)
+    assert all(row["passed"] for row in report["verification"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`reconstruct: block`" in card and "2406.07831" in card
+
+
+def test_sensitivity_writes_a_table_a_picture_and_a_plan_to_edit(
+    dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    values = recipe(dense, text, tmp_path / "parts", method="wanda", sparsity=0.8)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    command = ["sensitivity", "--config", str(tmp_path / "recipe.yaml"), "--by", "kind"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "parts" / "sensitivity.json").read_text())
+    assert [part["part"] for part in report["parts"]][-1] == "mlp.down_proj" and len(report["parts"]) == 7
+    assert "all together" in out and "Rank correlation" in out and set(report["agreement"]) >= {"owl", "erk"}
+    assert (tmp_path / "parts" / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "parts" / "sensitivity.csv").read_text().splitlines()) == 8
+    assert json.loads((tmp_path / "parts" / "prune_plan.json").read_text())["sparsity"] == pytest.approx(0.8)
+    # A second run loses nothing of the first.
+    assert cli.main(command) == 2
+    assert "exists and is not empty" in capsys.readouterr().err

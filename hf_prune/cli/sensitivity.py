@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, take_text
 from hf_prune.recipe import load_recipe, parse_flags
@@ -22,27 +21,31 @@ def main(arguments: list[str]) -> None:
     by = take_text(flags, "by") or "block"
     recipe = load_recipe(take_text(flags, "config"), flags)
     recipe.require("output_dir", "eval_dataset_name")
+    import pandas
+
+    from hf_prune.checkpoint.folder import PLAN_FILE, check_output_folder, output_folder
     from hf_prune.progress import is_main_process
     from hf_prune.report.plots import plot_sensitivity
     from hf_prune.report.tables import sensitivity_table
     from hf_prune.sensitivity import run_sensitivity
 
     quiet_libraries()
-    report = run_sensitivity(recipe, by)
+    output_dir, overwrite = str(recipe.output.output_dir), recipe.output.overwrite_output_dir
+    check_output_folder(output_dir, overwrite)
+    measured, agreement = run_sensitivity(recipe, by)
     if not is_main_process():
         return
-    folder = Path(str(recipe.output.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sensitivity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    import pandas
-
-    pandas.DataFrame(report["parts"]).to_csv(folder / "sensitivity.csv", index=False)
-    plot_sensitivity(report, folder / "sensitivity.png")
+    report = {**measured.to_dict(), "agreement": agreement}
+    with output_folder(output_dir, overwrite) as folder:
+        (folder / "sensitivity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        pandas.DataFrame(report["parts"]).to_csv(folder / "sensitivity.csv", index=False)
+        plot_sensitivity(report, folder / "sensitivity.png")
+        measured.plan.save(folder / PLAN_FILE)
     out = console()
     out.print(sensitivity_table(report))
     if report["outstanding"]:
         out.print(f"Worth leaving alone: ignore: [{', '.join(report['outstanding'])}]", markup=False)
-    if report["agreement"]:
-        best = ", ".join(f"{name} {value:+.2f}" for name, value in report["agreement"].items())
-        out.print(f"Rank correlation of each allocation's densities with the measured cost: {best}.")
-    out.print(f"Written to {folder}.", markup=False)
+    if agreement:
+        found = ", ".join(f"{name} {value:+.2f}" for name, value in agreement.items())
+        out.print(f"Rank correlation of each allocation's densities with the measured cost: {found}.")
+    out.print(f"Written to {output_dir}; `allocation: {output_dir}/{PLAN_FILE}` takes densities you edit.", markup=False)

@@ -31,14 +31,22 @@ def prune(folder: Path, recipe: dict, processes: int) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
-def test_two_processes_prune_like_one(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"method": "sparsegpt"},
+        {"method": "wanda"},
+        {"method": "balanced", "allocation": "owl", "reconstruct": "block", "reconstruct_passes": 2},
+    ],
+    ids=lambda own: "+".join(map(str, own.values())),
+)
+def test_two_processes_prune_like_one(own: dict, tmp_path: Path) -> None:
     model = tmp_path / "model"
     tiny_model("llama").save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     (tmp_path / "text.txt").write_text("".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000)))
     recipe = {
-        "model_name_or_path": str(model), "method": method, "sparsity": 0.5, "dataset_name": str(tmp_path / "text.txt"),
+        "model_name_or_path": str(model), **own, "sparsity": 0.5, "dataset_name": str(tmp_path / "text.txt"),
         "num_calibration_samples": 165, "seq_length": 64, "eval_dataset_name": str(tmp_path / "text.txt"),
         "eval_seq_length": 64, "eval_max_windows": 21, "eval_efficiency": False,
     }  # fmt: skip
