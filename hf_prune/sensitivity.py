@@ -175,7 +175,7 @@ def agreement(
             kept[part] = kept.get(part, 0.0) + view.density * view.numel
             weights[part] = weights.get(part, 0) + view.numel
         densities = pandas.Series({part: kept[part] / weights[part] for part in kept})
-        if densities.std() > 0:
+        if densities.std() > 1e-9:  # equal densities rank nothing
             found[name] = float(pandas.DataFrame({"price": prices, "density": densities}).corr("spearman").iloc[0, 1])
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

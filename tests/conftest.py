@@ -6,6 +6,8 @@ from pathlib import Path
 # Before transformers or huggingface_hub are imported: both read these at import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_PRUNE_QUIET", "1")
+# And before torch is: the suite runs in one process a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

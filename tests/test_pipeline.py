@@ -401,7 +401,7 @@ def test_an_allocation_that_looks_at_weights_is_planned_saved_and_carried_out(
     reports = []
     for name, allocation in (("owl", "owl"), ("saved", str(saved))):
         command = ["prune", *common, "--allocation", allocation, "--output_dir", str(tmp_path / name)]
-        assert cli.main([*command, "--min_keep_ratio", "0.1"]) == 0
+        assert cli.main([*command, "--min_keep_ratio", "0.1", "--eval_efficiency", "false"]) == 0
         reports.append(json.loads((tmp_path / name / "prune_report.json").read_text()))
         assert {view["name"]: view["target_density"] for view in reports[-1]["views"]} == planned
         assert all(row["passed"] for row in reports[-1]["verification"])
@@ -432,7 +432,9 @@ def test_sensitivity_writes_a_table_a_picture_and_a_plan_to_edit(
     out = capsys.readouterr().out
     report = json.loads((tmp_path / "parts" / "sensitivity.json").read_text())
     assert [part["part"] for part in report["parts"]][-1] == "mlp.down_proj" and len(report["parts"]) == 7
-    assert "all together" in out and "Rank correlation" in out and set(report["agreement"]) >= {"owl", "erk"}
+    assert "all together" in out and "Rank correlation" in out
+    # OWL gives a density to a block: it cannot tell kinds of layer apart.
+    assert set(report["agreement"]) == {"erk", "global", "layerwise_l1", "layerwise_l2"}
     assert (tmp_path / "parts" / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "parts" / "sensitivity.csv").read_text().splitlines()) == 8
     assert json.loads((tmp_path / "parts" / "prune_plan.json").read_text())["sparsity"] == pytest.approx(0.8)

@@ -129,6 +129,7 @@ def write_between_markers(path: Path, name: str, table: str) -> None:
 def plot(path: Path, grid: Grid, lines: list[dict[str, Any]]) -> None:
     """Excess log-perplexity against seconds, a panel for each setting, a point for each row, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     settings = [setting for setting in grid.settings if any(line["setting"] == setting for line in lines)]
     figure = Figure(figsize=(4.2 * max(len(settings), 1), 3.8), layout="constrained")
@@ -144,6 +145,9 @@ def plot(path: Path, grid: Grid, lines: list[dict[str, Any]]) -> None:
                         fontsize=7,
                     )  # fmt: skip
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.25, y=0.15)
         axes.set_title(setting, fontsize=10, loc="left")
         axes.set_xlabel("seconds to prune", fontsize=9)

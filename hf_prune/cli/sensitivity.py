@@ -48,4 +48,6 @@ def main(arguments: list[str]) -> None:
     if agreement:
         found = ", ".join(f"{name} {value:+.2f}" for name, value in agreement.items())
         out.print(f"Rank correlation of each allocation's densities with the measured cost: {found}.")
-    out.print(f"Written to {output_dir}; `allocation: {output_dir}/{PLAN_FILE}` takes densities you edit.", markup=False)
+    out.print(
+        f"Written to {output_dir}; `allocation: {output_dir}/{PLAN_FILE}` takes densities you edit.", markup=False
+    )

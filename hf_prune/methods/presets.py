@@ -46,7 +46,7 @@ class BestConfig(AdmmConfig):
 
     method: str | None = "best"
     reconstruct: str = "block"
-    reconstruct_passes: int = 6
+    reconstruct_passes: float = 6
     reconstruct_learning_rate: float = 1e-3
     reconstruct_target: str = "model"
 
@@ -54,5 +54,5 @@ class BestConfig(AdmmConfig):
         AdmmConfig.info,
         name="best",
         title="Best preset (ADMM, block reconstruction)",
-        summary="ADMM, then each block is trained towards the dense hidden states: the lowest perplexity, the most time",
+        summary="ADMM, then each block is trained towards dense hidden states: the lowest perplexity, the most time",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ class BlockOutcome:
 
     before: float
     after: float
-    passes: int
+    passes: float
     seconds: float
 
 
@@ -37,7 +38,7 @@ class BlockReconstruction:
     """Settings of the training.
 
     Args:
-        reconstruct_passes: passes over the calibration windows.
+        reconstruct_passes: passes over the calibration windows; 0.5 trains on half of them.
         reconstruct_seconds: budget of each block; unlimited unless given.
         reconstruct_learning_rate: Adam's, with a cosine to zero over the passes.
         reconstruct_batch_size: windows a step (rounded up to whole forwards).
@@ -46,7 +47,7 @@ class BlockReconstruction:
             hidden states, which takes one more forward pass (our extension).
     """
 
-    reconstruct_passes: int = 8
+    reconstruct_passes: float = 8
     reconstruct_seconds: float | None = None
     reconstruct_learning_rate: float = 2e-4
     reconstruct_batch_size: int = 2
@@ -57,8 +58,8 @@ class BlockReconstruction:
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.14444"
 
     def __post_init__(self) -> None:
-        if self.reconstruct_passes < 1:
-            raise BadInputError(f"reconstruct_passes: {self.reconstruct_passes} is too few; use 1 or more.")
+        if self.reconstruct_passes <= 0:
+            raise BadInputError(f"reconstruct_passes: {self.reconstruct_passes} must be above 0; 8 is usual.")
         if self.reconstruct_seconds is not None and self.reconstruct_seconds <= 0:
             raise BadInputError(
                 f"reconstruct_seconds: {self.reconstruct_seconds} must be above 0; leave it out for no limit."
@@ -77,29 +78,30 @@ class BlockReconstruction:
         start = perf_counter()
         trained = [*(parameter for parameter, _ in task.weights), *task.norms]
         optimizer = torch.optim.Adam(trained, lr=self.reconstruct_learning_rate)
-        rounds = self.reconstruct_passes * max(len(task.steps), 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: (1 + math.cos(math.pi * step / rounds)) / 2
-        )
+        per_pass = max(len(task.steps), 1)
+        total = max(round(self.reconstruct_passes * per_pass), 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
         before = best = held_out_loss(task)
         kept = [parameter.detach().clone() for parameter in trained]
         done = 0
-        for done in range(1, self.reconstruct_passes + 1):
-            for batches in task.steps:
-                self._step(task, batches, trained, optimizer)
-                schedule.step()
-            loss = held_out_loss(task)
+        for batches in islice(cycle(task.steps), total):
+            self._step(task, batches, trained, optimizer)
+            schedule.step()
+            done += 1
+            if done % per_pass and done < total:
+                continue
+            now = held_out_loss(task)
             # Also False for a loss that is not a number.
-            if loss < best:
-                best = loss
+            if now < best:
+                best = now
                 kept = [parameter.detach().clone() for parameter in trained]
             spent = task.agree(perf_counter() - start)
-            if self.reconstruct_seconds is not None and spent * (done + 1) / done > self.reconstruct_seconds:
+            if self.reconstruct_seconds is not None and spent * (1 + per_pass / done) > self.reconstruct_seconds:
                 break
         with torch.no_grad():
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
-        return BlockOutcome(before, best, done, perf_counter() - start)
+        return BlockOutcome(before, best, done / per_pass, perf_counter() - start)
 
     def _step(self, task: BlockTask, batches: Sequence[int], trained: Sequence[nn.Parameter], optimizer: Any) -> None:
         for parameter in trained:

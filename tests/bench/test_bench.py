@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import cli
 from hf_prune.bench.grid import load_grid
-from hf_prune.bench.summary import write_between_markers
+from hf_prune.bench.summary import _add_ratios, write_between_markers
 from hf_prune.compose import make_config
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
@@ -120,8 +120,8 @@ def test_a_line_for_each_row_and_setting(place: Path, results: dict) -> None:
     assert set(named) == {("50 %", "wanda"), ("50 %", "peer"), ("2:4", "wanda"), ("2:4", "sparsegpt, dense inputs")}
     peer, wanda = named["50 %", "peer"], named["50 %", "wanda"]
     assert (float(peer["seconds"]), float(peer["peak_memory_bytes"])) == (1.5, 7e6)
-    assert float(peer["excess_ratio"]) == 1 and named["2:4", "wanda"]["excess_ratio"] == ""
-    assert float(wanda["excess_ratio"]) == pytest.approx(float(wanda["excess"]) / float(peer["excess"]))
+    assert float(peer["time_ratio"]) == 1 and named["2:4", "wanda"]["time_ratio"] == ""
+    assert float(wanda["time_ratio"]) == pytest.approx(float(wanda["seconds"]) / 1.5)
     assert (wanda["seeds"], wanda["runs"]) == ("2", "4")
     logs = [
         math.log(results["quality"][run["weights"]]["perplexity"] / results["quality"]["dense"]["perplexity"])
@@ -185,6 +185,19 @@ def test_a_broken_grid_is_refused_before_anything_runs(tmp_path: Path, change: t
     (tmp_path / "grid.yaml").write_text(text.replace(*change))
     with pytest.raises(BadInputError, match=message):
         load_grid(tmp_path / "grid.yaml")
+
+
+def test_ratios_are_to_the_reference_under_the_same_setting() -> None:
+    lines = [
+        {"setting": "a", "row": "peer", "excess": 0.5, "seconds": 10.0},
+        {"setting": "a", "row": "own", "excess": 0.2, "seconds": 25.0},
+        {"setting": "b", "row": "own", "excess": 0.2, "seconds": 25.0},
+        {"setting": "c", "row": "peer", "excess": -0.1, "seconds": 10.0},
+        {"setting": "c", "row": "own", "excess": 0.1, "seconds": 5.0},
+    ]
+    _add_ratios(lines, "peer")
+    assert [line["excess_ratio"] for line in lines] == [1.0, 0.4, None, None, None]
+    assert [line["time_ratio"] for line in lines] == [1.0, 2.5, None, 1.0, 0.5]
 
 
 def test_a_readme_without_the_markers_is_left_as_it_was(tmp_path: Path) -> None:

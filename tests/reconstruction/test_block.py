@@ -133,6 +133,14 @@ def test_a_budget_of_seconds_ends_the_training_early() -> None:
     assert all(0 < outcome.passes < 10_000 for outcome in result.reconstruction.values())
 
 
+def test_half_a_pass_sees_half_of_the_windows() -> None:
+    config = make_config(options(reconstruct_passes=0.5, reconstruct_batch_size=1))
+    result = prune(tiny_model("llama"), config, input_ids=tiny_ids(16, 64))
+    # 16 windows, 2 of them held out.
+    assert [outcome.passes for outcome in result.reconstruction.values()] == [0.5] * 3
+    assert all(outcome.after < outcome.before for outcome in result.reconstruction.values())
+
+
 def test_the_forwards_are_counted() -> None:
     input_ids = tiny_ids(16, 64)  # one forward of 1,024 tokens
     calls = []
