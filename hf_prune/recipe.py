@@ -241,6 +241,16 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
+class RecipeDumper(yaml.SafeDumper):
+    """SafeDumper that quotes whatever RecipeLoader, or YAML 1.1, would read as something else than text."""
+
+
+RecipeDumper.yaml_implicit_resolvers = {
+    letter: [*yaml.SafeDumper.yaml_implicit_resolvers.get(letter, []), *resolvers]
+    for letter, resolvers in {**yaml.SafeDumper.yaml_implicit_resolvers, **RecipeLoader.yaml_implicit_resolvers}.items()
+}
+
+
 def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """Read a flat mapping; `origin` names the text in errors."""
     try:
@@ -317,7 +327,7 @@ def make_recipe(values: Mapping[str, Any], text: str | None = None) -> Recipe:
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """Flat YAML that `parse_yaml` reads back to the same values."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dict(values), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _recipe_text(text: str, values: dict[str, Any], flags: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hf_prune.bench.grid import load_grid
@@ -24,6 +24,7 @@ values = st.one_of(
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), values, max_size=6))
+@example({"_": "0E0"})
 def test_yaml_reads_back_what_it_wrote(recipe: dict) -> None:
     assert parse_yaml(dump_yaml(recipe), "recipe") == recipe
 

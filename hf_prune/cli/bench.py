@@ -13,7 +13,8 @@ TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.
 
 Runs every row of the grid under every setting, each in a process of its own, and scores all of them with one
 evaluator. What is finished is kept in the work folder: start again to go on. Writes NAME.csv, NAME.md and NAME.png
-there, and the table into the README between <!-- benchmark:NAME:start --> and <!-- benchmark:NAME:end -->.
+there, and the table into the README between its lines <!-- benchmark:NAME:start --> and
+<!-- benchmark:NAME:end -->.
 
 --rows and --settings take names: only those are run this time; the tables hold everything that is finished.
 A flag that is a recipe key is laid over the grid's common keys; any other fills the {word} of the same name in a peer's
