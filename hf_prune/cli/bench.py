@@ -8,8 +8,8 @@ from hf_prune.cli.arguments import console, quiet_libraries, split_positional, t
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.recipe import coerce
 
-TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.md] [--rows NAME ...] [--settings NAME ...]
-           [--key value ...]
+TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.md]
+           [--rows NAME ...] [--settings NAME ...] [--key value ...]
 
 Runs every row of the grid under every setting, each in a process of its own, and scores all of them with one
 evaluator. What is finished is kept in the work folder: start again to go on. Writes NAME.csv, NAME.md and NAME.png
