@@ -44,6 +44,19 @@ def weights() -> dict[str, numpy.ndarray]:
     return {view.name: view.read().double().numpy() for view in find_views(model) if view.block < 3}
 
 
+def input_norms(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Norm over all tokens of each input of each layer, in the dense model's own forward."""
+    model = uneven_model()
+    norms = {}
+    for view in find_views(model)[:-1]:
+        view.module.register_forward_pre_hook(
+            lambda module, args, name=view.name: norms.__setitem__(name, args[0].flatten(0, -2).double().norm(dim=0))
+        )
+    with torch.no_grad():
+        model(input_ids)
+    return norms
+
+
 def kept_share(plan: Plan) -> float:
     return sum(view.density * view.numel for view in plan.views) / sum(view.numel for view in plan.views)
 
@@ -85,19 +98,12 @@ def test_thresholds_keep_what_one_sort_of_everything_keeps(allocation: str, powe
 
 
 def test_a_wanda_threshold_weighs_by_the_inputs_of_the_dense_model() -> None:
-    model, input_ids = uneven_model(), tiny_ids()
-    norms = {}
-    for view in find_views(model)[:-1]:
-        view.module.register_forward_pre_hook(
-            lambda module, args, name=view.name: norms.__setitem__(name, args[0].flatten(0, -2).double().norm(dim=0))
-        )
-    with torch.no_grad():
-        model(input_ids)
+    norms = input_norms(tiny_ids())
     scores = {name: numpy.abs(weight) * norms[name].numpy() for name, weight in weights().items()}
     limit = numpy.sort(numpy.concatenate([score.ravel() for score in scores.values()]))[::-1]
     limit = limit[round(0.4 * len(limit)) - 1]
     config = make_config({"method": "magnitude", "sparsity": 0.6, "allocation": "global", "allocation_score": "wanda"})
-    for view in plan_pruning(uneven_model(), config, input_ids=input_ids).views:
+    for view in plan_pruning(uneven_model(), config, input_ids=tiny_ids()).views:
         assert view.density == pytest.approx((scores[view.name] >= limit).mean(), abs=2e-3)
 
 
@@ -112,14 +118,7 @@ def test_erk_is_in_proportion_to_the_sum_over_the_product() -> None:
 
 
 def test_owl_follows_the_outlier_ratios_of_the_blocks() -> None:
-    model, input_ids = uneven_model(), tiny_ids()
-    norms = {}
-    for view in find_views(model)[:-1]:
-        view.module.register_forward_pre_hook(
-            lambda module, args, name=view.name: norms.__setitem__(name, args[0].flatten(0, -2).double().norm(dim=0))
-        )
-    with torch.no_grad():
-        model(input_ids)
+    norms = input_norms(tiny_ids())
     ratios = []
     for block in range(3):
         scores = numpy.concatenate(
