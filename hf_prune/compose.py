@@ -150,12 +150,18 @@ def make_allocation(config: PruneConfig) -> Allocation | None:
             f"allocation: pattern {config.pattern} keeps the same share of every layer, which leaves "
             f"{config.allocation} nothing to decide; set allocation to uniform or pattern to unstructured."
         )
-    return _fill_part(ALLOCATIONS[config.allocation], config)
+    rule = _fill_part(ALLOCATIONS[config.allocation], config)
+    if getattr(rule, "train_weights", False) and config.method != "fcpts":
+        raise BadInputError(
+            f"train_weights: method {config.method or config.criterion} starts from the dense weights; leave it out or "
+            "set method to fcpts."
+        )
+    return rule
 
 
 def needs_text(config: PruneConfig) -> bool:
     """Whether anything of the run looks at calibration text."""
     allocation = make_allocation(config)
     return bool(
-        make_solver(config).statistics or (allocation and allocation.statistics) or config.reconstruct != "none"
+        make_solver(config).statistics or (allocation and allocation.needs_text) or config.reconstruct != "none"
     )

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from hf_prune.allocation import Allocation
 from hf_prune.engine.stream import TOKENS_PER_FORWARD
 from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Solver
@@ -51,6 +52,7 @@ def estimate(
     plan: Plan,
     solver: Solver,
     reconstruction: BlockReconstruction | None,
+    allocation: Allocation | None,
     samples: int,
     seq_length: int,
     dtype: str,
@@ -61,6 +63,7 @@ def estimate(
     Args:
         solver: its statistics need forward passes, its update operations.
         reconstruction: of each block, if there is one.
+        allocation: None where a saved plan has decided already.
         samples, seq_length: calibration windows and their length in tokens.
         dtype: as in a recipe; `auto` is the config's.
     """
@@ -83,6 +86,8 @@ def estimate(
         if "gram" in statistics:
             distinct = {(view.block, view.shape[1], view.name.rpartition(".")[0]) for view in plan.views}
             walk_flops += sum(1.2 * tokens * width**2 + 2 * width**3 for _, width, _ in distinct)
+    if allocation is not None:
+        walk_flops += allocation.window_passes(samples) * seq_length * per_token
     walk_flops += sum(solver.update.flops(*view.shape) for view in plan.views)
     hidden = model.config.get_text_config().hidden_size
     # The distinct Gram matrices of a block at once, and what a factorisation holds beside its own, all in float64.

@@ -102,7 +102,8 @@ def prepare(recipe: Recipe) -> Preparation:
     seq_length = recipe.data.seq_length or default_seq_length(model_config)
     samples = recipe.data.num_calibration_samples if needs_text(config) else 0
     solver, reconstruction = make_solver(config), make_block_reconstruction(config)
-    predicted = estimate(empty, plan, solver, reconstruction, samples, seq_length, model.dtype, device)
+    rule = make_allocation(config)
+    predicted = estimate(empty, plan, solver, reconstruction, rule, samples, seq_length, model.dtype, device)
     return Preparation(recipe, config, source, model_config, plan, final, predicted, device, seq_length)
 
 
@@ -148,11 +149,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
         total = sum(parameter.numel() for parameter in model.parameters())
         with watch.phase("evaluate"):
             dense = evaluation.measure(model, "evaluating the dense model") if evaluation else None
+        folder = recipe.data.statistics_folder
         with watch.phase("prune"):
             if not ready.plan_is_final:
-                plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids)
+                plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
                 ready = replace(ready, plan=plan, plan_is_final=True)
-            folder = recipe.data.statistics_folder
             result = prune(model, ready.config, input_ids=input_ids, plan=ready.plan, statistics_folder=folder)
         with watch.phase("evaluate"):
             pruned = evaluation.measure(model, "evaluating the pruned model") if evaluation else None
@@ -178,11 +179,12 @@ def with_final_plan(ready: Preparation) -> Preparation:
     revision = ready.source.revision or ready.recipe.model.revision
     input_ids = None
     rule = make_allocation(ready.config)
-    if rule is not None and rule.statistics:
+    if rule is not None and rule.needs_text:
         tokenizer = load_tokenizer(ready.source.path, ready.recipe.model, revision)
         _, input_ids = load_calibration(ready.recipe.data, tokenizer, ready.model_config)
     model = load_model(ready.source.path, ready.recipe.model, ready.device, revision)
-    plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids)
+    folder = ready.recipe.data.statistics_folder
+    plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
     return replace(ready, plan=plan, plan_is_final=True)
 
 

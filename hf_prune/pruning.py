@@ -46,11 +46,18 @@ class PruneResult:
         return 1 - sum(view.kept for view in self.views) / sum(view.numel for view in self.plan.views)
 
 
-def plan_pruning(model: nn.Module, config: PruneConfig, base_model: str = "", input_ids: Tensor | None = None) -> Plan:
+def plan_pruning(
+    model: nn.Module,
+    config: PruneConfig,
+    base_model: str = "",
+    input_ids: Tensor | None = None,
+    statistics_folder: str | Path | None = None,
+) -> Plan:
     """What `prune` would do to `model`, which may live on the meta device unless the allocation looks at weights.
 
     Args:
         input_ids: int64 [samples, tokens], for allocations that look at the dense model's activations.
+        statistics_folder: where an allocation that learns keeps its state, to go on after a cut.
 
     Raises:
         BadInputError: targets match nothing, a pattern does not divide a layer's inputs, an allocation does not fit.
@@ -66,7 +73,8 @@ def plan_pruning(model: nn.Module, config: PruneConfig, base_model: str = "", in
         measures = {}
         if rule.needs_weights:
             measures = measure_views(model, views, rule.measure, rule.statistics, input_ids)
-        wanted = rule.densities(views, measures, config.sparsity)
+        folder = Path(statistics_folder) if statistics_folder else None
+        wanted = rule.decide(model, views, measures, config.sparsity, input_ids, folder)
         sizes = [view.shape[0] * view.shape[1] for view in views]
         met = meet_budget(wanted, sizes, 1 - config.sparsity, config.min_keep_ratio)
         densities = {view.name: density for view, density in zip(views, met, strict=True)}
@@ -119,7 +127,8 @@ def prune(
                 "tokenizer and dataset_name."
             )
         _, input_ids = load_calibration(arguments, tokenizer, model.config)
-    plan = plan or plan_pruning(model, config, getattr(model.config, "_name_or_path", ""), input_ids)
+    name = getattr(model.config, "_name_or_path", "")
+    plan = plan or plan_pruning(model, config, name, input_ids, statistics_folder)
     reconstruction = make_block_reconstruction(config)
     result = walk(
         model,

@@ -40,6 +40,7 @@ def test_every_combination_works_or_is_refused_with_the_reason(criterion: str, u
         values = {"criterion": criterion, "update": update, "allocation": allocation, "pattern": pattern}
         values |= {"reconstruct": reconstruct, "min_keep_ratio": 0.05}
         values |= {"sparsity": 0.6} if pattern == "unstructured" else {}
+        values |= {"fcpts_steps": 2} if allocation == "fcpts" else {}
         if reconstruct == "block":
             values |= {"reconstruct_passes": 1, "reconstruct_batch_size": 2}
         reason = refused(*own)

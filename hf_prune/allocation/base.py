@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_prune.engine.statistics import Statistics
 from hf_prune.weights import WeightView
@@ -26,6 +27,11 @@ class Allocation:
     summary: ClassVar[str] = ""
     paper: ClassVar[str | None] = None
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether the rule looks at calibration text."""
+        return bool(self.statistics)
+
     def measure(self, weight: Tensor, statistics: Statistics | None) -> Any:
         """Whatever the rule wants to remember of a weight, float32 [out, in], on the inputs of the dense model."""
         return None
@@ -33,6 +39,27 @@ class Allocation:
     def densities(self, views: Sequence[WeightView], measures: Mapping[str, Any], sparsity: float) -> list[float]:
         """The share of each view that the rule would keep, in any range; `meet_budget` comes after it."""
         raise NotImplementedError
+
+    def decide(
+        self,
+        model: nn.Module,
+        views: Sequence[WeightView],
+        measures: Mapping[str, Any],
+        sparsity: float,
+        input_ids: Tensor | None,
+        folder: Path | None,
+    ) -> list[float]:
+        """What `densities` says; a rule that learns does so here, on the dense model, and leaves it as it was.
+
+        Args:
+            input_ids: int64 [samples, tokens], the calibration windows, if the run has any.
+            folder: where a rule that takes long keeps its state, to go on after a cut.
+        """
+        return self.densities(views, measures, sparsity)
+
+    def window_passes(self, samples: int) -> float:
+        """Forward passes over one calibration window that `decide` takes (a backward counts as two), for estimates."""
+        return 0.0
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class BlockRunner:
             output.append(result)
             raise _Stop
 
-        with self._skipping(index, hidden), _patched(block, run_and_stop), torch.set_grad_enabled(gradients):
+        with self._skipping(index, hidden), patched(block, run_and_stop), torch.set_grad_enabled(gradients):
             self._forward(input_ids)
         return output[0] if output else torch.empty(0)
 
@@ -97,7 +97,7 @@ class BlockRunner:
         for earlier in range(index):
             rest = self._returns_tuple.get(earlier)
             answer = hidden if rest is None else (hidden, *rest)
-            patches.append(_patched(self.blocks[earlier], lambda *args, _answer=answer, **kwargs: _answer))
+            patches.append(patched(self.blocks[earlier], lambda *args, _answer=answer, **kwargs: _answer))
         for patch in patches:
             patch.__enter__()
         try:
@@ -108,7 +108,7 @@ class BlockRunner:
 
 
 @contextmanager
-def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace a module's forward for a while, leaving one set by somebody else (accelerate's hooks) as it was."""
     before = module.__dict__.get("forward")
     module.forward = forward

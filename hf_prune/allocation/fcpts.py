@@ -1,0 +1,379 @@
+"""FCPTS: learn how sparse each layer gets, under one budget, by matching the dense model's output.
+
+Each layer has a threshold t on its scores q = |w| (or the Wanda score |w| * ||x||); its sparsity is the share of scores
+below. The count is not differentiable, so a density estimate of the layer's scores bridges it: ds/dt = p(t) + p(-t).
+Thresholds follow the gradient of the divergence between the dense and the masked model; weights stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from hf_prune.allocation.base import Allocation, meet_budget
+from hf_prune.allocation.density import DENSITIES, ScoreDensity
+from hf_prune.allocation.erk import ErdosRenyi
+from hf_prune.allocation.histogram import Histogram
+from hf_prune.engine.statistics import Statistics
+from hf_prune.engine.threshold_training import ThresholdTask, threshold_task
+from hf_prune.errors import BadInputError
+from hf_prune.progress import progress
+from hf_prune.weights import WeightView
+
+SCORES = ("magnitude", "wanda")
+STARTS = ("erk", "uniform")
+BUDGETS = ("projection", "penalty")
+# How often the held-out windows are looked at in the course of learning.
+LOOKS = 10
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What learning needs to know of a layer's scores.
+
+    Attributes:
+        scale: float32 [in], what |w| is multiplied by; None for the magnitude alone.
+        counts: how many scores lie where.
+        density: of the signed scores, for the bridge.
+    """
+
+    scale: Tensor | None
+    counts: Histogram
+    density: ScoreDensity
+
+    @cached_property
+    def distribution(self) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """(edges of the histogram's bins, share of scores below each), both increasing."""
+        below = numpy.concatenate([[0], numpy.cumsum(self.counts.counts)]) / self.counts.numel
+        return self.counts.edges(), below
+
+    @property
+    def largest(self) -> float:
+        """The upper end of the scores: sigmoid(score) times this is a threshold."""
+        return float(self.distribution[0][-1])
+
+    def sparsity(self, threshold: float) -> float:
+        """Share of scores below the threshold."""
+        edges, below = self.distribution
+        return float(numpy.interp(threshold, edges, below))
+
+    def threshold(self, sparsity: float) -> float:
+        """The order statistic with `sparsity` of the scores below it."""
+        edges, below = self.distribution
+        return float(numpy.interp(sparsity, below, edges))
+
+
+@dataclass(frozen=True)
+class Fcpts(Allocation):
+    """Fast and controllable post-training sparsity (Gong et al., 2024, https://arxiv.org/abs/2405.05808).
+
+    From the paper: thresholds as sigmoid(score) times a scale, the density bridge, the start at ERK, the penalty
+    |s - s*|, the divergence at a temperature. Ours, for language models: a straight-through window of a few bandwidths
+    (the released 1.0 spans every weight of a language model), Adam on the scores, a budget that is met after every step
+    (`projection`), early stopping on held-out windows. The released code makes its masks where no gradient is recorded,
+    so that only the penalty moves its thresholds: `fcpts_gradient: false` does the same.
+
+    Args:
+        fcpts_score: what is thresholded: `magnitude`, |W|, or `wanda`, |W| times the norm of its input.
+        fcpts_steps: of learning, each on `fcpts_batch_size` windows.
+        fcpts_batch_size: calibration windows a step, over all processes.
+        fcpts_learning_rate: Adam's, on the scores, with a cosine to zero.
+        fcpts_temperature: T of the divergence, which is multiplied by T^2.
+        fcpts_budget: `projection`, after every step one shift of all scores meets the budget; `penalty`, the paper's
+            term in the loss and one shift at the end.
+        fcpts_penalty: lambda of the penalty.
+        fcpts_density: `kde`, a Gaussian kernel density estimate (the paper's); `histogram`, 100 bins (the code's).
+        fcpts_window: half-width of the straight-through window, in bandwidths of each layer's scores.
+        fcpts_gradient: False keeps the divergence from the thresholds, as the released code does.
+        fcpts_start: `erk` or `uniform`.
+        fcpts_held_out: share of the calibration windows that decides which step is kept and when to stop.
+        fcpts_patience: stop after so many looks at the held-out windows without a better one; a look every tenth of
+            the steps.
+        fcpts_teacher_tokens: likeliest tokens kept of each teacher distribution; the others count as one.
+        fcpts_seed: of the order of the windows.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        train_weights: learn the surviving weights together with the thresholds, as the released code does; for
+            `method: fcpts` alone.
+        weight_learning_rate: Adam's, for `train_weights`.
+    """
+
+    fcpts_score: str = "wanda"
+    fcpts_steps: int = 60
+    fcpts_batch_size: int = 1
+    fcpts_learning_rate: float = 0.03
+    fcpts_temperature: float = 1.0
+    fcpts_budget: str = "projection"
+    fcpts_penalty: float = 1.0
+    fcpts_density: str = "kde"
+    fcpts_window: float = 2.0
+    fcpts_gradient: bool = True
+    fcpts_start: str = "erk"
+    fcpts_held_out: float = 0.125
+    fcpts_patience: int = 4
+    fcpts_teacher_tokens: int = 256
+    fcpts_seed: int = 0
+    gradient_checkpointing: bool = False
+    train_weights: bool = False
+    weight_learning_rate: float = 2e-5
+
+    needs_weights = True
+    summary = "thresholds learned by matching the dense model's output under one budget"
+    paper = "https://arxiv.org/abs/2405.05808"
+
+    def __post_init__(self) -> None:
+        for key, choices in (
+            ("fcpts_score", SCORES),
+            ("fcpts_budget", BUDGETS),
+            ("fcpts_density", DENSITIES),
+            ("fcpts_start", STARTS),
+        ):
+            if getattr(self, key) not in choices:
+                raise BadInputError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}.")
+        for key in ("fcpts_steps", "fcpts_batch_size", "fcpts_patience", "fcpts_teacher_tokens"):
+            if getattr(self, key) < 1:
+                raise BadInputError(f"{key}: {getattr(self, key)} is too few; use 1 or more.")
+        for key in ("fcpts_learning_rate", "fcpts_temperature", "fcpts_window", "weight_learning_rate"):
+            if getattr(self, key) <= 0:
+                raise BadInputError(f"{key}: {getattr(self, key)} must be above 0.")
+        if self.fcpts_penalty < 0:
+            raise BadInputError(f"fcpts_penalty: {self.fcpts_penalty} must not be negative.")
+        if not 0 < self.fcpts_held_out < 1:
+            raise BadInputError(f"fcpts_held_out: {self.fcpts_held_out} is outside (0, 1).")
+        if self.fcpts_score == "wanda":
+            object.__setattr__(self, "statistics", frozenset({"sum_of_squares"}))
+
+    @property
+    def needs_text(self) -> bool:
+        return True
+
+    def measure(self, weight: Tensor, statistics: Statistics | None) -> Layer:
+        scale = None
+        if self.fcpts_score == "wanda":
+            assert statistics is not None and statistics.sum_of_squares is not None
+            # The norm of a mean token, so that windows and thresholds do not grow with the calibration set.
+            scale = (statistics.sum_of_squares / max(statistics.count, 1)).sqrt().float()
+        return self.measure_scores(weight, scale)
+
+    def measure_scores(self, weight: Tensor, scale: Tensor | None) -> Layer:
+        """Counts and density of a layer's scores as they are now."""
+        scores = weight if scale is None else weight * scale
+        return Layer(scale, Histogram.of(scores.abs()), DENSITIES[self.fcpts_density](scores))
+
+    def start(self, views: Sequence[WeightView], sparsity: float) -> list[float]:
+        """Densities to begin with."""
+        if self.fcpts_start == "uniform":
+            return [1 - sparsity] * len(views)
+        sizes = [view.shape[0] * view.shape[1] for view in views]
+        return meet_budget(ErdosRenyi().densities(views, {}, sparsity), sizes, 1 - sparsity, 0.0)
+
+    def window_passes(self, samples: int) -> float:
+        held_out = max(round(samples * self.fcpts_held_out), 1)
+        return samples + 3 * self.fcpts_steps * self.fcpts_batch_size + LOOKS * held_out
+
+    def decide(
+        self,
+        model: nn.Module,
+        views: Sequence[WeightView],
+        measures: Mapping[str, Layer],
+        sparsity: float,
+        input_ids: Tensor | None,
+        folder: Path | None,
+    ) -> list[float]:
+        """Learned densities. With `train_weights` the model's weights have moved afterwards."""
+        layers = [measures[view.name] for view in views]
+        with threshold_task(
+            model,
+            views,
+            [layer.scale for layer in layers],
+            [self.fcpts_window * layer.density.bandwidth for layer in layers],
+            input_ids,
+            held_out=self.fcpts_held_out,
+            train_weights=self.train_weights,
+            temperature=self.fcpts_temperature,
+            teacher_tokens=self.fcpts_teacher_tokens,
+            recompute=self.gradient_checkpointing,
+            seed=self.fcpts_seed,
+            folder=folder,
+        ) as task:
+            return self.learn(task, layers, sparsity)
+
+    def learn(self, task: ThresholdTask, layers: Sequence[Layer], sparsity: float) -> list[float]:
+        """The learned share of each layer that is kept; the budget is met up to the histograms' resolution."""
+        bridge = Bridge(layers, sparsity)
+        scores = torch.nn.Parameter(bridge.scores(self.start([own.view for own in task.views], sparsity)))
+        groups: list[dict[str, Any]] = [{"params": [scores], "lr": self.fcpts_learning_rate}]
+        if self.train_weights:
+            groups.append({"params": [own.view.parameter for own in task.views], "lr": self.weight_learning_rate})
+        optimizer = torch.optim.Adam(groups)
+        progressed = Learning(optimizer, scores.detach().clone())
+        settings = json.dumps([asdict(self), sparsity])
+        state = task.load_state(settings)
+        if state is not None:
+            progressed.restore(state)
+            bridge = self._rebuilt(task, bridge)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        batches = list(task.batches(self.fcpts_batch_size, self.fcpts_steps))
+        look = max(self.fcpts_steps // LOOKS, 1)
+        for step in progress(range(progressed.steps, self.fcpts_steps), "learning thresholds"):
+            if progressed.looks_without_gain >= self.fcpts_patience:
+                break
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * step / self.fcpts_steps)) / 2
+            scores.grad = self._gradient(task, bridge, scores.detach(), batches[step])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            progressed.steps = step + 1
+            if self.fcpts_budget == "projection":
+                scores.data = bridge.on_budget(scores.data)
+            if progressed.steps % look and progressed.steps < self.fcpts_steps:
+                continue
+            bridge = self._rebuilt(task, bridge)
+            # Judged as it would be used: on the budget.
+            candidate = bridge.on_budget(scores.data)
+            progressed.judge(candidate, task.held_out_loss(bridge.thresholds(candidate).float()))
+            task.save_state(progressed.state(), settings)
+        progressed.finish()
+        return [1 - share for share in bridge.sparsities(progressed.best_scores)]
+
+    def _rebuilt(self, task: ThresholdTask, bridge: Bridge) -> Bridge:
+        """The bridge over the weights as they are now."""
+        if not self.train_weights:
+            return bridge
+        moved = [self.measure_scores(own.view.read(), own.scale) for own in task.views]
+        return Bridge(moved, bridge.sparsity, bridge.largest)
+
+    def _gradient(self, task: ThresholdTask, bridge: Bridge, scores: Tensor, batch: Sequence[int]) -> Tensor:
+        """Of the whole loss by the scores, float64 [layers]; trained weights get theirs on the way."""
+        gradient = torch.zeros_like(scores)
+        if self.fcpts_gradient or self.train_weights:
+            by_threshold = task.gradients(bridge.thresholds(scores).float(), batch, self.fcpts_temperature**2)
+            if self.fcpts_gradient:
+                gradient = by_threshold.double() * bridge.slopes(scores)
+        if self.fcpts_budget == "projection":
+            return bridge.along_budget(gradient, scores)
+        return gradient + self.fcpts_penalty * bridge.penalty_gradient(scores)
+
+
+class Learning:
+    """How far the learning has come, in a form that can be written down.
+
+    With trained weights the best state holds them too.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, start: Tensor) -> None:
+        self.optimizer = optimizer
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.steps = 0
+        self.best = math.inf
+        self.best_scores = start
+        self.best_weights = self._weights()
+        self.looks_without_gain = 0
+
+    def _weights(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters[1:]]
+
+    def judge(self, scores: Tensor, loss: float) -> None:
+        """Keep the scores (and weights) if the loss is the lowest so far; also False for one that is not a number."""
+        self.looks_without_gain += 1
+        if loss < self.best:
+            self.best, self.best_scores, self.best_weights = loss, scores.clone(), self._weights()
+            self.looks_without_gain = 0
+
+    def finish(self) -> None:
+        """Put the best weights back."""
+        for parameter, value in zip(self.parameters[1:], self.best_weights, strict=True):
+            parameter.data.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs, as named tensors."""
+        tensors = {f"parameter.{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
+        tensors |= {f"best.{number}": value for number, value in enumerate([self.best_scores, *self.best_weights])}
+        for number, own in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{key}": value for key, value in own.items()}
+        numbers = torch.tensor([self.steps, self.looks_without_gain, self.best], dtype=torch.float64)
+        return {name: value.contiguous().clone() for name, value in {**tensors, "numbers": numbers}.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken."""
+        steps, looks, self.best = tensors["numbers"].tolist()
+        self.steps, self.looks_without_gain = int(steps), int(looks)
+        for number, parameter in enumerate(self.parameters):
+            parameter.data.copy_(tensors[f"parameter.{number}"])
+        self.best_scores, *self.best_weights = [tensors[f"best.{number}"] for number in range(len(self.parameters))]
+        adam = self.optimizer.state_dict()
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, place, key = name.split(".")
+                adam["state"].setdefault(int(place), {})[key] = value
+        self.optimizer.load_state_dict(adam)
+
+
+class Bridge:
+    """Between scores, thresholds and the sparsity of the whole model."""
+
+    def __init__(self, layers: Sequence[Layer], sparsity: float, largest: Tensor | None = None) -> None:
+        self.layers = layers
+        self.sparsity = sparsity
+        if largest is None:
+            largest = torch.tensor([layer.largest for layer in layers], dtype=torch.float64)
+        self.largest = largest
+        self.sizes = torch.tensor([layer.counts.numel for layer in layers], dtype=torch.float64)
+
+    def scores(self, densities: Sequence[float]) -> Tensor:
+        """The scores whose thresholds keep `densities`, float64 [layers]."""
+        thresholds = [layer.threshold(1 - density) for layer, density in zip(self.layers, densities, strict=True)]
+        shares = torch.tensor(thresholds, dtype=torch.float64) / self.largest
+        return torch.logit(shares, eps=1e-9)
+
+    def thresholds(self, scores: Tensor) -> Tensor:
+        """t = sigmoid(score) * max q, float64 [layers]."""
+        return torch.sigmoid(scores) * self.largest
+
+    def slopes(self, scores: Tensor) -> Tensor:
+        """dt / dscore."""
+        share = torch.sigmoid(scores)
+        return share * (1 - share) * self.largest
+
+    def sparsities(self, scores: Tensor) -> list[float]:
+        """Share of each layer below its threshold: the count, up to the histograms' resolution."""
+        thresholds = self.thresholds(scores).tolist()
+        return [layer.sparsity(value) for layer, value in zip(self.layers, thresholds, strict=True)]
+
+    def total(self, scores: Tensor) -> float:
+        """Sparsity over all layers."""
+        return float(torch.tensor(self.sparsities(scores), dtype=torch.float64) @ self.sizes / self.sizes.sum())
+
+    def growth(self, scores: Tensor) -> Tensor:
+        """d(sparsity over all layers) / dscore through the density bridge, float64 [layers]."""
+        densities = [
+            layer.density.sparsity_slope(float(value))
+            for layer, value in zip(self.layers, self.thresholds(scores), strict=True)
+        ]
+        slopes = torch.tensor(densities, dtype=torch.float64) * self.slopes(scores)
+        return slopes * self.sizes / self.sizes.sum()
+
+    def penalty_gradient(self, scores: Tensor) -> Tensor:
+        """Gradient of L_c = |s - s*|."""
+        return math.copysign(1.0, self.total(scores) - self.sparsity) * self.growth(scores)
+
+    def along_budget(self, gradient: Tensor, scores: Tensor) -> Tensor:
+        """The part of a gradient that leaves the whole sparsity as it is (to first order)."""
+        normal = self.growth(scores)
+        return gradient - normal * (gradient @ normal) / (normal @ normal).clamp(min=1e-300)
+
+    def on_budget(self, scores: Tensor) -> Tensor:
+        """All scores moved by one shift so that the whole sparsity is the one asked for."""
+        low, high = -40.0, 40.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.total(scores + middle) < self.sparsity else (low, middle)
+        return scores + high

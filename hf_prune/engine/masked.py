@@ -1,0 +1,99 @@
+"""A whole model under one threshold a layer: masked forwards, and gradients that reach the thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from hf_prune.engine.capture import patched
+from hf_prune.weights import WeightView
+
+
+class ThresholdedWeight(torch.autograd.Function):
+    """W where |W| * scale > t, zero elsewhere; the step's derivative is replaced by that of a ramp around it.
+
+    With q = |W| * scale the mask's stand-in is clamp((q - t) / (2 window) + 1/2, 0, 1), whose derivative by t is
+    -1 / (2 window) where |q - t| < window: FCPTS's clipped straight-through estimator is the case window = 1. The
+    weights' own gradient is that of the masked product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor | None, threshold: Tensor, window: float) -> Tensor:
+        ctx.save_for_backward(weight, scale, threshold)
+        ctx.window = window
+        return weight * (_scores(weight, scale) > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        weight, scale, threshold = ctx.saved_tensors
+        distance = _scores(weight, scale).sub_(threshold)
+        by_weight = by_threshold = None
+        if ctx.needs_input_grad[2]:
+            near = distance.abs() < ctx.window
+            by_threshold = -(gradients[0] * weight).mul_(near).sum(dtype=torch.float32) / (2 * ctx.window)
+        if ctx.needs_input_grad[0]:
+            by_weight = gradients[0] * (distance > 0)
+        return by_weight, None, by_threshold, None
+
+
+def _scores(weight: Tensor, scale: Tensor | None) -> Tensor:
+    scores = weight.abs().float()
+    return scores if scale is None else scores * scale
+
+
+@dataclass(frozen=True)
+class ThresholdedView:
+    """A weight matrix with what its scores are multiplied by, float32 [in] or None, and its window."""
+
+    view: WeightView
+    scale: Tensor | None
+    window: float
+
+    def masked(self, threshold: Tensor) -> Tensor:
+        """The weight under `threshold`, a 0-dimensional tensor, in the layer's own layout."""
+        scale = self.scale
+        if scale is not None and self.view.transposed:
+            scale = scale[:, None]
+        masked: Tensor = ThresholdedWeight.apply(self.view.parameter, scale, threshold, self.window)
+        return masked
+
+
+@contextmanager
+def thresholded(
+    blocks: Iterable[nn.Module], views: Sequence[ThresholdedView], thresholds: Tensor, *, recompute: bool = False
+) -> Iterator[None]:
+    """Forwards inside use masked weights; nothing of the model is changed.
+
+    Args:
+        thresholds: float32 [views].
+        recompute: keep only the blocks' inputs for the backward pass and compute the rest again.
+    """
+    with ExitStack() as stack:
+        for number, own in enumerate(views):
+            stack.enter_context(patched(own.view.module, _masked_forward(own, thresholds, number)))
+        if recompute:
+            for block in blocks:
+                stack.enter_context(patched(block, _recomputed(block.forward)))
+        yield
+
+
+def _masked_forward(own: ThresholdedView, thresholds: Tensor, number: int) -> Callable[[Tensor], Tensor]:
+    module = own.view.module
+
+    def forward(inputs: Tensor) -> Tensor:
+        weight = own.masked(thresholds[number])
+        bias = getattr(module, "bias", None)
+        return functional.linear(inputs, weight.T if own.view.transposed else weight, bias)
+
+    return forward
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

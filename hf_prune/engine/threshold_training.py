@@ -1,0 +1,222 @@
+"""What surrounds the learning of one threshold a layer: the teacher, batches, processes, memory, and resuming."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.engine import distributed
+from hf_prune.engine.masked import ThresholdedView, thresholded
+from hf_prune.engine.teacher import TeacherLogits
+from hf_prune.errors import BadInputError
+from hf_prune.progress import progress
+from hf_prune.weights import WeightView, find_blocks
+
+STATE_FILE = "thresholds.safetensors"
+
+
+@dataclass
+class ThresholdTask:
+    """A dense model whose layers are about to get thresholds.
+
+    The same windows make the same steps whatever the number of processes; each computes its share of every step.
+
+    Attributes:
+        views: the weight matrices, with scales and windows.
+        windows: int64 [windows, tokens] to learn on.
+        held_out: int64 [windows, tokens] that are never learned on.
+        seed: of the order of the windows.
+    """
+
+    model: nn.Module
+    views: Sequence[ThresholdedView]
+    windows: Tensor
+    held_out: Tensor
+    temperature: float
+    teacher_tokens: int
+    recompute: bool
+    seed: int
+    folder: Path | None = None
+    _teacher: dict[str, list[TeacherLogits | None]] = field(default_factory=dict)
+    _identity: str = ""
+
+    def prepare(self) -> None:
+        """Cache the dense model's distributions of this process's windows, and remember what is learned on."""
+        self._identity = self._fingerprint()
+        with torch.no_grad():
+            for name, windows in (("windows", self.windows), ("held_out", self.held_out)):
+                own = range(distributed.rank(), len(windows), distributed.world_size())
+                cached: list[TeacherLogits | None] = [None] * len(windows)
+                for number in progress(own, f"teacher, {name.replace('_', ' ')}", total=len(own)):
+                    logits = self._logits(windows[number : number + 1])
+                    cached[number] = TeacherLogits.of(logits, self.temperature, self.teacher_tokens)
+                self._teacher[name] = cached
+
+    def _logits(self, window: Tensor) -> Tensor:
+        output: Tensor = self.model(input_ids=window.to(self.device), use_cache=False).logits
+        return output
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def batches(self, size: int, steps: int) -> Iterator[list[int]]:
+        """Numbers of the windows of each step: every window once in a seeded order, then again in another."""
+        generator = torch.Generator().manual_seed(self.seed)
+        waiting: list[int] = []
+        for _ in range(steps):
+            while len(waiting) < size:
+                waiting += torch.randperm(len(self.windows), generator=generator).tolist()
+            yield waiting[:size]
+            waiting = waiting[size:]
+
+    def gradients(self, thresholds: Tensor, batch: Sequence[int], factor: float = 1.0) -> Tensor:
+        """Gradient of `factor` times the mean KL divergence a token by each threshold, float32 [views].
+
+        Gradients of trained weights, where any ask for them, are left in `.grad`, summed over processes.
+        """
+        leaf = thresholds.detach().to(self.device).requires_grad_(True)
+        leaf.grad = torch.zeros_like(leaf)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        # The backward pass is inside as well: it may compute blocks again.
+        with self._under(leaf, recompute=self.recompute):
+            for number in batch:
+                teacher = self._teacher["windows"][number]
+                if teacher is not None:
+                    loss = self._divergence(teacher, self.windows[number : number + 1]) * factor / len(batch)
+                    loss.backward()
+        gradient = leaf.grad.detach().cpu()
+        distributed.sum_everywhere(gradient)
+        for parameter in trained:
+            assert parameter.grad is not None
+            distributed.sum_everywhere(parameter.grad)
+        return gradient
+
+    def held_out_loss(self, thresholds: Tensor) -> float:
+        """Mean KL divergence a token over the held-out windows."""
+        total = torch.zeros(1, dtype=torch.float64)
+        with torch.no_grad(), self._under(thresholds.to(self.device)):
+            for number, teacher in enumerate(self._teacher["held_out"]):
+                if teacher is not None:
+                    total += float(self._divergence(teacher, self.held_out[number : number + 1]))
+        distributed.sum_everywhere(total)
+        return float(total) / len(self.held_out)
+
+    def _under(self, thresholds: Tensor, recompute: bool = False) -> AbstractContextManager[None]:
+        return thresholded(find_blocks(self.model)[1], self.views, thresholds, recompute=recompute)
+
+    def _divergence(self, teacher: TeacherLogits, window: Tensor) -> Tensor:
+        return teacher.divergence(self._logits(window), self.temperature).mean()
+
+    def _fingerprint(self) -> str:
+        """Of everything that decides how the learning goes, but the learner's own settings."""
+        digest = hashlib.sha256()
+        for tensor in (self.windows, self.held_out):
+            digest.update(tensor.numpy().tobytes())
+        for own in self.views:
+            weight = own.view.parameter.detach()
+            # A few numbers of each matrix tell one model from another.
+            digest.update(f"{own.view.name} {tuple(weight.shape)} {own.window}".encode())
+            digest.update(weight.reshape(-1)[:: max(weight.numel() // 64, 1)].float().cpu().numpy().tobytes())
+        digest.update(f"{self.temperature} {self.teacher_tokens} {self.seed}".encode())
+        return digest.hexdigest()
+
+    def save_state(self, state: dict[str, Tensor], settings: str) -> None:
+        """Keep the learner's state, if there is a folder for it; the file is replaced whole."""
+        if self.folder is None or distributed.rank():
+            return
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{STATE_FILE}.part"
+        save_file(state, part, metadata={"fingerprint": self._identity, "settings": settings})
+        part.replace(self.folder / STATE_FILE)
+
+    def load_state(self, settings: str) -> dict[str, Tensor] | None:
+        """The state of an unfinished or finished run of the very same learning; None where there is none."""
+        if self.folder is None or not (self.folder / STATE_FILE).is_file():
+            return None
+        from safetensors import safe_open
+
+        with safe_open(self.folder / STATE_FILE, framework="pt") as file:
+            made_by = file.metadata() or {}
+            if made_by.get("fingerprint") != self._identity or made_by.get("settings") != settings:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+@contextmanager
+def threshold_task(
+    model: nn.Module,
+    views: Sequence[WeightView],
+    scales: Sequence[Tensor | None],
+    windows: Sequence[float],
+    input_ids: Tensor | None,
+    *,
+    held_out: float,
+    train_weights: bool,
+    temperature: float,
+    teacher_tokens: int,
+    recompute: bool,
+    seed: int,
+    folder: Path | None,
+) -> Iterator[ThresholdTask]:
+    """A task with its teacher ready; afterwards the model asks for gradients where it did before.
+
+    Args:
+        scales: what each view's scores are multiplied by, float32 [in] or None.
+        windows: half-width around its threshold in which each view's weights count.
+        held_out: share of the calibration windows that is held out.
+
+    Raises:
+        BadInputError: no calibration text, or too little to hold some out.
+    """
+    if input_ids is None:
+        raise BadInputError("dataset_name: this allocation needs calibration text; name a dataset or pass input_ids.")
+    if len(input_ids) < 2:
+        raise BadInputError(
+            "num_calibration_samples: thresholds are learned on some windows and judged on others; use 2 or more."
+        )
+    count = min(max(round(len(input_ids) * held_out), 1), len(input_ids) - 1)
+    apart = {(2 * number + 1) * len(input_ids) // (2 * count) for number in range(count)}
+    rest = [number for number in range(len(input_ids)) if number not in apart]
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    was_training = model.training
+    model.eval()
+    model.requires_grad_(False)
+    device = next(model.parameters()).device
+    try:
+        parts = [
+            ThresholdedView(view, None if scale is None else scale.to(device), window)
+            for view, scale, window in zip(views, scales, windows, strict=True)
+        ]
+        task = ThresholdTask(
+            model,
+            parts,
+            input_ids[rest],
+            input_ids[sorted(apart)],
+            temperature,
+            teacher_tokens,
+            recompute,
+            seed,
+            folder,
+        )
+        task.prepare()
+        if train_weights:
+            for view in views:
+                view.parameter.requires_grad_(True)
+        yield task
+    finally:
+        for parameter, before in wanted.items():
+            parameter.grad = None
+            parameter.requires_grad_(before)
+        model.train(was_training)
