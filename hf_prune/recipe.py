@@ -303,16 +303,26 @@ def load_recipe(path: str | Path | None, flags: Mapping[str, Any] | None = None)
     Raises:
         BadInputError: the file is missing or not flat YAML, or a value is out of range.
     """
-    text, values = "", {}
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise BadInputError(f"config: there is no recipe at {path}; check the path.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInputError(f"config: {path} cannot be read as text ({error}).") from None
-        values = parse_yaml(text, str(path))
+    text = _read_text(path)
+    values = parse_yaml(text, str(path))
     return make_recipe({**values, **(flags or {})}, text=_recipe_text(text, values, dict(flags or {})))
+
+
+def read_values(path: str | Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping of a recipe file with the flags laid over it, unchecked."""
+    return {**parse_yaml(_read_text(path), str(path)), **flags}
+
+
+def _read_text(path: str | Path | None) -> str:
+    """A recipe file's text; none for no file."""
+    if path is None:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInputError(f"config: there is no recipe at {path}; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"config: {path} cannot be read as text ({error}).") from None
 
 
 def make_recipe(values: Mapping[str, Any], text: str | None = None) -> Recipe:

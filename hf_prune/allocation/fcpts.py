@@ -107,9 +107,9 @@ class Fcpts(Allocation):
     """
 
     fcpts_score: str = "wanda"
-    fcpts_steps: int = 60
+    fcpts_steps: int = 40
     fcpts_batch_size: int = 1
-    fcpts_learning_rate: float = 0.03
+    fcpts_learning_rate: float = 0.05
     fcpts_temperature: float = 1.0
     fcpts_budget: str = "projection"
     fcpts_penalty: float = 1.0
@@ -117,7 +117,7 @@ class Fcpts(Allocation):
     fcpts_window: float = 2.0
     fcpts_gradient: bool = True
     fcpts_start: str = "erk"
-    fcpts_held_out: float = 0.125
+    fcpts_held_out: float = 0.0625
     fcpts_patience: int = 4
     fcpts_teacher_tokens: int = 256
     fcpts_seed: int = 0

@@ -72,9 +72,18 @@ def load_grid(path: str | Path, flags: dict[str, Any] | None = None) -> Grid:
     for key in content.keys() - KEYS:
         raise BadInputError(f"{key}: unknown key of a benchmark; it knows {', '.join(sorted(KEYS))}.")
     common = {**(content.get("common") or {}), **(flags or {})}
-    settings = content.get("settings") or {"": {}}
+    return make_grid({"name": Path(path).stem, **content, "common": common})
+
+
+def make_grid(content: dict[str, Any]) -> Grid:
+    """A grid from the mapping that a benchmark file holds.
+
+    Raises:
+        BadInputError: a row's recipe cannot be used, or rows and names do not fit together.
+    """
+    common, settings = content["common"], content.get("settings") or {"": {}}
     grid = Grid(
-        name=str(content.get("name") or Path(path).stem),
+        name=str(content["name"]),
         title=str(content.get("title") or ""),
         common=common,
         settings=settings,

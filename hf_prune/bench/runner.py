@@ -15,7 +15,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -60,10 +63,29 @@ class Results:
 class Bench:
     """One benchmark in one work folder."""
 
-    def __init__(self, grid: Grid, work_folder: Path, variables: dict[str, str]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        work_folder: Path,
+        variables: dict[str, str],
+        *,
+        share_learning: bool = False,
+        look: Callable[[Cell, Path], dict[str, Any]] | None = None,
+    ) -> None:
+        """Read what the work folder holds.
+
+        Args:
+            variables: what a peer's command may name in braces.
+            share_learning: rows with the same learned allocation learn it once; their seconds are then not comparable.
+            look: what else is noted of a pruned folder before its weights are deleted.
+        """
         self.grid = grid
         self.folder = work_folder
         self.variables = variables
+        self.share_learning = share_learning
+        self.look = look
+        # Pruning may run side by side, scoring and the results' file are one at a time.
+        self._turn = Lock()
         work_folder.mkdir(parents=True, exist_ok=True)
         self.results = Results(work_folder / "results.json")
         self.recipe = make_recipe(grid.common)
@@ -73,8 +95,11 @@ class Bench:
         self.tokenizer = load_tokenizer(self.source.path, self.recipe.model, self.source.revision)
         self._evaluation: QualityEvaluation | None = None
 
-    def run(self, rows: set[str], settings: set[str]) -> list[str]:
+    def run(self, rows: set[str], settings: set[str], at_once: int = 1) -> list[str]:
         """Run whatever is not finished of some rows and settings (of all where none is named).
+
+        Args:
+            at_once: cells that are pruned side by side.
 
         Returns:
             a sentence for each cell that failed.
@@ -83,14 +108,21 @@ class Bench:
         self._dense()
         for repeat in range(self.grid.repeats):
             # Who goes first changes from repeat to repeat.
-            for cell in self.grid.cells[:: -1 if repeat % 2 else 1]:
-                chosen = (not rows or cell.row in rows) and (not settings or cell.setting in settings)
-                if not chosen or len(self.results.runs(cell)) > repeat:
-                    continue
-                failure = self._run_cell(cell)
-                if failure:
-                    failures.append(failure)
-                    logger.error("%s", failure)
+            cells = [
+                cell
+                for cell in self.grid.cells[:: -1 if repeat % 2 else 1]
+                if (not rows or cell.row in rows) and (not settings or cell.setting in settings)
+            ]
+            waiting = [cell for cell in cells if len(self.results.runs(cell)) <= repeat]
+            for cell in waiting:
+                # Made here, one after the other: cells that share calibration windows share the file.
+                if cell.command is None:
+                    self._token_ids(cell)
+            with ThreadPoolExecutor(at_once) as pool:
+                for failure in pool.map(self._run_cell, waiting):
+                    if failure:
+                        failures.append(failure)
+                        logger.error("%s", failure)
         return failures
 
     def _dense(self) -> None:
@@ -114,6 +146,13 @@ class Bench:
         if done.returncode:
             return f"{cell.row}, {cell.setting or 'the only setting'}: exit status {done.returncode}; see {log}"
         report = json.loads((output / "prune_report.json" if cell.command is None else report_file).read_text())
+        with self._turn:
+            self._finish(cell, output, report, wall, busy)
+        shutil.rmtree(output, ignore_errors=True)
+        return None
+
+    def _finish(self, cell: Cell, output: Path, report: dict[str, Any], wall: float, busy: float) -> None:
+        """Score a pruned folder and note the run."""
         digest = _digest(output)
         if digest not in self.results.content["quality"]:
             self.results.content["quality"][digest] = self._score(output, f"{cell.row} {cell.setting}")
@@ -128,16 +167,15 @@ class Bench:
                 "process_seconds": wall,
                 "cores_busy_elsewhere": busy,
                 "versions": report.get("versions"),
+                **(self.look(cell, output) if self.look else {}),
             }
         )
         self.results.save()
-        shutil.rmtree(output, ignore_errors=True)
         quality = self.results.content["quality"][digest]
         logger.info(
             "%s %s seed %d: perplexity %.2f, %.1f s, %.2f cores busy elsewhere",
             cell.row, cell.setting, cell.seed, quality["perplexity"], report["seconds"]["prune"], busy,
         )  # fmt: skip
-        return None
 
     def _command(self, cell: Cell, output: Path, report: Path) -> list[str]:
         token_ids = self._token_ids(cell)
@@ -147,7 +185,7 @@ class Bench:
             values |= {"seed": cell.seed, "output_dir": str(output), "eval_efficiency": False}
             if token_ids is not None:
                 values["dataset_name"] = str(token_ids)
-            if values.get("propagate") is False:
+            if values.get("propagate") is False or self.share_learning:
                 values["statistics_folder"] = str(self.folder / "statistics")
             recipe = output.with_suffix(".yaml")
             recipe.write_text(dump_yaml(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +18,6 @@ from hf_prune.engine.teacher import TeacherLogits
 from hf_prune.errors import BadInputError
 from hf_prune.progress import progress
 from hf_prune.weights import WeightView, find_blocks
-
-STATE_FILE = "thresholds.safetensors"
 
 
 @dataclass
@@ -137,21 +136,25 @@ class ThresholdTask:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{STATE_FILE}.part"
-        save_file(state, part, metadata={"fingerprint": self._identity, "settings": settings})
-        part.replace(self.folder / STATE_FILE)
+        file = self._state_file(settings)
+        # A name of its own: another run on the same folder may be writing as well.
+        part = file.with_suffix(f".{os.getpid()}.part")
+        save_file(state, part)
+        part.replace(file)
+
+    def _state_file(self, settings: str) -> Path:
+        """Named after all that decides how the learning goes, so that different ones do not meet."""
+        assert self.folder is not None
+        digest = hashlib.sha256(f"{self._identity} {settings}".encode()).hexdigest()[:16]
+        return self.folder / f"thresholds-{digest}.safetensors"
 
     def load_state(self, settings: str) -> dict[str, Tensor] | None:
         """The state of an unfinished or finished run of the very same learning; None where there is none."""
-        if self.folder is None or not (self.folder / STATE_FILE).is_file():
+        if self.folder is None or not self._state_file(settings).is_file():
             return None
-        from safetensors import safe_open
+        from safetensors.torch import load_file
 
-        with safe_open(self.folder / STATE_FILE, framework="pt") as file:
-            made_by = file.metadata() or {}
-            if made_by.get("fingerprint") != self._identity or made_by.get("settings") != settings:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return load_file(self._state_file(settings))
 
 
 @contextmanager

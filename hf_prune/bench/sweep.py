@@ -1,0 +1,263 @@
+"""A sweep over one's own model: a recipe whose keys may hold lists, every sensible combination tried, one chosen."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hf_prune.bench.grid import Grid, make_grid
+from hf_prune.bench.runner import Results
+from hf_prune.bench.summary import summarise
+from hf_prune.checkpoint.folder import PLAN_FILE
+from hf_prune.compose import make_config
+from hf_prune.errors import BadInputError
+from hf_prune.evaluation.efficiency import measure_efficiency
+from hf_prune.plan import Plan
+from hf_prune.recipe import SECTIONS, PruneConfig, field_types, make_recipe
+
+# These make the settings that are compared inside; the rest make the rows.
+SETTING_KEYS = ("sparsity", "pattern")
+COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+# What a constraint may name, and what it is.
+QUANTITIES = {
+    "ppl_ratio": "perplexity over the dense model's",
+    "perplexity": "perplexity on the evaluation text",
+    "size": "parameters that are not zero over all of the dense model's",
+    "sparsity": "share of zeros among the pruned weights",
+    "speed": "decoded tokens a second over the dense model's",
+    "seconds": "time to prune",
+}
+
+
+def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
+    """A grid of every combination that makes sense, and a sentence for each that does not.
+
+    Args:
+        values: a flat recipe; a key whose value is no list by nature may hold a list of values to try.
+
+    Raises:
+        BadInputError: no key holds a list, or no combination makes sense.
+    """
+    axes = {key: value for key, value in values.items() if isinstance(value, list) and not _is_list(key)}
+    if not axes:
+        raise BadInputError("sparsity: no key holds a list to sweep over; write sparsity: [0.5, 0.6], say.")
+    for key, choices in axes.items():
+        if not choices:
+            raise BadInputError(f"{key}: an empty list leaves nothing to try; name some values.")
+    common = {key: value for key, value in values.items() if key not in axes}
+    inside = [key for key in axes if key not in (*SETTING_KEYS, "seed")]
+    settings = {_label(own) or "the recipe": own for own in _products(axes, [k for k in SETTING_KEYS if k in axes])}
+    rows, refused = [], []
+    for own in _products(axes, inside):
+        fitting = []
+        for setting, fixed in settings.items():
+            try:
+                make_config(make_recipe({**common, **fixed, **own}).prune_options)
+                fitting.append(setting)
+            except BadInputError as error:
+                refused.append(f"{_label({**own, **fixed})}: {error}")
+        if fitting:
+            rows.append({"name": _label(own) or "the recipe", **own, "settings": fitting, "seeds": axes.get("seed")})
+    if not rows:
+        raise BadInputError(f"{next(iter(axes))}: no combination can be run; the first: {refused[0]}")
+    return make_grid({"name": name, "common": common, "settings": settings, "rows": rows}), refused
+
+
+def _is_list(key: str) -> bool:
+    """Whether a recipe key takes a list anyway."""
+    for section in (*SECTIONS.values(), PruneConfig):
+        kind = field_types(section).get(key)
+        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if any(typing.get_origin(option) is list for option in options):
+            return True
+    return False
+
+
+def _products(axes: Mapping[str, list[Any]], keys: list[str]) -> list[dict[str, Any]]:
+    return [dict(zip(keys, choice, strict=True)) for choice in itertools.product(*(axes[key] for key in keys))]
+
+
+def _label(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values.values())
+
+
+class Look:
+    """What a sweep notes of a pruned folder: its mask, a bit a weight, and how fast it is."""
+
+    def __init__(self, folder: Path, dense: str, options: Mapping[str, Any], speed: bool) -> None:
+        self.folder = folder
+        self.dense = dense
+        self.options = dict(options)
+        self.speed = speed
+
+    def __call__(self, cell: Any, output: Path) -> dict[str, Any]:
+        save_file(kept_bits(output), self.folder / f"mask-{cell.key}.safetensors")
+        noted: dict[str, Any] = {"mask": cell.key}
+        if self.speed:
+            measured = measure_efficiency({"dense": self.dense, "pruned": output}, **self.options)
+            speeds = [measured[name]["decode_tokens_per_second"] for name in ("pruned", "dense")]
+            noted |= {"speed": speeds[0] / speeds[1], "decode_tokens_per_second": speeds[0]}
+        return noted
+
+
+def kept_bits(folder: Path) -> dict[str, torch.Tensor]:
+    """Which weights of a folder's planned matrices are not zero: uint8, eight a byte, by parameter name."""
+    planned = {view.parameter for view in Plan.load(folder / PLAN_FILE).views}
+    bits = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for name in planned.intersection(file.keys()):
+                kept = (file.get_tensor(name) != 0).numpy()
+                bits[name] = torch.from_numpy(numpy.packbits(kept))
+    return bits
+
+
+def overlap(left: Path, right: Path) -> float:
+    """Weights that both masks keep as a share of those that either keeps (Jaccard)."""
+    both = either = 0
+    with safe_open(left, framework="np") as a, safe_open(right, framework="np") as b:
+        for name in set(a.keys()) & set(b.keys()):
+            one, other = a.get_tensor(name), b.get_tensor(name)
+            both += int(numpy.bitwise_count(one & other).sum())
+            either += int(numpy.bitwise_count(one | other).sum())
+    return both / either if either else 1.0
+
+
+def table(grid: Grid, results: Results, folder: Path) -> list[dict[str, Any]]:
+    """The benchmark's lines with what a sweep looks at besides.
+
+    `overlap` is that of the mask with the best row's under the same setting; `pareto` says that no other line is both
+    smaller and better.
+    """
+    lines = summarise(grid, results)
+    dense = results.content["quality"]["dense"]
+    runs = {(run["setting"], run["row"]): run for own in results.content["runs"].values() for run in reversed(own)}
+    for line in lines:
+        run = runs[line["setting"], line["row"]]
+        line["ppl_ratio"] = line["perplexity"] / dense["perplexity"]
+        line["size"] = (1 - line["total_sparsity"]) / (1 - dense["total_sparsity"])
+        line["speed"] = run.get("speed")
+        line["decode_tokens_per_second"] = run.get("decode_tokens_per_second")
+        best = min((own for own in lines if own["setting"] == line["setting"]), key=lambda own: own["perplexity"])
+        masks = [folder / f"mask-{runs[own['setting'], own['row']]['mask']}.safetensors" for own in (line, best)]
+        line["overlap"] = overlap(*masks)
+    for line in lines:
+        line["pareto"] = not any(
+            other["size"] <= line["size"]
+            and other["ppl_ratio"] <= line["ppl_ratio"]
+            and (other["size"], other["ppl_ratio"]) != (line["size"], line["ppl_ratio"])
+            for other in lines
+        )
+    return lines
+
+
+def parse_constraint(text: str) -> list[tuple[str, str, float]]:
+    """`ppl_ratio<=1.05, size<=0.6` as (quantity, comparison, limit).
+
+    Raises:
+        BadInputError: a part is no comparison, or names no quantity.
+    """
+    parsed = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", part)
+        if not found or found[1] not in QUANTITIES:
+            raise BadInputError(
+                f"constraint: {part.strip()!r} is no comparison such as ppl_ratio<=1.05; it may name "
+                f"{', '.join(QUANTITIES)}."
+            )
+        try:
+            parsed.append((found[1], found[2], float(found[3])))
+        except ValueError:
+            raise BadInputError(f"constraint: {found[3]!r} in {part.strip()!r} is no number.") from None
+    return parsed
+
+
+def choose(lines: list[dict[str, Any]], constraint: list[tuple[str, str, float]]) -> tuple[dict[str, Any] | None, str]:
+    """The line with the lowest perplexity among those that fit, and a sentence; None where none fits."""
+
+    def misses(line: Mapping[str, Any]) -> list[str]:
+        return [
+            f"{name} is {line[name]:.3g}, not {sign}{limit:g}"
+            for name, sign, limit in constraint
+            if line[name] is None or not COMPARISONS[sign](line[name], limit)
+        ]
+
+    for name, _, _ in constraint:
+        if any(line[name] is None for line in lines):
+            raise BadInputError(f"constraint: {name} was not measured; set eval_efficiency to true.")
+    fitting = sorted((line for line in lines if not misses(line)), key=lambda line: (line["perplexity"], line["size"]))
+    if fitting:
+        best = fitting[0]
+        return best, (
+            f"Chosen: {best['row']} at {best['setting']}: perplexity {best['perplexity']:.2f} "
+            f"({best['ppl_ratio']:.3f} of dense), size {best['size']:.3f}; {len(fitting)} of {len(lines)} fit."
+        )
+    nearest = min(lines, key=lambda line: (len(misses(line)), line["ppl_ratio"]))
+    return None, f"None fits. Nearest: {nearest['row']} at {nearest['setting']}: {'; '.join(misses(nearest))}."
+
+
+def plot_pareto(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Perplexity over the dense model's against size, the frontier as a line, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for number, row in enumerate(dict.fromkeys(line["row"] for line in lines)):
+        own = [line for line in lines if line["row"] == row]
+        axes.plot(
+            [line["size"] for line in own],
+            [line["ppl_ratio"] for line in own],
+            "o^sDvP"[number // 10 % 6],
+            color=f"C{number % 10}",
+            label=row,
+        )
+    frontier = sorted((line for line in lines if line["pareto"]), key=lambda line: line["size"])
+    axes.plot([line["size"] for line in frontier], [line["ppl_ratio"] for line in frontier], color="0.6", zorder=0)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    axes.set_xlabel("parameters that are not zero, as a share of the dense model's")
+    axes.set_ylabel("perplexity, as a multiple of the dense model's")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
+    """The table, best first under each setting, the frontier in bold."""
+    head = ["setting", "combination", "perplexity (95 % interval)", "of dense", "spread over seeds", "size", "speed",
+            "overlap with the best mask"]  # fmt: skip
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in sorted(lines, key=lambda line: (list(grid.settings).index(line["setting"]), line["perplexity"])):
+        interval = f" ({line['low']:.1f} to {line['high']:.1f})" if line["low"] else ""
+        name = f"**{line['row']}**" if line["pareto"] else line["row"]
+        spread = f"{100 * line['excess_spread']:.1f} %" if line["seeds"] > 1 else "one seed"
+        cells = [
+            line["setting"],
+            name,
+            f"{line['perplexity']:.2f}{interval}",
+            f"{line['ppl_ratio']:.3f}",
+            spread,
+            f"{line['size']:.3f}",
+            f"{line['speed']:.2f}" if line["speed"] is not None else "not measured",
+            f"{line['overlap']:.2f}",
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    dense = results.content["quality"]["dense"]
+    note = (
+        f"Dense perplexity {dense['perplexity']:.2f} on {len(dense['nll'])} windows. Size: parameters that are not "
+        "zero; speed: decoded tokens a second; both over the dense model's. Overlap: weights that both masks keep over "
+        "those that either keeps. In bold: nothing else is both smaller and better."
+    )
+    return "\n".join([*out, "", note])

@@ -1,0 +1,58 @@
+"""hf-prune sweep: every combination of a recipe's choices on one's own model, and the one that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, take_text
+from hf_prune.errors import RunError
+from hf_prune.recipe import coerce, parse_flags, read_values
+
+TEXT = """Tries every combination of the keys that hold a list, as in sparsity: [0.5, 0.6] or
+allocation: [uniform, fcpts] or seed: [0, 1, 2], each in a process of its own on the same windows, and scores
+all with one evaluator. What is finished is kept in --work_folder (sweep unless given): start again to go on. Writes
+NAME.csv, NAME.md and NAME.png (the Pareto frontier) there.
+
+--constraint "ppl_ratio<=1.05, size<=0.6" chooses the lowest perplexity that fits, or says that none does. It may name
+ppl_ratio, perplexity, size, sparsity, speed and seconds. --at_once N runs N combinations side by side."""
+
+
+def help_text() -> str:
+    return recipe_help("sweep", TEXT)
+
+
+def main(arguments: list[str]) -> None:
+    flags = parse_flags(arguments)
+    constraint, work_folder = take_text(flags, "constraint"), take_text(flags, "work_folder") or "sweep"
+    at_once = coerce("at_once", flags.pop("at_once", 1), int)
+    config = take_text(flags, "config")
+    from hf_prune.bench import sweep
+    from hf_prune.bench.runner import Bench
+    from hf_prune.bench.summary import write_csv
+
+    quiet_libraries()
+    wanted = sweep.parse_constraint(constraint) if constraint else []
+    name = Path(config).stem if config else "sweep"
+    grid, refused = sweep.make_sweep(read_values(config, flags), name)
+    folder = Path(work_folder)
+    bench = Bench(grid, folder, {}, share_learning=True)
+    model, evaluation = bench.recipe.model, bench.recipe.evaluation
+    options = {"dtype": model.dtype, "device": model.device, "trust_remote_code": model.trust_remote_code}
+    bench.look = sweep.Look(folder, str(bench.source.path), options, evaluation.eval_efficiency)
+    out = console()
+    for sentence in refused:
+        out.print(f"Left out: {sentence}", markup=False, soft_wrap=True)
+    failures = bench.run(set(), set(), max(at_once, 1))
+    lines = sweep.table(grid, bench.results, folder)
+    if not lines:
+        raise RunError(f"all {len(grid.cells)} runs failed: {failures[0]}")
+    table = sweep.markdown(grid, bench.results, lines)
+    write_csv(folder / f"{name}.csv", lines)
+    (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+    sweep.plot_pareto(folder / f"{name}.png", lines)
+    out.print(table, markup=False, soft_wrap=True)
+    if wanted:
+        _, sentence = sweep.choose(lines, wanted)
+        out.print("\n" + sentence, markup=False, soft_wrap=True)
+    if failures:
+        raise RunError(f"{len(failures)} of {len(grid.cells)} runs failed: {failures[0]}")

@@ -1,0 +1,150 @@
+"""A sweep for real on a tiny model, and its parts against brute force."""
+
+import csv
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, tiny_model
+
+from hf_prune import cli
+from hf_prune.bench import sweep
+from hf_prune.errors import BadInputError
+
+COMMON = {
+    "model_name_or_path": "somewhere", "dataset_name": "text.txt", "num_calibration_samples": 16, "seq_length": 64,
+    "eval_dataset_name": "text.txt", "eval_seq_length": 64, "eval_max_windows": 12,
+}  # fmt: skip
+
+
+def test_every_sensible_combination_is_a_cell_and_the_others_are_named() -> None:
+    axes = {"method": ["wanda", "admm"], "reconstruct": ["none", "linear"], "sparsity": [0.5, 0.7], "seed": [0, 1, 2]}
+    grid, refused = sweep.make_sweep({**COMMON, **axes}, "mine")
+    cells = {(cell.row, cell.setting, cell.seed) for cell in grid.cells}
+    combinations = [(m, r) for m, r in itertools.product(*list(axes.values())[:2]) if (m, r) != ("admm", "linear")]
+    assert cells == {
+        (f"{method}, {reconstruct}", f"{sparsity:g}", seed)
+        for (method, reconstruct), sparsity, seed in itertools.product(combinations, axes["sparsity"], axes["seed"])
+    }
+    assert len(refused) == 2 and all("what the update admm ends with already" in sentence for sentence in refused)
+    chosen = next(cell for cell in grid.cells if (cell.row, cell.setting, cell.seed) == ("wanda, linear", "0.7", 2))
+    assert {key: chosen.values[key] for key in axes} == dict(zip(axes, ["wanda", "linear", 0.7, 2], strict=True))
+
+
+def test_keys_that_are_lists_by_nature_are_no_axes() -> None:
+    grid, _ = sweep.make_sweep({**COMMON, "method": "wanda", "ignore": ["q_proj"], "pattern": ["2:4", "4:8"]}, "mine")
+    assert [cell.values["ignore"] for cell in grid.cells] == [["q_proj"]] * 2
+    assert list(grid.settings) == ["2:4", "4:8"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "wanda"}, "no key holds a list"),
+        ({"method": "wanda", "sparsity": []}, "sparsity: an empty list"),
+        ({"method": ["admm"], "reconstruct": "linear"}, "no combination can be run"),
+        ({"method": ["wonda"]}, "no combination can be run.*unknown"),
+    ],
+)
+def test_nothing_to_sweep_is_an_error(values: dict, message: str) -> None:
+    with pytest.raises(BadInputError, match=message):
+        sweep.make_sweep({**COMMON, **values}, "mine")
+
+
+@given(st.integers(0, 2**32), st.floats(0.05, 0.95), st.floats(0.05, 0.95))
+def test_the_overlap_is_that_of_the_sets(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, p: float, q: float
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    generator = numpy.random.default_rng(seed)
+    masks = [{name: generator.random((5, 13)) < share for name in "ab"} for share in (p, q)]
+    for number, mask in enumerate(masks):
+        packed = {name: torch.from_numpy(numpy.packbits(kept)) for name, kept in mask.items()}
+        save_file(packed, folder / f"{number}.safetensors")
+    sets = [
+        {(name, *place) for name, kept in mask.items() for place in numpy.argwhere(kept).tolist()} for mask in masks
+    ]
+    expected = len(sets[0] & sets[1]) / len(sets[0] | sets[1]) if sets[0] | sets[1] else 1.0
+    assert sweep.overlap(folder / "0.safetensors", folder / "1.safetensors") == pytest.approx(expected)
+
+
+def line(row: str, ppl_ratio: float, size: float, speed: float | None = 1.0) -> dict:
+    return {"row": row, "setting": "0.5", "perplexity": 20 * ppl_ratio, "ppl_ratio": ppl_ratio, "size": size,
+            "speed": speed, "sparsity": 0.5, "seconds": 3.0}  # fmt: skip
+
+
+def test_the_constraint_chooses_the_lowest_perplexity_that_fits() -> None:
+    lines = [line("a", 1.04, 0.7), line("b", 1.06, 0.55), line("c", 1.049, 0.58), line("d", 1.01, 0.9)]
+    wanted = sweep.parse_constraint("ppl_ratio<=1.05, size <= 0.6")
+    best, sentence = sweep.choose(lines, wanted)
+    assert best is lines[2] and "c at 0.5" in sentence and "1 of 4 fit" in sentence
+    none, sentence = sweep.choose(lines, sweep.parse_constraint("ppl_ratio<1.05,size<0.5"))
+    assert none is None and sentence.startswith("None fits. Nearest: d at 0.5: size is 0.9, not <0.5")
+    with pytest.raises(BadInputError, match="speed was not measured"):
+        sweep.choose([line("a", 1.0, 1.0, None)], sweep.parse_constraint("speed>=1"))
+
+
+@pytest.mark.parametrize("text", ["ppl_ratio", "ppl<=1", "size<=x", "size==1", "size<=1e", "", "ppl_ratio<=1;size<=1"])
+def test_a_constraint_that_is_none_is_an_error(text: str) -> None:
+    with pytest.raises(BadInputError, match="constraint: "):
+        sweep.parse_constraint(text)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    text = "".join(f"{number}: {number * number} foxes, {number % 7} dogs\n" for number in range(2000))
+    (tmp_path / "text.txt").write_text(text)
+    values = {
+        **COMMON, "model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tmp_path / "text.txt"),
+        "eval_dataset_name": str(tmp_path / "text.txt"), "eval_efficiency": False, "fcpts_steps": 4,
+        "method": ["magnitude", "wanda"], "allocation": "fcpts", "sparsity": [0.3, 0.6],
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(json.dumps(values))
+    command = [
+        "sweep",
+        "--config",
+        str(tmp_path / "mine.yaml"),
+        "--work_folder",
+        str(tmp_path / "work"),
+        "--at_once",
+        "2",
+    ]
+    assert cli.main([*command, "--constraint", "size<=0.99, ppl_ratio<=1.5"]) == 0
+    assert "Chosen: " in capsys.readouterr().out
+    with (tmp_path / "work" / "mine.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {(own["row"], own["setting"]) for own in lines} == set(
+        itertools.product(("magnitude", "wanda"), ("0.3", "0.6"))
+    )
+    model = load_file(tmp_path / "model" / "model.safetensors")
+    total = sum(tensor.numel() for tensor in model.values())
+    pruned = sum(tensor.numel() for name, tensor in model.items() if "proj" in name)
+    for own in lines:
+        expected = 1 - float(own["setting"]) * pruned / total
+        assert float(own["size"]) == pytest.approx(expected, abs=2e-3)
+        assert 0 < float(own["overlap"]) <= 1
+    # One learning for each sparsity, whatever the method.
+    assert len(list((tmp_path / "work" / "statistics").glob("thresholds-*.safetensors"))) == 2
+    # The best of each setting overlaps wholly with itself; nothing is both smaller and better than the frontier.
+    for setting in ("0.3", "0.6"):
+        inside = [own for own in lines if own["setting"] == setting]
+        assert max(float(own["overlap"]) for own in inside) == 1.0
+    for own in lines:
+        beaten = any(
+            float(other["size"]) <= float(own["size"]) and float(other["ppl_ratio"]) < float(own["ppl_ratio"])
+            for other in lines
+        )
+        assert (own["pareto"] == "True") == (not beaten) or math.isclose(float(own["ppl_ratio"]), 1.0, rel_tol=1e-9)
+    # Once more: nothing is left to do.
+    before = (tmp_path / "work" / "results.json").read_bytes()
+    assert cli.main(command) == 0
+    assert (tmp_path / "work" / "results.json").read_bytes() == before
