@@ -9,10 +9,12 @@ from hf_prune.allocation import ALLOCATIONS, Allocation
 from hf_prune.errors import BadInputError
 from hf_prune.methods import find_method, methods
 from hf_prune.methods.base import NoUpdate, Solver
-from hf_prune.recipe import PruneConfig, coerce, field_types, fill, unknown_key
+from hf_prune.recipe import PruneConfig, coerce, field_types, fill, resolved_allocation, unknown_key
 from hf_prune.reconstruction import RECONSTRUCTIONS, BlockReconstruction, LinearReconstruction
 
 DEFAULT_METHOD = "balanced"
+# Parts that are chosen by a key of every config.
+PART_TABLES: dict[str, Mapping[str, type]] = {"reconstruct": RECONSTRUCTIONS, "allocation": ALLOCATIONS}
 Part = TypeVar("Part")
 
 
@@ -48,12 +50,7 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
 
 def _unused_key(key: str) -> BadInputError | None:
     """The error for a key of a part that the recipe does not choose; None where no part knows the key."""
-    tables: dict[str, Mapping[str, type]] = {
-        "reconstruct": RECONSTRUCTIONS,
-        "allocation": ALLOCATIONS,
-        "method": methods(),
-    }
-    for word, table in tables.items():
+    for word, table in {**PART_TABLES, "method": methods()}.items():
         owners = [name for name, part in table.items() if key in field_types(part)]
         if owners:
             choice = " or ".join(f"{word}: {name}" for name in owners)
@@ -70,10 +67,24 @@ def _named_parts(values: Mapping[str, Any]) -> list[type]:
         if values.get(key) and (key, values[key]) != ("update", "none"):
             parts.append(find_method(key, values[key]))
     defaults = find_method("method", values["method"]) if values.get("method") else PruneConfig
-    for key, table in (("reconstruct", RECONSTRUCTIONS), ("allocation", ALLOCATIONS)):
-        part = table.get(values.get(key) or getattr(defaults, key))
+    chosen = {key: str(values.get(key) or getattr(defaults, key)) for key in ("reconstruct", "allocation", "pattern")}
+    chosen["allocation"] = resolved_allocation(chosen["allocation"], chosen["pattern"])
+    for key, table in PART_TABLES.items():
+        part = table.get(chosen[key])
         parts += [part] if part else []
     return parts
+
+
+def own_options(config: PruneConfig) -> dict[str, Any]:
+    """The keys of a config's method and of the parts that it chooses, with their values."""
+    everything = {**vars(config), **config.options}
+    for key in field_types(PruneConfig):
+        everything.pop(key, None)
+    chosen = {key: getattr(config, key) for key in PART_TABLES}
+    unused = {name for key, table in PART_TABLES.items() for kind in table.values() for name in field_types(kind)}
+    for key, table in PART_TABLES.items():
+        unused -= field_types(table[chosen[key]]).keys() if chosen[key] in table else set()
+    return {key: value for key, value in everything.items() if key not in unused}
 
 
 def _fill_part(kind: type[Part], config: PruneConfig) -> Part:

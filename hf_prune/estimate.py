@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from hf_prune.allocation import Allocation
+from hf_prune.allocation.base import Work
 from hf_prune.engine.stream import TOKENS_PER_FORWARD
 from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Solver
@@ -105,6 +106,11 @@ def estimate(
             sum(view.numel for view in plan.views if view.block == own) for own in {v.block for v in plan.views}
         )
         memory += tokens * hidden * size + 5 * 4 * block + 3 * activations
+    if allocation is not None:
+        own = {view.block: [v.shape for v in plan.views if v.block == view.block] for view in plan.views}
+        text = model.config.get_text_config()
+        work = Work(list(own.values()), samples, seq_length, hidden, text.vocab_size, size)
+        memory = max(memory, sum(weights.values()) * size + allocation.memory_bytes(work))
     disk = sum(weights.values()) * size
     if device.type == "cpu":
         memory += _PYTHON_BYTES

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import hf_prune
+from hf_prune.checkpoint.displacement import displacement, overall
 from hf_prune.checkpoint.folder import (
     PLAN_FILE,
     RECIPE_FILE,
@@ -26,7 +27,14 @@ from hf_prune.checkpoint.folder import (
 )
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
 from hf_prune.checkpoint.verify import verify_folder
-from hf_prune.compose import make_allocation, make_block_reconstruction, make_config, make_solver, needs_text
+from hf_prune.compose import (
+    make_allocation,
+    make_block_reconstruction,
+    make_config,
+    make_solver,
+    needs_text,
+    own_options,
+)
 from hf_prune.data.builtin import ModelSource, resolve_model
 from hf_prune.data.text import TextData
 from hf_prune.data.windows import default_seq_length
@@ -214,6 +222,8 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
                 f"output_dir: the saved model failed its verification ({failed[0]['check']}: {failed[0]['detail']}); "
                 "nothing was kept, please report this."
             )
+        with watch.phase("compare"):
+            add_displacement(report, ready, folder)
         if ready.recipe.evaluation.eval_efficiency:
             with watch.phase("efficiency"):
                 try:
@@ -228,6 +238,16 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
     if output.push_to_hub:
         assert output.hub_model_id is not None
         push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)
+
+
+def add_displacement(report: dict[str, Any], ready: Preparation, folder: Path) -> None:
+    """How far the kept weights have moved, by view and overall, from the dense model as it was loaded."""
+    revision = ready.source.revision or ready.recipe.model.revision
+    dense = load_model(ready.source.path, ready.recipe.model, torch.device("cpu"), revision)
+    by_view = displacement(folder, dense, ready.plan.views)
+    for row in report["views"]:
+        row |= {key: by_view[row["name"]][key] for key in ("moved", "changed") if row["name"] in by_view}
+    report["displacement"] = overall(by_view)
 
 
 def within_plan(result: PruneResult) -> dict[str, Any]:
@@ -325,7 +345,6 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
     )
     owner = find_method("criterion", solver.criterion_name) if changed or preset is None else preset
     title = owner.info.title if not changed else f"{owner.info.title} criterion, {solver.update_name} update"
-    own = {key: value for key, value in asdict(config).items() if key not in asdict(PruneConfig())}
     return {
         "name": config.method if not changed else f"{solver.criterion_name}+{solver.update_name}",
         "title": title,
@@ -333,7 +352,7 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
         "update": solver.update_name,
         "reconstruct": config.reconstruct,
         "allocation": Path(config.allocation).name,
-        "options": {**own, **config.options},
+        "options": own_options(config),
         "paper": owner.info.paper,
         "paper_title": owner.info.paper_title,
         "summary": owner.info.summary,

@@ -72,7 +72,8 @@ def plan_pruning(
         assert config.sparsity is not None
         measures = {}
         if rule.needs_weights:
-            measures = measure_views(model, views, rule.measure, rule.statistics, input_ids)
+            windows = None if input_ids is None else input_ids[: rule.measured_windows]
+            measures = measure_views(model, views, rule.measure, rule.statistics, windows)
         folder = Path(statistics_folder) if statistics_folder else None
         wanted = rule.decide(model, views, measures, config.sparsity, input_ids, folder)
         sizes = [view.shape[0] * view.shape[1] for view in views]

@@ -62,7 +62,8 @@ class PruneConfig:
         sparsity: share of the targeted weights set to zero, in [0, 1); follows from the pattern where there is one.
         pattern: `unstructured`, or `n:m`: at most n of m consecutive inputs of an output row are kept.
         allocation: how the budget is shared out: `uniform`, `global`, `erk`, `owl`, `alpha`, `layerwise_l1`,
-            `layerwise_l2`, or the path of a saved `prune_plan.json` whose densities are used.
+            `layerwise_l2`, `fcpts`, or the path of a saved `prune_plan.json` whose densities are used; `auto` is
+            `fcpts` where the pattern is unstructured and `uniform` otherwise.
         min_keep_ratio: floor in [0, 1): each weight matrix and each of its rows keep at least this share.
         targets: modules to prune, by suffix (`q_proj`), full name, or `re:` and a regular expression over the full
             name; every linear layer of every block unless given. Embeddings and the LM head are never included
@@ -104,6 +105,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         pattern = Pattern.parse(self.pattern)
+        self.allocation = resolved_allocation(self.allocation, self.pattern)
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise BadInputError(f"sparsity: {self.sparsity} is outside [0, 1); 0.5 removes half of the weights.")
         if pattern.density is not None:
@@ -127,6 +129,13 @@ class PruneConfig:
         for key in ("targets", "ignore"):
             for pattern_text in getattr(self, key) or []:
                 check_module_pattern(key, pattern_text)
+
+
+def resolved_allocation(name: str, pattern: str) -> str:
+    """What `auto` stands for; an n:m pattern keeps the same share everywhere and leaves nothing to decide."""
+    if name != "auto":
+        return name
+    return "fcpts" if pattern == "unstructured" else "uniform"
 
 
 @dataclass

@@ -158,14 +158,15 @@ def agreement(
 ) -> dict[str, float]:
     """Spearman correlation between cost for each weight and the density that each allocation would give.
 
-    High: the allocation keeps more where pruning hurts more. Rules that need text are left out without `input_ids`.
+    High: the allocation keeps more where pruning hurts more. Rules that need text are left out without `input_ids`,
+    and those that learn always: what they take is a run of its own.
     """
     import pandas
 
     prices = pandas.Series({part.part: part.cost / max(part.weights, 1) for part in measured.parts})
     found = {}
     for name, rule in ALLOCATIONS.items():
-        if name == "uniform" or (rule.statistics and input_ids is None):
+        if name == "uniform" or rule.learns or (rule.statistics and input_ids is None):
             continue
         plan = plan_pruning(model, replace(config, allocation=name, pattern="unstructured"), input_ids=input_ids)
         kept: dict[str, float] = {}

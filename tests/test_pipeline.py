@@ -98,6 +98,9 @@ def test_the_report_says_what_the_weights_say(finished: Path) -> None:
     assert report["base_model"] == "some/original" and report["base_license"] == "mit"
     assert report["verification"] and all(row["passed"] for row in report["verification"])
     assert report["forward_passes"] == pytest.approx(5 / 3)
+    # SparseGPT moves what it keeps.
+    assert 0.5 < report["displacement"]["changed"] <= 1 and 0 < report["displacement"]["moved"] < 1
+    assert {"moved", "changed"} <= report["views"][0].keys()
 
 
 def test_the_perplexities_are_those_of_a_plain_loop(finished: Path, dense: Path) -> None:

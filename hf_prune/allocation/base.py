@@ -15,14 +15,35 @@ from hf_prune.weights import WeightView
 
 
 @dataclass(frozen=True)
+class Work:
+    """The sizes of a run, for estimates.
+
+    Attributes:
+        blocks: shapes (out, in) of the weight matrices of each block.
+        samples, seq_length: calibration windows and their length in tokens.
+        hidden, vocabulary: widths of the model.
+        element: bytes of a weight.
+    """
+
+    blocks: Sequence[Sequence[tuple[int, int]]]
+    samples: int
+    seq_length: int
+    hidden: int
+    vocabulary: int
+    element: int
+
+
+@dataclass(frozen=True)
 class Allocation:
     """A rule that says which share of each weight matrix is kept.
 
     `measure` looks at one dense matrix at a time and keeps something small of it; `densities` sees what it kept of all.
-    A rule with `needs_weights = False` works on shapes alone, a model on the meta device included.
+    A rule with `needs_weights = False` works on shapes alone, a model on the meta device included; one with
+    `learns = True` takes many passes over calibration windows.
     """
 
     needs_weights: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
     statistics: ClassVar[frozenset[str]] = frozenset()
     summary: ClassVar[str] = ""
     paper: ClassVar[str | None] = None
@@ -31,6 +52,11 @@ class Allocation:
     def needs_text(self) -> bool:
         """Whether the rule looks at calibration text."""
         return bool(self.statistics)
+
+    @property
+    def measured_windows(self) -> int | None:
+        """So many calibration windows suffice for `statistics`; None for all of them."""
+        return None
 
     def measure(self, weight: Tensor, statistics: Statistics | None) -> Any:
         """Whatever the rule wants to remember of a weight, float32 [out, in], on the inputs of the dense model."""
@@ -60,6 +86,10 @@ class Allocation:
     def window_passes(self, samples: int) -> float:
         """Forward passes over one calibration window that `decide` takes (a backward counts as two), for estimates."""
         return 0.0
+
+    def memory_bytes(self, work: Work) -> int:
+        """What `decide` holds at its peak beside the model, for estimates."""
+        return 0
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from hf_prune.allocation.base import Allocation, meet_budget
+from hf_prune.allocation.base import Allocation, Work, meet_budget
 from hf_prune.allocation.density import DENSITIES, ScoreDensity
 from hf_prune.allocation.erk import ErdosRenyi
 from hf_prune.allocation.histogram import Histogram
+from hf_prune.engine import distributed
 from hf_prune.engine.statistics import Statistics
 from hf_prune.engine.threshold_training import ThresholdTask, threshold_task
 from hf_prune.errors import BadInputError
@@ -33,7 +34,9 @@ SCORES = ("magnitude", "wanda")
 STARTS = ("erk", "uniform")
 BUDGETS = ("projection", "penalty")
 # How often the held-out windows are looked at in the course of learning.
-LOOKS = 10
+LOOKS = 5
+# Norms of the inputs settle long before the Gram matrices of the solvers do.
+MEASURED_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Fcpts(Allocation):
         fcpts_gradient: False keeps the divergence from the thresholds, as the released code does.
         fcpts_start: `erk` or `uniform`.
         fcpts_held_out: share of the calibration windows that decides which step is kept and when to stop.
-        fcpts_patience: stop after so many looks at the held-out windows without a better one; a look every tenth of
+        fcpts_patience: stop after so many looks at the held-out windows without a better one; a look every fifth of
             the steps.
         fcpts_teacher_tokens: likeliest tokens kept of each teacher distribution; the others count as one.
         fcpts_seed: of the order of the windows.
@@ -107,9 +110,9 @@ class Fcpts(Allocation):
     """
 
     fcpts_score: str = "wanda"
-    fcpts_steps: int = 40
+    fcpts_steps: int = 32
     fcpts_batch_size: int = 1
-    fcpts_learning_rate: float = 0.05
+    fcpts_learning_rate: float = 0.06
     fcpts_temperature: float = 1.0
     fcpts_budget: str = "projection"
     fcpts_penalty: float = 1.0
@@ -118,7 +121,7 @@ class Fcpts(Allocation):
     fcpts_gradient: bool = True
     fcpts_start: str = "erk"
     fcpts_held_out: float = 0.0625
-    fcpts_patience: int = 4
+    fcpts_patience: int = 2
     fcpts_teacher_tokens: int = 256
     fcpts_seed: int = 0
     gradient_checkpointing: bool = False
@@ -126,6 +129,7 @@ class Fcpts(Allocation):
     weight_learning_rate: float = 2e-5
 
     needs_weights = True
+    learns = True
     summary = "thresholds learned by matching the dense model's output under one budget"
     paper = "https://arxiv.org/abs/2405.05808"
 
@@ -155,6 +159,11 @@ class Fcpts(Allocation):
     def needs_text(self) -> bool:
         return True
 
+    @property
+    def measured_windows(self) -> int | None:
+        # Every process wants a window.
+        return max(MEASURED_WINDOWS, distributed.world_size())
+
     def measure(self, weight: Tensor, statistics: Statistics | None) -> Layer:
         scale = None
         if self.fcpts_score == "wanda":
@@ -177,7 +186,25 @@ class Fcpts(Allocation):
 
     def window_passes(self, samples: int) -> float:
         held_out = max(round(samples * self.fcpts_held_out), 1)
-        return samples + 3 * self.fcpts_steps * self.fcpts_batch_size + LOOKS * held_out
+        learned = self.fcpts_steps * self.fcpts_batch_size
+        taught = min(learned, samples - held_out) + held_out
+        return MEASURED_WINDOWS + taught + 3 * learned + LOOKS * held_out
+
+    def memory_bytes(self, work: Work) -> int:
+        """Of a step: masked weights and activations for the backward pass, logits, the teacher, trained weights."""
+        # A block leaves its masked weights and its matrices' inputs and outputs.
+        blocks = [
+            sum(rows * columns + work.seq_length * (rows + columns) for rows, columns in block) * work.element
+            for block in work.blocks
+        ]
+        inputs = len(blocks) * work.seq_length * work.hidden * work.element
+        held = max(blocks) + inputs if self.gradient_checkpointing else sum(blocks)
+        logits = 4 * 4 * work.seq_length * work.vocabulary
+        teacher = 8 * work.samples * work.seq_length * min(self.fcpts_teacher_tokens, work.vocabulary)
+        sizes = [rows * columns for block in work.blocks for rows, columns in block]
+        # Gradient, two moments and the best state so far.
+        trained = 4 * work.element * sum(sizes) if self.train_weights else 0
+        return held + logits + teacher + 4 * 4 * max(sizes) + trained
 
     def decide(
         self,
@@ -201,6 +228,8 @@ class Fcpts(Allocation):
             temperature=self.fcpts_temperature,
             teacher_tokens=self.fcpts_teacher_tokens,
             recompute=self.gradient_checkpointing,
+            batch_size=self.fcpts_batch_size,
+            steps=self.fcpts_steps,
             seed=self.fcpts_seed,
             folder=folder,
         ) as task:
@@ -217,18 +246,20 @@ class Fcpts(Allocation):
         progressed = Learning(optimizer, scores.detach().clone())
         settings = json.dumps([asdict(self), sparsity])
         state = task.load_state(settings)
+        if state is None or Learning.steps_of(state) < self.fcpts_steps:
+            # Before anything is restored: the dense model is the teacher.
+            task.teach()
         if state is not None:
             progressed.restore(state)
             bridge = self._rebuilt(task, bridge)
         rates = [group["lr"] for group in optimizer.param_groups]
-        batches = list(task.batches(self.fcpts_batch_size, self.fcpts_steps))
-        look = max(self.fcpts_steps // LOOKS, 1)
+        look = math.ceil(self.fcpts_steps / LOOKS)
         for step in progress(range(progressed.steps, self.fcpts_steps), "learning thresholds"):
             if progressed.looks_without_gain >= self.fcpts_patience:
                 break
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * step / self.fcpts_steps)) / 2
-            scores.grad = self._gradient(task, bridge, scores.detach(), batches[step])
+            scores.grad = self._gradient(task, bridge, scores.detach(), task.steps[step])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             progressed.steps = step + 1
@@ -294,18 +325,23 @@ class Learning:
             parameter.data.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
-        """What `restore` needs, as named tensors."""
+        """What `restore` needs, as named tensors that share the memory of what goes on changing."""
         tensors = {f"parameter.{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
         tensors |= {f"best.{number}": value for number, value in enumerate([self.best_scores, *self.best_weights])}
         for number, own in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{number}.{key}": value for key, value in own.items()}
         numbers = torch.tensor([self.steps, self.looks_without_gain, self.best], dtype=torch.float64)
-        return {name: value.contiguous().clone() for name, value in {**tensors, "numbers": numbers}.items()}
+        return {name: value.contiguous() for name, value in {**tensors, "numbers": numbers}.items()}
+
+    @staticmethod
+    def steps_of(tensors: Mapping[str, Tensor]) -> int:
+        """Steps that were done when `state` was taken."""
+        return int(tensors["numbers"][0])
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken."""
-        steps, looks, self.best = tensors["numbers"].tolist()
-        self.steps, self.looks_without_gain = int(steps), int(looks)
+        _, looks, self.best = tensors["numbers"].tolist()
+        self.steps, self.looks_without_gain = self.steps_of(tensors), int(looks)
         for number, parameter in enumerate(self.parameters):
             parameter.data.copy_(tensors[f"parameter.{number}"])
         self.best_scores, *self.best_weights = [tensors[f"best.{number}"] for number in range(len(self.parameters))]

@@ -14,7 +14,7 @@ from hf_prune.compose import make_config
 from hf_prune.errors import BadInputError
 from hf_prune.recipe import RecipeLoader, make_recipe
 
-KEYS = {"name", "title", "common", "settings", "rows", "reference", "repeats"}
+KEYS = {"name", "title", "common", "settings", "rows", "reference", "allocation_reference", "repeats"}
 # Keys of a row that are not recipe keys.
 ROW_KEYS = {"name", "seeds", "settings", "command"}
 # What a benchmark decides for all rows alike, so that they can be compared.
@@ -43,7 +43,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A parsed benchmark file. Rows and settings keep the file's order."""
+    """A parsed benchmark file. Rows and settings keep the file's order.
+
+    Other rows' excess and seconds are also given as multiples of those of row `reference`, and their allocations are
+    compared with that of row `allocation_reference`.
+    """
 
     name: str
     title: str
@@ -51,6 +55,7 @@ class Grid:
     settings: dict[str, dict[str, Any]]
     rows: list[dict[str, Any]]
     reference: str | None = None
+    allocation_reference: str | None = None
     repeats: int = 1
     cells: list[Cell] = field(default_factory=list)
 
@@ -89,14 +94,17 @@ def make_grid(content: dict[str, Any]) -> Grid:
         settings=settings,
         rows=content["rows"],
         reference=content.get("reference"),
+        allocation_reference=content.get("allocation_reference"),
         repeats=int(content.get("repeats") or 1),
     )
     make_recipe(common).require(*EVALUATED_ALIKE)
     names = [row.get("name") for row in grid.rows]
     if None in names or len(set(names)) < len(names):
         raise BadInputError("rows: every row needs a name of its own.")
-    if grid.reference is not None and grid.reference not in names:
-        raise BadInputError(f"reference: {grid.reference!r} is no row; choose one of {', '.join(map(str, names))}.")
+    for key in ("reference", "allocation_reference"):
+        if getattr(grid, key) is not None and getattr(grid, key) not in names:
+            listed = ", ".join(map(str, names))
+            raise BadInputError(f"{key}: {getattr(grid, key)!r} is no row; choose one of {listed}.")
     cells = [cell for row in grid.rows for cell in _cells(grid, row)]
     # A setting is finished before the next begins: what is compared runs close together.
     grid.cells.extend(sorted(cells, key=lambda cell: list(grid.settings).index(cell.setting)))

@@ -167,6 +167,7 @@ class Bench:
                 "process_seconds": wall,
                 "cores_busy_elsewhere": busy,
                 "versions": report.get("versions"),
+                "densities": _densities(report),
                 **(self.look(cell, output) if self.look else {}),
             }
         )
@@ -232,6 +233,12 @@ class Bench:
             "total_sparsity": summary["total_sparsity"],
             "patterns": summary["patterns"],
         }
+
+
+def _densities(report: dict[str, Any]) -> dict[str, float] | None:
+    """The planned density of each matrix, where they differ."""
+    planned = {view["name"]: view["target_density"] for view in report.get("views") or []}
+    return planned if len(set(planned.values())) > 1 else None
 
 
 def _peak(value: Any) -> int | None:

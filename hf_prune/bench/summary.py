@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from statistics import median
@@ -59,10 +60,34 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
                     "sparsity": first[seed]["sparsity"],
                     "total_sparsity": first[seed]["total_sparsity"],
                     "cores_busy_elsewhere": max(run["cores_busy_elsewhere"] for run in runs),
+                    **_agreement(grid, results, row["name"], setting),
                 }
             )
     _add_ratios(lines, grid.reference)
     return lines
+
+
+def _agreement(grid: Grid, results: Results, row: str, setting: str) -> dict[str, float | None]:
+    """Mean rank correlation (Spearman) of a row's allocations: over its seeds, and with the reference row's."""
+
+    def allocations(name: str | None) -> list[dict[str, float]]:
+        cells = [cell for cell in grid.cells if (cell.row, cell.setting) == (name, setting)]
+        found = {cell.seed: run.get("densities") for cell in cells for run in reversed(results.runs(cell))}
+        return [densities for densities in found.values() if densities]
+
+    own = allocations(row)
+    others = allocations(grid.allocation_reference) if row != grid.allocation_reference else []
+    return {
+        "allocation_over_seeds": _mean_correlation(list(itertools.combinations(own, 2))),
+        "allocation_like_reference": _mean_correlation(list(itertools.product(own, others))),
+    }
+
+
+def _mean_correlation(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> float | None:
+    from scipy.stats import spearmanr
+
+    values = [float(spearmanr(*zip(*[(a[name], b[name]) for name in a], strict=True)).statistic) for a, b in pairs]
+    return sum(values) / len(values) if values else None
 
 
 def _add_ratios(lines: list[dict[str, Any]], reference: str | None) -> None:
@@ -76,6 +101,8 @@ def _add_ratios(lines: list[dict[str, Any]], reference: str | None) -> None:
 def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
     """One table, settings under one another, and the conditions below it."""
     head = ["setting", "row", "perplexity (95 % interval)", "excess", "seconds", "peak MB", "zeros of all parameters"]
+    correlated = any(correlations(line) for line in lines)
+    head += ["allocation's rank correlation"] if correlated else []
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
         interval = f" ({line['low']:.1f} to {line['high']:.1f})" if line["low"] else ""
@@ -91,6 +118,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
             f"{line['peak_memory_bytes'] / 1e6:.0f}",
             f"{100 * line['total_sparsity']:.1f} %",
         ]
+        cells += [correlations(line)] if correlated else []
         out.append("| " + " | ".join(cells) + " |")
     dense = results.content["quality"]["dense"]
     windows, busy = len(dense["nll"]), max((line["cores_busy_elsewhere"] for line in lines), default=0.0)
@@ -100,9 +128,20 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
         f"log-perplexity in nats a token{reference}. Seconds and peak memory are of the pruning; at most {busy:.2f} "
         "cores were busy elsewhere."
     )
+    if correlated and grid.allocation_reference:
+        note += (
+            f" Rank correlations of densities: over a row's own seeds, or with those of {grid.allocation_reference}."
+        )
     if busy > QUIET:
         note += " The machine was not idle: the seconds are only a sketch."
     return "\n".join([*out, "", note.strip()])
+
+
+def correlations(line: dict[str, Any]) -> str:
+    """How alike a row's allocations are, for a cell of a table; '' where there is nothing to compare."""
+    seeds, like = line.get("allocation_over_seeds"), line.get("allocation_like_reference")
+    words = [f"{seeds:.2f} over seeds"] if seeds is not None else []
+    return ", ".join(words + ([f"{like:.2f}"] if like is not None else []))
 
 
 def write_csv(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from hf_prune.bench.grid import Grid, make_grid
 from hf_prune.bench.runner import Results
-from hf_prune.bench.summary import summarise
+from hf_prune.bench.summary import correlations, summarise
 from hf_prune.checkpoint.folder import PLAN_FILE
 from hf_prune.compose import make_config
 from hf_prune.errors import BadInputError
@@ -237,7 +237,7 @@ def plot_pareto(path: Path, lines: list[dict[str, Any]]) -> None:
 def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
     """The table, best first under each setting, the frontier in bold."""
     head = ["setting", "combination", "perplexity (95 % interval)", "of dense", "spread over seeds", "size", "speed",
-            "overlap with the best mask"]  # fmt: skip
+            "overlap with the best mask", "allocation's rank correlation"]  # fmt: skip
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in sorted(lines, key=lambda line: (list(grid.settings).index(line["setting"]), line["perplexity"])):
         interval = f" ({line['low']:.1f} to {line['high']:.1f})" if line["low"] else ""
@@ -252,6 +252,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
             f"{line['size']:.3f}",
             f"{line['speed']:.2f}" if line["speed"] is not None else "not measured",
             f"{line['overlap']:.2f}",
+            correlations(line),
         ]
         out.append("| " + " | ".join(cells) + " |")
     dense = results.content["quality"]["dense"]

@@ -47,6 +47,6 @@ class TeacherLogits:
 def _rest(log_probabilities: Tensor, vocabulary: int) -> Tensor:
     """log(1 - sum of probabilities), float32; its gradient stays finite where nearly nothing is left."""
     if log_probabilities.shape[-1] == vocabulary:
-        return torch.full(log_probabilities.shape[:-1], -torch.inf)
+        return log_probabilities.new_full(log_probabilities.shape[:-1], -torch.inf)
     left = 1 - log_probabilities.exp().sum(dim=-1)
     return left.clamp(min=1e-6).log()

@@ -30,7 +30,7 @@ class ThresholdTask:
         views: the weight matrices, with scales and windows.
         windows: int64 [windows, tokens] to learn on.
         held_out: int64 [windows, tokens] that are never learned on.
-        seed: of the order of the windows.
+        steps: numbers of the windows of each step.
     """
 
     model: nn.Module
@@ -40,22 +40,24 @@ class ThresholdTask:
     temperature: float
     teacher_tokens: int
     recompute: bool
-    seed: int
+    steps: Sequence[Sequence[int]]
     folder: Path | None = None
-    _teacher: dict[str, list[TeacherLogits | None]] = field(default_factory=dict)
+    _teacher: dict[str, dict[int, TeacherLogits]] = field(default_factory=dict)
     _identity: str = ""
 
-    def prepare(self) -> None:
-        """Cache the dense model's distributions of this process's windows, and remember what is learned on."""
-        self._identity = self._fingerprint()
+    def teach(self) -> None:
+        """Cache the dense model's distributions of this process's windows, as far as any step wants them."""
+        wanted = {"windows": sorted({number for step in self.steps for number in step})}
+        wanted["held_out"] = list(range(len(self.held_out)))
         with torch.no_grad():
             for name, windows in (("windows", self.windows), ("held_out", self.held_out)):
-                own = range(distributed.rank(), len(windows), distributed.world_size())
-                cached: list[TeacherLogits | None] = [None] * len(windows)
-                for number in progress(own, f"teacher, {name.replace('_', ' ')}", total=len(own)):
-                    logits = self._logits(windows[number : number + 1])
-                    cached[number] = TeacherLogits.of(logits, self.temperature, self.teacher_tokens)
-                self._teacher[name] = cached
+                own = [number for number in wanted[name] if number % distributed.world_size() == distributed.rank()]
+                self._teacher[name] = {
+                    number: TeacherLogits.of(
+                        self._logits(windows[number : number + 1]), self.temperature, self.teacher_tokens
+                    )
+                    for number in progress(own, f"teacher, {name.replace('_', ' ')}", total=len(own))
+                }
 
     def _logits(self, window: Tensor) -> Tensor:
         output: Tensor = self.model(input_ids=window.to(self.device), use_cache=False).logits
@@ -65,16 +67,6 @@ class ThresholdTask:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
-
-    def batches(self, size: int, steps: int) -> Iterator[list[int]]:
-        """Numbers of the windows of each step: every window once in a seeded order, then again in another."""
-        generator = torch.Generator().manual_seed(self.seed)
-        waiting: list[int] = []
-        for _ in range(steps):
-            while len(waiting) < size:
-                waiting += torch.randperm(len(self.windows), generator=generator).tolist()
-            yield waiting[:size]
-            waiting = waiting[size:]
 
     def gradients(self, thresholds: Tensor, batch: Sequence[int], factor: float = 1.0) -> Tensor:
         """Gradient of `factor` times the mean KL divergence a token by each threshold, float32 [views].
@@ -89,7 +81,7 @@ class ThresholdTask:
         # The backward pass is inside as well: it may compute blocks again.
         with self._under(leaf, recompute=self.recompute):
             for number in batch:
-                teacher = self._teacher["windows"][number]
+                teacher = self._teacher["windows"].get(number)
                 if teacher is not None:
                     loss = self._divergence(teacher, self.windows[number : number + 1]) * factor / len(batch)
                     loss.backward()
@@ -104,9 +96,8 @@ class ThresholdTask:
         """Mean KL divergence a token over the held-out windows."""
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad(), self._under(thresholds.to(self.device)):
-            for number, teacher in enumerate(self._teacher["held_out"]):
-                if teacher is not None:
-                    total += float(self._divergence(teacher, self.held_out[number : number + 1]))
+            for number, teacher in self._teacher["held_out"].items():
+                total += float(self._divergence(teacher, self.held_out[number : number + 1]))
         distributed.sum_everywhere(total)
         return float(total) / len(self.held_out)
 
@@ -115,6 +106,10 @@ class ThresholdTask:
 
     def _divergence(self, teacher: TeacherLogits, window: Tensor) -> Tensor:
         return teacher.divergence(self._logits(window), self.temperature).mean()
+
+    def remember(self) -> None:
+        """Note what is learned on, before anything moves."""
+        self._identity = self._fingerprint()
 
     def _fingerprint(self) -> str:
         """Of everything that decides how the learning goes, but the learner's own settings."""
@@ -126,7 +121,7 @@ class ThresholdTask:
             # A few numbers of each matrix tell one model from another.
             digest.update(f"{own.view.name} {tuple(weight.shape)} {own.window}".encode())
             digest.update(weight.reshape(-1)[:: max(weight.numel() // 64, 1)].float().cpu().numpy().tobytes())
-        digest.update(f"{self.temperature} {self.teacher_tokens} {self.seed}".encode())
+        digest.update(f"{self.temperature} {self.teacher_tokens} {self.steps}".encode())
         return digest.hexdigest()
 
     def save_state(self, state: dict[str, Tensor], settings: str) -> None:
@@ -170,15 +165,18 @@ def threshold_task(
     temperature: float,
     teacher_tokens: int,
     recompute: bool,
+    batch_size: int,
+    steps: int,
     seed: int,
     folder: Path | None,
 ) -> Iterator[ThresholdTask]:
-    """A task with its teacher ready; afterwards the model asks for gradients where it did before.
+    """A task over the dense model; afterwards the model asks for gradients where it did before.
 
     Args:
         scales: what each view's scores are multiplied by, float32 [in] or None.
         windows: half-width around its threshold in which each view's weights count.
         held_out: share of the calibration windows that is held out.
+        batch_size: windows a step, over all processes; every window once in a seeded order, then again in another.
 
     Raises:
         BadInputError: no calibration text, or too little to hold some out.
@@ -210,10 +208,10 @@ def threshold_task(
             temperature,
             teacher_tokens,
             recompute,
-            seed,
+            list(_batches(len(rest), batch_size, steps, seed)),
             folder,
         )
-        task.prepare()
+        task.remember()
         if train_weights:
             for view in views:
                 view.parameter.requires_grad_(True)
@@ -223,3 +221,13 @@ def threshold_task(
             parameter.grad = None
             parameter.requires_grad_(before)
         model.train(was_training)
+
+
+def _batches(windows: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    for _ in range(steps):
+        while len(waiting) < size:
+            waiting += torch.randperm(windows, generator=generator).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]

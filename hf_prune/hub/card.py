@@ -122,6 +122,7 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
         ("Method", ", ".join(part for part in (name, link, summary) if part)),
         ("Settings", ", ".join(settings)),
         ("Calibration", findings.calibration(report)),
+        ("Weights that were kept", findings.displacement(report)),
         ("Seed", f"{seed:.0f}" if seed is not None else ""),
         ("Weights saved in", code(report["dtype"]) if report.get("dtype") else ""),
         ("Cost", findings.spent(report)),

@@ -22,9 +22,15 @@ class FastConfig(SparseGPTConfig):
 @register
 @dataclass
 class BalancedConfig(AdmmConfig):
-    """A short ADMM: 20 iterations with a faster growing rho."""
+    """A short ADMM, 20 iterations with a faster growing rho, on densities of a short learning (FCPTS)."""
 
     method: str | None = "balanced"
+    allocation: str = "auto"
+    fcpts_steps: int = 8
+    fcpts_learning_rate: float = 0.1
+    # Too few steps to come back from ERK's densities.
+    fcpts_start: str = "uniform"
+    fcpts_held_out: float = 0.03
     iterations: int = 20
     rho_growth: float = 2.0
 
@@ -32,21 +38,22 @@ class BalancedConfig(AdmmConfig):
         AdmmConfig.info,
         name="balanced",
         title="Balanced preset (short ADMM)",
-        summary="the default: a short ADMM search for the support, then a least squares refit",
+        summary="the default: quickly learned densities (FCPTS) unless n:m, a short ADMM search, a refit",
     )
 
 
 @register
 @dataclass
 class BestConfig(AdmmConfig):
-    """The whole ADMM, and each block trained towards the dense model's hidden states.
+    """Learned densities (FCPTS), the whole ADMM, and each block trained towards the dense model's hidden states.
 
     Passes and learning rate were chosen on SmolLM2-135M and the validation split; lower the rate for larger models.
     """
 
     method: str | None = "best"
+    allocation: str = "auto"
     reconstruct: str = "block"
-    reconstruct_passes: float = 6
+    reconstruct_passes: float = 4
     reconstruct_learning_rate: float = 1e-3
     reconstruct_target: str = "model"
 
@@ -54,5 +61,5 @@ class BestConfig(AdmmConfig):
         AdmmConfig.info,
         name="best",
         title="Best preset (ADMM, block reconstruction)",
-        summary="ADMM, then each block is trained towards dense hidden states: the lowest perplexity, the most time",
+        summary="learned densities (FCPTS) unless n:m, ADMM, then each block is trained towards dense hidden states",
     )

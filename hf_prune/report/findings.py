@@ -229,6 +229,16 @@ def _layer_limits(report: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def displacement(report: dict[str, Any]) -> str:
+    """How far the weights that were kept have moved, or '' where it was not measured."""
+    moved, changed = (number(dig(report, "displacement", key)) for key in ("moved", "changed"))
+    if moved is None or changed is None:
+        return ""
+    if not changed:
+        return "as in the base model, to the bit"
+    return f"{percent(changed)} of them changed, by {percent(moved)} of their norm"
+
+
 def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:
     """What to do with the folder: load it, look into it, push it; what to try where the cost was high."""
     place = one_line(folder)

@@ -1,0 +1,36 @@
+"""What the presets choose, and that what they leave unused is not told as a setting."""
+
+import pytest
+
+from hf_prune.compose import make_config, own_options
+from hf_prune.errors import BadInputError
+from hf_prune.methods.presets import BalancedConfig, BestConfig
+
+
+@pytest.mark.parametrize("preset", [BalancedConfig, BestConfig])
+def test_densities_are_learned_where_the_pattern_leaves_a_choice(preset: type) -> None:
+    assert preset(sparsity=0.6).allocation == "fcpts"
+    assert preset(pattern="2:4").allocation == "uniform"
+    assert preset(allocation="owl").allocation == "owl"
+    with pytest.raises(BadInputError, match="nothing to decide"):
+        make_config({"method": preset().method, "pattern": "2:4", "allocation": "fcpts"})
+
+
+def test_settings_of_unused_parts_are_not_told() -> None:
+    learned, uniform = (make_config({"method": "best", "allocation": name}) for name in ("auto", "uniform"))
+    assert "reconstruct_passes" in own_options(learned) and "reconstruct_passes" in own_options(uniform)
+    short = make_config({"method": "balanced"})
+    assert own_options(short)["fcpts_steps"] == BalancedConfig().fcpts_steps
+    assert not any(
+        key.startswith("fcpts") for key in own_options(make_config({"method": "balanced", "pattern": "2:4"}))
+    )
+    plain = make_config({"method": "best", "reconstruct": "none"})
+    assert not any(key.startswith("reconstruct") for key in own_options(plain))
+    assert "iterations" in own_options(plain)
+
+
+def test_auto_takes_the_keys_of_what_it_stands_for() -> None:
+    config = make_config({"method": "admm", "allocation": "auto", "fcpts_steps": 3})
+    assert (config.allocation, own_options(config)["fcpts_steps"]) == ("fcpts", 3)
+    with pytest.raises(BadInputError, match=r"fcpts_steps: this key belongs to allocation: fcpts"):
+        make_config({"method": "admm", "allocation": "auto", "pattern": "2:4", "fcpts_steps": 3})
