@@ -106,8 +106,8 @@ def make_grid(content: dict[str, Any]) -> Grid:
             listed = ", ".join(map(str, names))
             raise BadInputError(f"{key}: {getattr(grid, key)!r} is no row; choose one of {listed}.")
     cells = [cell for row in grid.rows for cell in _cells(grid, row)]
-    # A setting is finished before the next begins: what is compared runs close together.
-    grid.cells.extend(sorted(cells, key=lambda cell: list(grid.settings).index(cell.setting)))
+    # A setting is finished before the next begins, and in it a seed: what is compared runs close together.
+    grid.cells.extend(sorted(cells, key=lambda cell: (list(grid.settings).index(cell.setting), cell.seed)))
     return grid
 
 
