@@ -7,9 +7,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hf_prune.bench.grid import load_grid
+from hf_prune.bench.sweep import make_sweep
 from hf_prune.compose import make_config, make_solver
 from hf_prune.errors import BadInputError
-from hf_prune.recipe import coerce, dump_yaml, load_recipe, make_recipe, matches, parse_flags, parse_yaml
+from hf_prune.recipe import (
+    coerce,
+    dump_yaml,
+    load_recipe,
+    make_recipe,
+    matches,
+    parse_flags,
+    parse_yaml,
+    read_values,
+)
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 simple_text = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12)
@@ -53,6 +63,9 @@ def test_every_shipped_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
         return
     if path.parent.name == "benchmarks":
         assert path.name in text.splitlines()[0] and load_grid(path).cells
+        return
+    if path.stem == "sweep":
+        assert path.name in text.splitlines()[0] and make_sweep(read_values(path, {}), path.stem)[0].cells
         return
     recipe = load_recipe(path)
     make_solver(make_config(recipe.prune_options))

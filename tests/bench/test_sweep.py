@@ -130,7 +130,9 @@ def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     pruned = sum(tensor.numel() for name, tensor in model.items() if "proj" in name)
     for own in lines:
         expected = 1 - float(own["setting"]) * pruned / total
-        assert float(own["size"]) == pytest.approx(expected, abs=2e-3)
+        # Wanda drops whole weights of each row, and rows of 32 have few.
+        rounding = 2e-3 if own["row"] == "magnitude" else pruned / total / 32
+        assert float(own["size"]) == pytest.approx(expected, abs=rounding)
         assert 0 < float(own["overlap"]) <= 1
     # One learning for each sparsity, whatever the method.
     assert len(list((tmp_path / "work" / "statistics").glob("thresholds-*.safetensors"))) == 2
