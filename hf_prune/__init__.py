@@ -14,11 +14,12 @@ _EXPORTS = {
     "BadInputError": "hf_prune.errors",
     "HfPruneError": "hf_prune.errors",
     "RunError": "hf_prune.errors",
-    "PruneConfig": "hf_prune.recipe",
+    "PruneConfig": "hf_prune.arguments",
     "AdmmConfig": "hf_prune.methods.admm",
     "BalancedConfig": "hf_prune.methods.presets",
     "BestConfig": "hf_prune.methods.presets",
     "FastConfig": "hf_prune.methods.presets",
+    "FcptsConfig": "hf_prune.methods.fcpts",
     "MagnitudeConfig": "hf_prune.methods.magnitude",
     "SparseGPTConfig": "hf_prune.methods.sparsegpt",
     "WandaConfig": "hf_prune.methods.wanda",
@@ -33,6 +34,7 @@ __all__ = [
     "BalancedConfig",
     "BestConfig",
     "FastConfig",
+    "FcptsConfig",
     "HfPruneError",
     "MagnitudeConfig",
     "Plan",
@@ -47,15 +49,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hf_prune.arguments import PruneConfig
     from hf_prune.errors import BadInputError, HfPruneError, RunError
     from hf_prune.methods.admm import AdmmConfig
+    from hf_prune.methods.fcpts import FcptsConfig
     from hf_prune.methods.magnitude import MagnitudeConfig
     from hf_prune.methods.presets import BalancedConfig, BestConfig, FastConfig
     from hf_prune.methods.sparsegpt import SparseGPTConfig
     from hf_prune.methods.wanda import WandaConfig
     from hf_prune.plan import Plan
     from hf_prune.pruning import PruneResult, plan_pruning, prune
-    from hf_prune.recipe import PruneConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from hf_prune.allocation import ALLOCATIONS, Allocation
+from hf_prune.arguments import PruneConfig, resolved_allocation
 from hf_prune.errors import BadInputError
+from hf_prune.fields import coerce, field_types, fill, unknown_key
 from hf_prune.methods import find_method, methods
 from hf_prune.methods.base import NoUpdate, Solver
-from hf_prune.recipe import PruneConfig, coerce, field_types, fill, resolved_allocation, unknown_key
 from hf_prune.reconstruction import RECONSTRUCTIONS, BlockReconstruction, LinearReconstruction
 
 DEFAULT_METHOD = "balanced"

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from hf_prune.arguments import PruneConfig, matches
 from hf_prune.errors import BadInputError
 from hf_prune.masks import MaskRule
 from hf_prune.patterns import Pattern
-from hf_prune.recipe import PruneConfig, matches
 from hf_prune.weights import WeightView, find_blocks, find_views
 
 FORMAT = "hf_prune_plan"

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hf_prune.allocation.base import meet_budget
 from hf_prune.allocation.saved import saved_plan
+from hf_prune.arguments import DataArguments, PruneConfig
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_solver, needs_text
 from hf_prune.engine.measure import measure_views
 from hf_prune.engine.walk import ViewResult, walk
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, make_plan, select_views
-from hf_prune.recipe import DataArguments, PruneConfig
 from hf_prune.reconstruction.block import BlockOutcome
 
 if TYPE_CHECKING:

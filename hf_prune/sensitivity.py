@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.allocation import ALLOCATIONS
+from hf_prune.arguments import PruneConfig
 from hf_prune.checkpoint.load import load_model, load_tokenizer
 from hf_prune.compose import make_solver, needs_text
 from hf_prune.engine import distributed
@@ -18,11 +19,11 @@ from hf_prune.engine.walk import walk
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import bootstrap_ratio, perplexity
 from hf_prune.evaluation.quality import QualityEvaluation
-from hf_prune.pipeline import prepare
 from hf_prune.plan import Plan, ViewPlan
+from hf_prune.preparation import prepare
 from hf_prune.progress import progress
 from hf_prune.pruning import load_calibration, plan_pruning
-from hf_prune.recipe import PruneConfig, Recipe
+from hf_prune.recipe import Recipe
 from hf_prune.weights import WeightView, find_views
 
 if TYPE_CHECKING:

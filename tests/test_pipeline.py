@@ -369,7 +369,7 @@ def test_plan_says_what_will_happen_and_what_it_takes(
 
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(dense: Path, text: Path, tmp_path: Path) -> None:
     from hf_prune.errors import BadInputError
-    from hf_prune.pipeline import check_feasible, prepare
+    from hf_prune.preparation import check_feasible, prepare
 
     huge = tmp_path / "huge"
     huge.mkdir()

@@ -6,20 +6,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hf_prune.arguments import matches
 from hf_prune.bench.grid import load_grid
 from hf_prune.bench.sweep import make_sweep
 from hf_prune.compose import make_config, make_solver
 from hf_prune.errors import BadInputError
-from hf_prune.recipe import (
-    coerce,
-    dump_yaml,
-    load_recipe,
-    make_recipe,
-    matches,
-    parse_flags,
-    parse_yaml,
-    read_values,
-)
+from hf_prune.fields import coerce
+from hf_prune.recipe import dump_yaml, load_recipe, make_recipe, parse_flags, parse_yaml, read_values
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 simple_text = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12)

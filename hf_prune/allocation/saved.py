@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan
-from hf_prune.recipe import PruneConfig
 from hf_prune.weights import WeightView
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hf_prune.arguments import SECTIONS, PruneConfig
 from hf_prune.bench.grid import Grid, make_grid
 from hf_prune.bench.runner import Results
 from hf_prune.bench.summary import correlations, summarise
@@ -23,8 +24,9 @@ from hf_prune.checkpoint.folder import PLAN_FILE
 from hf_prune.compose import make_config
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.efficiency import measure_efficiency
+from hf_prune.fields import field_types
 from hf_prune.plan import Plan
-from hf_prune.recipe import SECTIONS, PruneConfig, field_types, make_recipe
+from hf_prune.recipe import make_recipe
 
 # These make the settings that are compared inside; the rest make the rows.
 SETTING_KEYS = ("sparsity", "pattern")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.inspect import check_safetensors
 from hf_prune.errors import BadInputError, HfPruneError, RunError
-from hf_prune.recipe import ModelArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

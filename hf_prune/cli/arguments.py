@@ -6,8 +6,9 @@ import dataclasses
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from hf_prune.arguments import SECTIONS, PruneConfig
 from hf_prune.errors import BadInputError
-from hf_prune.recipe import SECTIONS, PruneConfig, Recipe, load_recipe, parse_flags
+from hf_prune.recipe import Recipe, load_recipe, parse_flags
 
 if TYPE_CHECKING:
     from rich.console import Console

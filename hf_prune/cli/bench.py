@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_prune.cli.arguments import console, quiet_libraries, split_positional, take_text
 from hf_prune.errors import BadInputError, RunError
-from hf_prune.recipe import coerce
+from hf_prune.fields import coerce
 
 TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.md]
            [--rows NAME ...] [--settings NAME ...] [--key value ...]
@@ -30,10 +30,11 @@ def main(arguments: list[str]) -> None:
     path, flags = split_positional(arguments, "the benchmark's file")
     work_folder, readme = take_text(flags, "work_folder") or "bench", take_text(flags, "readme")
     chosen = [set(coerce(key, flags.pop(key, []), list[str])) for key in ("rows", "settings")]
+    from hf_prune.arguments import SECTIONS
     from hf_prune.bench import summary
     from hf_prune.bench.grid import load_grid
     from hf_prune.bench.runner import Bench
-    from hf_prune.recipe import SECTIONS, field_types
+    from hf_prune.fields import field_types
 
     quiet_libraries()
     known = {key for section in SECTIONS.values() for key in field_types(section)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.cli.arguments import console, take_flags
-from hf_prune.recipe import PruneConfig, parse_flags
+from hf_prune.recipe import parse_flags
 
 
 def help_text() -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, take_text
 from hf_prune.errors import BadInputError
+from hf_prune.fields import coerce
 from hf_prune.progress import is_main_process
-from hf_prune.recipe import coerce, load_recipe, parse_flags
+from hf_prune.recipe import load_recipe, parse_flags
 
 
 def help_text() -> str:
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> None:
     if save and not save.endswith(".json"):
         raise BadInputError(f"save: {save} must end in .json, so that `allocation: {save}.json` can name it.")
     recipe = load_recipe(take_text(flags, "config"), flags)
-    from hf_prune.pipeline import check_feasible, prepare, with_final_plan
+    from hf_prune.preparation import check_feasible, prepare, with_final_plan
     from hf_prune.report.figures import duration, flops, size
     from hf_prune.report.tables import plan_table
 

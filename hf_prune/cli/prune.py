@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
 def execute(recipe: Recipe, command: list[str]) -> int:
     """Run the recipe here, or `command` once per process where the recipe asks for several."""
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
-        from hf_prune.pipeline import check_feasible, prepare
+        from hf_prune.preparation import check_feasible, prepare
 
         # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
         quiet_libraries()

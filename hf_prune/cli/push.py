@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hf_prune.cli.arguments import console, split_positional, take_flags, take_text
 from hf_prune.errors import BadInputError
-from hf_prune.recipe import coerce
+from hf_prune.fields import coerce
 
 
 def help_text() -> str:

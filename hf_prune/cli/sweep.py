@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, take_text
 from hf_prune.errors import RunError
-from hf_prune.recipe import coerce, parse_flags, read_values
+from hf_prune.fields import coerce
+from hf_prune.recipe import parse_flags, read_values
 
 TEXT = """Tries every combination of the keys that hold a list, as in sparsity: [0.5, 0.6] or
 allocation: [uniform, fcpts] or seed: [0, 1, 2], each in a process of its own on the same windows, and scores

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 
+from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.load import load_config, pick_device
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
-from hf_prune.recipe import ModelArguments
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 

@@ -12,12 +12,12 @@ import datasets
 import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.load import load_model, load_tokenizer, pick_device
 from hf_prune.data.text import TextData
 from hf_prune.data.windows import default_seq_length, evaluation_windows
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import bits_per_byte, perplexity, window_nll
-from hf_prune.recipe import ModelArguments
 
 DESCRIPTION = """\
 Perplexity of a causal language model over a text: the texts are joined with a blank line, tokenised once, and cut into

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_prune.arguments import EvaluationArguments
 from hf_prune.data.text import TextData, load_text
 from hf_prune.data.windows import EvaluationWindows, default_seq_length, evaluation_windows
 from hf_prune.engine import distributed
 from hf_prune.evaluation.perplexity import bits_per_byte, bootstrap_ratio, perplexity, window_nll
 from hf_prune.evaluation.samples import generate_samples
-from hf_prune.recipe import EvaluationArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 from functools import cache
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.errors import BadInputError
 from hf_prune.methods.base import registered
-from hf_prune.recipe import PruneConfig
 
 
 @cache

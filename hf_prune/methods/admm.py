@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.engine.statistics import Statistics
 from hf_prune.errors import BadInputError
 from hf_prune.least_squares import ScaledGram, refit, scaled_gram
 from hf_prune.masks import MaskRule
 from hf_prune.methods.base import MethodInfo, Update, register
-from hf_prune.recipe import PruneConfig
 
 RHO = 0.1
 # Every third iteration rho grows by the first factor whose share of changed support is exceeded (the authors' code).

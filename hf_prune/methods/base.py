@@ -11,9 +11,9 @@ from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.engine.statistics import Statistics
 from hf_prune.masks import MaskRule
-from hf_prune.recipe import PruneConfig
 
 registered: dict[str, type[PruneConfig]] = {}
 Config = TypeVar("Config", bound=type[PruneConfig])

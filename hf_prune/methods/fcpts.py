@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.engine.statistics import Statistics
 from hf_prune.methods.base import Criterion, MethodInfo, register
-from hf_prune.recipe import PruneConfig
 
 
 class ThresholdedScore(Criterion):

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.engine.statistics import Statistics
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.masks import MaskRule
 from hf_prune.methods.base import Criterion, MethodInfo, Update, register
-from hf_prune.recipe import PruneConfig
 
 logger = logging.getLogger(__name__)
 _ATTEMPTS = 6

@@ -7,6 +7,7 @@ import torch
 from tiny import FAMILIES, tiny_ids, tiny_model
 from torch import nn
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.compose import make_solver
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.engine.walk import walk
@@ -16,7 +17,6 @@ from hf_prune.methods.magnitude import MagnitudeConfig
 from hf_prune.methods.sparsegpt import SparseGPTConfig
 from hf_prune.methods.wanda import WandaConfig
 from hf_prune.pruning import PruneResult, plan_pruning, prune
-from hf_prune.recipe import PruneConfig
 from hf_prune.weights import find_views
 
 COMBINATIONS = [*sorted(methods()), "wanda+sparsegpt", "sparsegpt+none"]

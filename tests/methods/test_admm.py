@@ -6,13 +6,13 @@ import torch
 from test_criteria_and_updates import IN, OUT, layer, observe
 from torch import Tensor
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.compose import make_config, make_solver
 from hf_prune.errors import BadInputError
 from hf_prune.least_squares import refit, scaled_gram
 from hf_prune.masks import MaskRule
 from hf_prune.methods.admm import AdmmConfig
 from hf_prune.patterns import Pattern
-from hf_prune.recipe import PruneConfig
 
 
 def damped_gram(inputs: Tensor, damping: float = 0.01) -> numpy.ndarray:

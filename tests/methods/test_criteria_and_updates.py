@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.compose import make_solver
 from hf_prune.engine.statistics import Statistics
 from hf_prune.masks import MaskRule
@@ -12,7 +13,6 @@ from hf_prune.methods import methods
 from hf_prune.methods.sparsegpt import SparseGPTConfig, inverse_cholesky
 from hf_prune.methods.wanda import WandaConfig
 from hf_prune.patterns import Pattern
-from hf_prune.recipe import PruneConfig
 
 OUT, IN, TOKENS = 12, 32, 200
 

@@ -1,0 +1,216 @@
+"""What a user decides: one dataclass of flat keys a subject, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_prune.errors import BadInputError
+from hf_prune.patterns import Pattern
+
+RECONSTRUCT = ("none", "linear", "block")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and where it runs."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id, local folder, or builtin:NAME"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the model"})
+    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the model's repo carries"})
+    device: str = field(default="auto", metadata={"help": "auto (a GPU where there is one), cpu, cuda, cuda:1, mps"})
+    num_processes: int = field(default=1, metadata={"help": "start this many processes through accelerate"})
+    offload: str = field(default="none", metadata={"help": "none: the whole model stays on the device"})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise BadInputError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}.")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?|xpu(:\d+)?", self.device):
+            raise BadInputError(f"device: {self.device!r} is not a device; use auto, cpu, cuda, cuda:N or mps.")
+        if self.num_processes < 1:
+            raise BadInputError(f"num_processes: {self.num_processes} is too few; use 1 or more.")
+        if self.offload != "none":
+            raise BadInputError(f"offload: {self.offload!r} is not supported; the only choice today is none.")
+
+
+@dataclass
+class PruneConfig:
+    """What every pruning run decides, whatever the method. Each method's config extends it with its own keys.
+
+    Args:
+        method: a preset of criterion and update (`magnitude`, `wanda`, `sparsegpt`; `hf-prune methods` lists them).
+        criterion: what to drop; the method's own unless given.
+        update: what happens to the surviving weights; the method's own unless given, `none` leaves them alone.
+        reconstruct: `linear`, a least squares refit of each matrix on its support; `block`, a short training of each
+            block towards its dense outputs; `none`.
+        sparsity: share of the targeted weights set to zero, in [0, 1); follows from the pattern where there is one.
+        pattern: `unstructured`, or `n:m`: at most n of m consecutive inputs of an output row are kept.
+        allocation: how the budget is shared out: `uniform`, `global`, `erk`, `owl`, `alpha`, `layerwise_l1`,
+            `layerwise_l2`, `fcpts`, or the path of a saved `prune_plan.json` whose densities are used; `auto` is
+            `fcpts` where the pattern is unstructured and `uniform` otherwise.
+        min_keep_ratio: floor in [0, 1): each weight matrix and each of its rows keep at least this share.
+        targets: modules to prune, by suffix (`q_proj`), full name, or `re:` and a regular expression over the full
+            name; every linear layer of every block unless given. Embeddings and the LM head are never included
+            by default.
+        ignore: modules to leave alone, written like `targets`.
+        propagate: every block sees what the pruned blocks before it hand over; false, what the dense ones do, which
+            saves a forward pass and costs quality.
+
+    Raises:
+        BadInputError: a value is out of range, or sparsity and pattern contradict one another.
+    """
+
+    method: str | None = None
+    criterion: str | None = None
+    update: str | None = None
+    reconstruct: str = "none"
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    allocation: str = "uniform"
+    min_keep_ratio: float = 0.0
+    targets: list[str] | None = None
+    ignore: list[str] | None = None
+    propagate: bool = True
+    # Own keys of parts that come from elsewhere than `method`.
+    options: dict[str, Any] = field(default_factory=dict)
+
+    # What a method's config declares: how tables call it and the parts it brings.
+    info: ClassVar[Any] = None
+    criterion_name: ClassVar[str | None] = None
+    update_name: ClassVar[str] = "none"
+
+    def make_criterion(self) -> Any:
+        """The method's criterion, None where it has none."""
+        return None
+
+    def make_update(self) -> Any:
+        """The method's update, None where survivors keep their values."""
+        return None
+
+    def __post_init__(self) -> None:
+        pattern = Pattern.parse(self.pattern)
+        self.allocation = resolved_allocation(self.allocation, self.pattern)
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise BadInputError(f"sparsity: {self.sparsity} is outside [0, 1); 0.5 removes half of the weights.")
+        if pattern.density is not None:
+            if self.sparsity is not None and abs(self.sparsity - (1 - pattern.density)) > 1e-6:
+                raise BadInputError(
+                    f"sparsity: {self.sparsity} contradicts pattern {self.pattern}, which keeps {pattern.density:.4g} "
+                    f"of the weights; leave sparsity out or set it to {1 - pattern.density:.4g}."
+                )
+            self.sparsity = 1 - pattern.density
+        if not 0 <= self.min_keep_ratio < 1:
+            raise BadInputError(f"min_keep_ratio: {self.min_keep_ratio} is outside [0, 1).")
+        if self.sparsity is None and not self.allocation.endswith(".json"):
+            self.sparsity = 0.5
+        if self.sparsity is not None and self.min_keep_ratio > 1 - self.sparsity + 1e-9:
+            raise BadInputError(
+                f"min_keep_ratio: {self.min_keep_ratio} is more than the {1 - self.sparsity:.4g} that sparsity "
+                f"{self.sparsity:.4g} keeps; lower one of them."
+            )
+        if self.reconstruct not in RECONSTRUCT:
+            raise BadInputError(f"reconstruct: {self.reconstruct!r} is unknown; choose {', '.join(RECONSTRUCT)}.")
+        for key in ("targets", "ignore"):
+            for pattern_text in getattr(self, key) or []:
+                check_module_pattern(key, pattern_text)
+
+
+def resolved_allocation(name: str, pattern: str) -> str:
+    """What `auto` stands for; an n:m pattern keeps the same share everywhere and leaves nothing to decide."""
+    if name != "auto":
+        return name
+    return "fcpts" if pattern == "unstructured" else "uniform"
+
+
+@dataclass
+class DataArguments:
+    """The calibration text."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, local file or folder, or builtin:python-docs"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration (subset) of the dataset"})
+    dataset_split: str | None = field(default=None, metadata={"help": "split, train unless given"})
+    dataset_revision: str | None = field(default=None, metadata={"help": "revision of the dataset"})
+    text_column: str | None = field(default=None, metadata={"help": "text column; messages holds chats"})
+    num_calibration_samples: int = field(default=128, metadata={"help": "calibration windows"})
+    seq_length: int | None = field(default=None, metadata={"help": "tokens a window; min(2048, context) unless given"})
+    seed: int = field(default=0, metadata={"help": "seed of every random choice"})
+    statistics_folder: str | None = field(
+        default=None,
+        metadata={"help": "keeps statistics (propagate: false) and learned thresholds for other runs"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_calibration_samples < 1:
+            raise BadInputError(f"num_calibration_samples: {self.num_calibration_samples} is too few; use 1 or more.")
+        if self.seq_length is not None and self.seq_length < 2:
+            raise BadInputError(f"seq_length: {self.seq_length} is too short; use 2 or more.")
+
+
+@dataclass
+class EvaluationArguments:
+    """The text and the measurements that say what pruning cost."""
+
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "as dataset_name; no evaluation without it"})
+    eval_dataset_config: str | None = field(default=None, metadata={"help": "as dataset_config"})
+    eval_split: str | None = field(default=None, metadata={"help": "split, test unless given"})
+    eval_dataset_revision: str | None = field(default=None, metadata={"help": "as dataset_revision"})
+    eval_text_column: str | None = field(default=None, metadata={"help": "as text_column"})
+    eval_seq_length: int | None = field(default=None, metadata={"help": "as seq_length"})
+    eval_max_windows: int | None = field(default=None, metadata={"help": "evaluate the first windows only"})
+    eval_add_bos: bool | None = field(default=None, metadata={"help": "BOS in each window; as the tokenizer does"})
+    eval_efficiency: bool = field(default=True, metadata={"help": "measure sizes and speeds as well"})
+    sample_prompts: list[str] | None = field(default=None, metadata={"help": "prompts that both models continue"})
+
+    def __post_init__(self) -> None:
+        if self.eval_seq_length is not None and self.eval_seq_length < 2:
+            raise BadInputError(f"eval_seq_length: {self.eval_seq_length} is too short; use 2 or more.")
+        if self.eval_max_windows is not None and self.eval_max_windows < 1:
+            raise BadInputError(f"eval_max_windows: {self.eval_max_windows} is too few; use 1 or more.")
+
+
+@dataclass
+class OutputArguments:
+    """Where the result goes."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "folder of the pruned model"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "replace output_dir where it exists"})
+    push_to_hub: bool = field(default=False, metadata={"help": "push the folder when it is verified"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository to push to, user/name"})
+    hub_private_repo: bool = field(default=False, metadata={"help": "create the repository as private"})
+    publish_samples: bool = field(default=False, metadata={"help": "let samples of local text into card and push"})
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and not self.hub_model_id:
+            raise BadInputError("hub_model_id: push_to_hub needs the repository's name; set it to user/name.")
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "evaluation": EvaluationArguments,
+    "output": OutputArguments,
+}
+
+
+def check_module_pattern(key: str, pattern: str) -> None:
+    """Raise BadInputError for an empty module pattern or a `re:` pattern that does not compile."""
+    if not pattern:
+        raise BadInputError(f"{key}: an empty name matches nothing; remove it.")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise BadInputError(f"{key}: {pattern!r} is not a regular expression ({error}).") from None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a `targets` / `ignore` pattern names a module: full name, suffix, a parent's full name, or `re:`."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern) or name.startswith(pattern + ".")

@@ -1,0 +1,134 @@
+"""What a prune_report.json says of a run: model, method, calibration, sparsity, displacement."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import hf_prune
+from hf_prune.arguments import PruneConfig
+from hf_prune.checkpoint.displacement import displacement, overall
+from hf_prune.checkpoint.load import load_model
+from hf_prune.compose import make_solver, own_options
+from hf_prune.engine import distributed
+from hf_prune.methods import find_method
+from hf_prune.pruning import PruneResult
+
+if TYPE_CHECKING:
+    from hf_prune.data.text import TextData
+    from hf_prune.preparation import Preparation
+
+VERSIONS = ("torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub")
+
+
+def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData | None, total: int) -> dict[str, Any]:
+    """The report's entries on model, method, calibration and sparsity."""
+    recipe, plan = ready.recipe, result.plan
+    outcome = {view.name: view for view in result.views}
+    pruned = sum(view.numel for view in plan.views)
+    zeros_before = sum(view.zeros_before for view in result.views)
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    views = [
+        {
+            "name": view.name,
+            "block": view.block,
+            "shape": list(view.shape),
+            "target_density": view.density,
+            "density": outcome[view.name].kept / view.numel,
+            "zeros_before": outcome[view.name].zeros_before,
+            "pattern": view.pattern,
+            "floor": view.floor,
+            "error": outcome[view.name].error,
+        }
+        for view in plan.views
+    ]
+    return {
+        "format": "hf_prune_report",
+        "version": 1,
+        "base_model": ready.source.base_model,
+        "base_revision": ready.source.revision or recipe.model.revision,
+        "base_license": ready.source.license,
+        "architecture": plan.architecture,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(ready.device),
+        "method": {**describe_method(ready.config), "pattern": plan.pattern},
+        "calibration": None
+        if text is None
+        else {
+            "dataset": text.name,
+            "config": text.config,
+            "split": text.split,
+            "revision": text.revision,
+            "private": text.private,
+            "num_samples": recipe.data.num_calibration_samples,
+            "seq_length": ready.seq_length,
+            "seed": recipe.data.seed,
+        },
+        "sparsity": {
+            "target": plan.sparsity,
+            "achieved_pruned": result.sparsity,
+            "achieved_all": zeros / total,
+            "zeros_before_pruned": zeros_before / pruned,
+            "pruned_parameters": pruned,
+            "total_parameters": total,
+        },
+        "views": views,
+        "forward_passes": result.forward_passes,
+        "reconstruction": [{"block": block, **asdict(outcome)} for block, outcome in result.reconstruction.items()],
+        "versions": {"hf_prune": hf_prune.__version__, **{name: metadata.version(name) for name in VERSIONS}},
+        "seed": recipe.data.seed,
+        "num_processes": distributed.world_size(),
+        "hub_model_id": recipe.output.hub_model_id,
+    }
+
+
+def describe_method(config: PruneConfig) -> dict[str, Any]:
+    """The report's `method` entry. A preset whose parts were changed is named by its parts."""
+    solver = make_solver(config)
+    preset = find_method("method", config.method) if config.method else None
+    changed = preset is None or (solver.criterion_name, solver.update_name) != (
+        preset.criterion_name,
+        preset.update_name,
+    )
+    owner = find_method("criterion", solver.criterion_name) if changed or preset is None else preset
+    title = owner.info.title if not changed else f"{owner.info.title} criterion, {solver.update_name} update"
+    return {
+        "name": config.method if not changed else f"{solver.criterion_name}+{solver.update_name}",
+        "title": title,
+        "criterion": solver.criterion_name,
+        "update": solver.update_name,
+        "reconstruct": config.reconstruct,
+        "allocation": Path(config.allocation).name,
+        "options": own_options(config),
+        "paper": owner.info.paper,
+        "paper_title": owner.info.paper_title,
+        "summary": owner.info.summary,
+        "citation": owner.info.citation,
+    }
+
+
+def within_plan(result: PruneResult) -> dict[str, Any]:
+    """A verification row: no weight matrix keeps more than its plan allows, whole weights a row."""
+    floor = result.plan.min_keep_ratio
+    over = [
+        view.name
+        for view, outcome in zip(result.plan.views, result.views, strict=True)
+        if outcome.kept > view.shape[0] * math.ceil(max(view.density, floor) * view.shape[1] - 1e-9)
+    ]
+    detail = f"{over[0]} keeps more than planned" if over else f"target {result.plan.sparsity:.2%} zeros"
+    return {"check": "density within the plan", "passed": not over, "detail": detail}
+
+
+def add_displacement(report: dict[str, Any], ready: Preparation, folder: Path) -> None:
+    """How far the kept weights have moved, by view and overall, from the dense model as it was loaded."""
+    revision = ready.source.revision or ready.recipe.model.revision
+    dense = load_model(ready.source.path, ready.recipe.model, torch.device("cpu"), revision)
+    by_view = displacement(folder, dense, ready.plan.views)
+    for row in report["views"]:
+        row |= {key: by_view[row["name"]][key] for key in ("moved", "changed") if row["name"] in by_view}
+    report["displacement"] = overall(by_view)

@@ -1,0 +1,91 @@
+"""From a recipe to a plan: everything that is decided, checked and refused before weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hf_prune.arguments import PruneConfig
+from hf_prune.checkpoint.folder import check_output_folder
+from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
+from hf_prune.compose import make_allocation, make_block_reconstruction, make_config, make_solver, needs_text
+from hf_prune.data.builtin import ModelSource, resolve_model
+from hf_prune.data.windows import default_seq_length
+from hf_prune.engine import distributed
+from hf_prune.errors import BadInputError
+from hf_prune.estimate import Estimate, check_fits, estimate
+from hf_prune.hub.push import check_ready_to_push
+from hf_prune.plan import Plan
+from hf_prune.pruning import load_calibration, plan_pruning, provisional_plan
+from hf_prune.recipe import Recipe
+
+
+@dataclass
+class Preparation:
+    """Everything a recipe decides before weights are loaded: the model's skeleton, the plan and what it will take.
+
+    `plan_is_final` is False where the allocation has yet to look at the weights: densities are uniform until then.
+    """
+
+    recipe: Recipe
+    config: PruneConfig
+    source: ModelSource
+    model_config: Any
+    plan: Plan
+    plan_is_final: bool
+    estimate: Estimate
+    device: torch.device
+    seq_length: int
+
+
+def prepare(recipe: Recipe) -> Preparation:
+    """Check a recipe against its model without loading weights.
+
+    Raises:
+        BadInputError: a key or the model cannot be used.
+    """
+    config = make_config(recipe.prune_options)
+    recipe.require("model_name_or_path")
+    model = recipe.model
+    assert model.model_name_or_path is not None
+    if needs_text(config) and not recipe.data.dataset_name:
+        raise BadInputError(
+            f"dataset_name: {config.method or config.criterion} needs calibration text; name a dataset."
+        )
+    device = pick_device(model.device, distributed.local_rank())
+    source = resolve_model(model.model_name_or_path, model.revision)
+    model_config = load_config(source.path, model, source.revision or model.revision)
+    empty = skeleton(model_config, model)
+    plan, final = provisional_plan(empty, config, source.base_model)
+    seq_length = recipe.data.seq_length or default_seq_length(model_config)
+    samples = recipe.data.num_calibration_samples if needs_text(config) else 0
+    solver, reconstruction = make_solver(config), make_block_reconstruction(config)
+    rule = make_allocation(config)
+    predicted = estimate(empty, plan, solver, reconstruction, rule, samples, seq_length, model.dtype, device)
+    return Preparation(recipe, config, source, model_config, plan, final, predicted, device, seq_length)
+
+
+def check_feasible(ready: Preparation) -> None:
+    """Raise BadInputError where the output folder, the push or this machine's memory and disk would stop the run."""
+    output = ready.recipe.output
+    assert output.output_dir is not None
+    check_output_folder(output.output_dir, output.overwrite_output_dir)
+    if output.push_to_hub and output.hub_model_id:
+        check_ready_to_push(output.hub_model_id)
+    check_fits(ready.estimate, ready.device, output.output_dir)
+
+
+def with_final_plan(ready: Preparation) -> Preparation:
+    """Load the weights, and the text where the allocation needs it, for a plan that depends on them."""
+    revision = ready.source.revision or ready.recipe.model.revision
+    input_ids = None
+    rule = make_allocation(ready.config)
+    if rule is not None and rule.needs_text:
+        tokenizer = load_tokenizer(ready.source.path, ready.recipe.model, revision)
+        _, input_ids = load_calibration(ready.recipe.data, tokenizer, ready.model_config)
+    model = load_model(ready.source.path, ready.recipe.model, ready.device, revision)
+    folder = ready.recipe.data.statistics_folder
+    plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
+    return replace(ready, plan=plan, plan_is_final=True)
