@@ -11,18 +11,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from hf_prune.allocation.base import Allocation, Work, meet_budget
-from hf_prune.allocation.density import DENSITIES, ScoreDensity
+from hf_prune.allocation.bridge import Bridge, Layer
+from hf_prune.allocation.density import DENSITIES
 from hf_prune.allocation.erk import ErdosRenyi
 from hf_prune.allocation.histogram import Histogram
+from hf_prune.allocation.learning import Learning
 from hf_prune.engine import distributed
 from hf_prune.engine.statistics import Statistics
 from hf_prune.engine.threshold_training import ThresholdTask, threshold_task
@@ -37,42 +37,6 @@ BUDGETS = ("projection", "penalty")
 LOOKS = 5
 # Norms of the inputs settle long before the Gram matrices of the solvers do.
 MEASURED_WINDOWS = 8
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What learning needs to know of a layer's scores.
-
-    Attributes:
-        scale: float32 [in], what |w| is multiplied by; None for the magnitude alone.
-        counts: how many scores lie where.
-        density: of the signed scores, for the bridge.
-    """
-
-    scale: Tensor | None
-    counts: Histogram
-    density: ScoreDensity
-
-    @cached_property
-    def distribution(self) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """(edges of the histogram's bins, share of scores below each), both increasing."""
-        below = numpy.concatenate([[0], numpy.cumsum(self.counts.counts)]) / self.counts.numel
-        return self.counts.edges(), below
-
-    @property
-    def largest(self) -> float:
-        """The upper end of the scores: sigmoid(score) times this is a threshold."""
-        return float(self.distribution[0][-1])
-
-    def sparsity(self, threshold: float) -> float:
-        """Share of scores below the threshold."""
-        edges, below = self.distribution
-        return float(numpy.interp(threshold, edges, below))
-
-    def threshold(self, sparsity: float) -> float:
-        """The order statistic with `sparsity` of the scores below it."""
-        edges, below = self.distribution
-        return float(numpy.interp(sparsity, below, edges))
 
 
 @dataclass(frozen=True)
@@ -292,124 +256,3 @@ class Fcpts(Allocation):
         if self.fcpts_budget == "projection":
             return bridge.along_budget(gradient, scores)
         return gradient + self.fcpts_penalty * bridge.penalty_gradient(scores)
-
-
-class Learning:
-    """How far the learning has come, in a form that can be written down.
-
-    With trained weights the best state holds them too.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, start: Tensor) -> None:
-        self.optimizer = optimizer
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.steps = 0
-        self.best = math.inf
-        self.best_scores = start
-        self.best_weights = self._weights()
-        self.looks_without_gain = 0
-
-    def _weights(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters[1:]]
-
-    def judge(self, scores: Tensor, loss: float) -> None:
-        """Keep the scores (and weights) if the loss is the lowest so far; also False for one that is not a number."""
-        self.looks_without_gain += 1
-        if loss < self.best:
-            self.best, self.best_scores, self.best_weights = loss, scores.clone(), self._weights()
-            self.looks_without_gain = 0
-
-    def finish(self) -> None:
-        """Put the best weights back."""
-        for parameter, value in zip(self.parameters[1:], self.best_weights, strict=True):
-            parameter.data.copy_(value)
-
-    def state(self) -> dict[str, Tensor]:
-        """What `restore` needs, as named tensors that share the memory of what goes on changing."""
-        tensors = {f"parameter.{number}": parameter.detach() for number, parameter in enumerate(self.parameters)}
-        tensors |= {f"best.{number}": value for number, value in enumerate([self.best_scores, *self.best_weights])}
-        for number, own in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{key}": value for key, value in own.items()}
-        numbers = torch.tensor([self.steps, self.looks_without_gain, self.best], dtype=torch.float64)
-        return {name: value.contiguous() for name, value in {**tensors, "numbers": numbers}.items()}
-
-    @staticmethod
-    def steps_of(tensors: Mapping[str, Tensor]) -> int:
-        """Steps that were done when `state` was taken."""
-        return int(tensors["numbers"][0])
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on where `state` was taken."""
-        _, looks, self.best = tensors["numbers"].tolist()
-        self.steps, self.looks_without_gain = self.steps_of(tensors), int(looks)
-        for number, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors[f"parameter.{number}"])
-        self.best_scores, *self.best_weights = [tensors[f"best.{number}"] for number in range(len(self.parameters))]
-        adam = self.optimizer.state_dict()
-        for name, value in tensors.items():
-            if name.startswith("adam."):
-                _, place, key = name.split(".")
-                adam["state"].setdefault(int(place), {})[key] = value
-        self.optimizer.load_state_dict(adam)
-
-
-class Bridge:
-    """Between scores, thresholds and the sparsity of the whole model."""
-
-    def __init__(self, layers: Sequence[Layer], sparsity: float, largest: Tensor | None = None) -> None:
-        self.layers = layers
-        self.sparsity = sparsity
-        if largest is None:
-            largest = torch.tensor([layer.largest for layer in layers], dtype=torch.float64)
-        self.largest = largest
-        self.sizes = torch.tensor([layer.counts.numel for layer in layers], dtype=torch.float64)
-
-    def scores(self, densities: Sequence[float]) -> Tensor:
-        """The scores whose thresholds keep `densities`, float64 [layers]."""
-        thresholds = [layer.threshold(1 - density) for layer, density in zip(self.layers, densities, strict=True)]
-        shares = torch.tensor(thresholds, dtype=torch.float64) / self.largest
-        return torch.logit(shares, eps=1e-9)
-
-    def thresholds(self, scores: Tensor) -> Tensor:
-        """t = sigmoid(score) * max q, float64 [layers]."""
-        return torch.sigmoid(scores) * self.largest
-
-    def slopes(self, scores: Tensor) -> Tensor:
-        """dt / dscore."""
-        share = torch.sigmoid(scores)
-        return share * (1 - share) * self.largest
-
-    def sparsities(self, scores: Tensor) -> list[float]:
-        """Share of each layer below its threshold: the count, up to the histograms' resolution."""
-        thresholds = self.thresholds(scores).tolist()
-        return [layer.sparsity(value) for layer, value in zip(self.layers, thresholds, strict=True)]
-
-    def total(self, scores: Tensor) -> float:
-        """Sparsity over all layers."""
-        return float(torch.tensor(self.sparsities(scores), dtype=torch.float64) @ self.sizes / self.sizes.sum())
-
-    def growth(self, scores: Tensor) -> Tensor:
-        """d(sparsity over all layers) / dscore through the density bridge, float64 [layers]."""
-        densities = [
-            layer.density.sparsity_slope(float(value))
-            for layer, value in zip(self.layers, self.thresholds(scores), strict=True)
-        ]
-        slopes = torch.tensor(densities, dtype=torch.float64) * self.slopes(scores)
-        return slopes * self.sizes / self.sizes.sum()
-
-    def penalty_gradient(self, scores: Tensor) -> Tensor:
-        """Gradient of L_c = |s - s*|."""
-        return math.copysign(1.0, self.total(scores) - self.sparsity) * self.growth(scores)
-
-    def along_budget(self, gradient: Tensor, scores: Tensor) -> Tensor:
-        """The part of a gradient that leaves the whole sparsity as it is (to first order)."""
-        normal = self.growth(scores)
-        return gradient - normal * (gradient @ normal) / (normal @ normal).clamp(min=1e-300)
-
-    def on_budget(self, scores: Tensor) -> Tensor:
-        """All scores moved by one shift so that the whole sparsity is the one asked for."""
-        low, high = -40.0, 40.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.total(scores + middle) < self.sparsity else (low, middle)
-        return scores + high

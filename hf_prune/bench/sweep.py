@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -30,16 +28,6 @@ from hf_prune.recipe import make_recipe
 
 # These make the settings that are compared inside; the rest make the rows.
 SETTING_KEYS = ("sparsity", "pattern")
-COMPARISONS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-# What a constraint may name, and what it is.
-QUANTITIES = {
-    "ppl_ratio": "perplexity over the dense model's",
-    "perplexity": "perplexity on the evaluation text",
-    "size": "parameters that are not zero over all of the dense model's",
-    "sparsity": "share of zeros among the pruned weights",
-    "speed": "decoded tokens a second over the dense model's",
-    "seconds": "time to prune",
-}
 
 
 def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
@@ -162,51 +150,6 @@ def table(grid: Grid, results: Results, folder: Path) -> list[dict[str, Any]]:
             for other in lines
         )
     return lines
-
-
-def parse_constraint(text: str) -> list[tuple[str, str, float]]:
-    """`ppl_ratio<=1.05, size<=0.6` as (quantity, comparison, limit).
-
-    Raises:
-        BadInputError: a part is no comparison, or names no quantity.
-    """
-    parsed = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]+)\s*", part)
-        if not found or found[1] not in QUANTITIES:
-            raise BadInputError(
-                f"constraint: {part.strip()!r} is no comparison such as ppl_ratio<=1.05; it may name "
-                f"{', '.join(QUANTITIES)}."
-            )
-        try:
-            parsed.append((found[1], found[2], float(found[3])))
-        except ValueError:
-            raise BadInputError(f"constraint: {found[3]!r} in {part.strip()!r} is no number.") from None
-    return parsed
-
-
-def choose(lines: list[dict[str, Any]], constraint: list[tuple[str, str, float]]) -> tuple[dict[str, Any] | None, str]:
-    """The line with the lowest perplexity among those that fit, and a sentence; None where none fits."""
-
-    def misses(line: Mapping[str, Any]) -> list[str]:
-        return [
-            f"{name} is {line[name]:.3g}, not {sign}{limit:g}"
-            for name, sign, limit in constraint
-            if line[name] is None or not COMPARISONS[sign](line[name], limit)
-        ]
-
-    for name, _, _ in constraint:
-        if any(line[name] is None for line in lines):
-            raise BadInputError(f"constraint: {name} was not measured; set eval_efficiency to true.")
-    fitting = sorted((line for line in lines if not misses(line)), key=lambda line: (line["perplexity"], line["size"]))
-    if fitting:
-        best = fitting[0]
-        return best, (
-            f"Chosen: {best['row']} at {best['setting']}: perplexity {best['perplexity']:.2f} "
-            f"({best['ppl_ratio']:.3f} of dense), size {best['size']:.3f}; {len(fitting)} of {len(lines)} fit."
-        )
-    nearest = min(lines, key=lambda line: (len(misses(line)), line["ppl_ratio"]))
-    return None, f"None fits. Nearest: {nearest['row']} at {nearest['setting']}: {'; '.join(misses(nearest))}."
 
 
 def plot_pareto(path: Path, lines: list[dict[str, Any]]) -> None:

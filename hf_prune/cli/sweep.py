@@ -28,11 +28,12 @@ def main(arguments: list[str]) -> None:
     at_once = coerce("at_once", flags.pop("at_once", 1), int)
     config = take_text(flags, "config")
     from hf_prune.bench import sweep
+    from hf_prune.bench.constraint import choose, parse_constraint
     from hf_prune.bench.runner import Bench
     from hf_prune.bench.summary import write_csv
 
     quiet_libraries()
-    wanted = sweep.parse_constraint(constraint) if constraint else []
+    wanted = parse_constraint(constraint) if constraint else []
     name = Path(config).stem if config else "sweep"
     grid, refused = sweep.make_sweep(read_values(config, flags), name)
     folder = Path(work_folder)
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
     sweep.plot_pareto(folder / f"{name}.png", lines)
     out.print(table, markup=False, soft_wrap=True)
     if wanted:
-        _, sentence = sweep.choose(lines, wanted)
+        _, sentence = choose(lines, wanted)
         out.print("\n" + sentence, markup=False, soft_wrap=True)
     if failures:
         raise RunError(f"{len(failures)} of {len(grid.cells)} runs failed: {failures[0]}")

@@ -16,8 +16,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_prune.allocation.base import Work
+from hf_prune.allocation.bridge import Bridge
 from hf_prune.allocation.density import ScoreDensity
-from hf_prune.allocation.fcpts import Bridge, Fcpts
+from hf_prune.allocation.fcpts import Fcpts
 from hf_prune.compose import make_allocation, make_config
 from hf_prune.engine.masked import ThresholdedView, ThresholdedWeight, thresholded
 from hf_prune.engine.teacher import TeacherLogits

@@ -16,6 +16,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from hf_prune import cli
 from hf_prune.bench import sweep
+from hf_prune.bench.constraint import choose, parse_constraint
 from hf_prune.errors import BadInputError
 
 COMMON = {
@@ -82,19 +83,19 @@ def line(row: str, ppl_ratio: float, size: float, speed: float | None = 1.0) -> 
 
 def test_the_constraint_chooses_the_lowest_perplexity_that_fits() -> None:
     lines = [line("a", 1.04, 0.7), line("b", 1.06, 0.55), line("c", 1.049, 0.58), line("d", 1.01, 0.9)]
-    wanted = sweep.parse_constraint("ppl_ratio<=1.05, size <= 0.6")
-    best, sentence = sweep.choose(lines, wanted)
+    wanted = parse_constraint("ppl_ratio<=1.05, size <= 0.6")
+    best, sentence = choose(lines, wanted)
     assert best is lines[2] and "c at 0.5" in sentence and "1 of 4 fit" in sentence
-    none, sentence = sweep.choose(lines, sweep.parse_constraint("ppl_ratio<1.05,size<0.5"))
+    none, sentence = choose(lines, parse_constraint("ppl_ratio<1.05,size<0.5"))
     assert none is None and sentence.startswith("None fits. Nearest: d at 0.5: size is 0.9, not <0.5")
     with pytest.raises(BadInputError, match="speed was not measured"):
-        sweep.choose([line("a", 1.0, 1.0, None)], sweep.parse_constraint("speed>=1"))
+        choose([line("a", 1.0, 1.0, None)], parse_constraint("speed>=1"))
 
 
 @pytest.mark.parametrize("text", ["ppl_ratio", "ppl<=1", "size<=x", "size==1", "size<=1e", "", "ppl_ratio<=1;size<=1"])
 def test_a_constraint_that_is_none_is_an_error(text: str) -> None:
     with pytest.raises(BadInputError, match="constraint: "):
-        sweep.parse_constraint(text)
+        parse_constraint(text)
 
 
 @pytest.mark.slow
