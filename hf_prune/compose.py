@@ -26,15 +26,9 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
         BadInputError: an unknown method, an unknown key, a value of the wrong type or out of range, parts that make no
             sense together.
     """
-    values = dict(options)
-    if not values.get("method") and not values.get("criterion"):
-        values["method"] = DEFAULT_METHOD
+    values = _with_method(options)
     main = find_method("method", values["method"]) if values.get("method") else PruneConfig
-    known = dict(field_types(main))
-    del known["options"]
-    for part in _named_parts(values):
-        own = field_types(part)
-        known |= {key: own[key] for key in own.keys() - field_types(PruneConfig).keys() - known.keys()}
+    known = known_keys(values)
     for key in values:
         if key not in known:
             raise _unused_key(key) or unknown_key(key, known)
@@ -47,6 +41,32 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
     make_block_reconstruction(config)
     make_allocation(config)
     return config
+
+
+def _with_method(options: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = options.get("method") or options.get("criterion")
+    return {**options} if chosen else {**options, "method": DEFAULT_METHOD}
+
+
+def known_keys(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The pruning keys that the method and the parts named in `options` understand, with their types.
+
+    Raises:
+        BadInputError: an unknown method, criterion or update.
+    """
+    values = _with_method(options)
+    main = find_method("method", values["method"]) if values.get("method") else PruneConfig
+    known = dict(field_types(main))
+    del known["options"]
+    for part in _named_parts(values):
+        own = field_types(part)
+        known |= {key: own[key] for key in own.keys() - field_types(PruneConfig).keys() - known.keys()}
+    return known
+
+
+def belongs_to_a_part(key: str) -> bool:
+    """Whether some method, allocation or reconstruction has a key of that name."""
+    return _unused_key(key) is not None and key not in field_types(PruneConfig)
 
 
 def _unused_key(key: str) -> BadInputError | None:
@@ -85,6 +105,8 @@ def own_options(config: PruneConfig) -> dict[str, Any]:
     unused = {name for key, table in PART_TABLES.items() for kind in table.values() for name in field_types(kind)}
     for key, table in PART_TABLES.items():
         unused -= field_types(table[chosen[key]]).keys() if chosen[key] in table else set()
+    # A criterion may share a key with an allocation.
+    unused -= field_types(find_method("criterion", make_solver(config).criterion_name)).keys()
     return {key: value for key, value in everything.items() if key not in unused}
 
 
@@ -163,12 +185,31 @@ def make_allocation(config: PruneConfig) -> Allocation | None:
             f"{config.allocation} nothing to decide; set allocation to uniform or pattern to unstructured."
         )
     rule = _fill_part(ALLOCATIONS[config.allocation], config)
-    if getattr(rule, "train_weights", False) and config.method != "fcpts":
+    if getattr(rule, "train_weights", False):
+        _check_training(config)
+    return rule
+
+
+def _check_training(config: PruneConfig) -> None:
+    """Weights that are learned with their thresholds leave nothing for other parts to do."""
+    if config.method != "fcpts":
         raise BadInputError(
             f"train_weights: method {config.method or config.criterion} starts from the dense weights; leave it out or "
             "set method to fcpts."
         )
-    return rule
+    wanted: dict[str, tuple[str | None, ...]] = {
+        "criterion": (None, "fcpts"),
+        "update": (None, "none"),
+        "reconstruct": ("none",),
+    }
+    wanted["fcpts_score"] = (None, "magnitude")
+    for key, allowed in wanted.items():
+        value = getattr(config, key, None)
+        if value not in allowed:
+            raise BadInputError(
+                f"{key}: {value} would start from weights that have been trained already; leave it out or set "
+                "train_weights to false."
+            )
 
 
 def needs_text(config: PruneConfig) -> bool:

@@ -47,12 +47,12 @@ class Fcpts(Allocation):
     |s - s*|, the divergence at a temperature. Ours, for language models: a straight-through window of a few bandwidths
     (the released 1.0 spans every weight of a language model), Adam on the scores, a budget that is met after every step
     (`projection`), early stopping on held-out windows. The released code makes its masks where no gradient is recorded,
-    so that only the penalty moves its thresholds: `fcpts_gradient: false` does the same.
+    so that only the penalty moves its thresholds: `fcpts_gradient: false` with `fcpts_budget: penalty` does the same.
 
     Args:
         fcpts_score: what is thresholded: `magnitude`, |W|, or `wanda`, |W| times the norm of its input.
         fcpts_steps: of learning, each on `fcpts_batch_size` windows.
-        fcpts_batch_size: calibration windows a step, over all processes.
+        fcpts_batch_size: calibration windows a step, over all processes: with fewer than processes some are idle.
         fcpts_learning_rate: Adam's, on the scores, with a cosine to zero.
         fcpts_temperature: T of the divergence, which is multiplied by T^2.
         fcpts_budget: `projection`, after every step one shift of all scores meets the budget; `penalty`, the paper's
@@ -152,7 +152,7 @@ class Fcpts(Allocation):
         held_out = max(round(samples * self.fcpts_held_out), 1)
         learned = self.fcpts_steps * self.fcpts_batch_size
         taught = min(learned, samples - held_out) + held_out
-        return MEASURED_WINDOWS + taught + 3 * learned + LOOKS * held_out
+        return MEASURED_WINDOWS + taught + 3 * learned + (LOOKS + 1) * held_out
 
     def memory_bytes(self, work: Work) -> int:
         """Of a step: masked weights and activations for the backward pass, logits, the teacher, trained weights."""
@@ -179,7 +179,13 @@ class Fcpts(Allocation):
         input_ids: Tensor | None,
         folder: Path | None,
     ) -> list[float]:
-        """Learned densities. With `train_weights` the model's weights have moved afterwards."""
+        """Learned densities. With `train_weights` the model's weights have moved afterwards.
+
+        Raises:
+            BadInputError: too little text, or weights to be trained that are not float32.
+        """
+        if self.train_weights and any(view.parameter.dtype != torch.float32 for view in views):
+            raise BadInputError("train_weights: steps this small vanish in half precision; set dtype to float32.")
         layers = [measures[view.name] for view in views]
         with threshold_task(
             model,
@@ -207,19 +213,21 @@ class Fcpts(Allocation):
         if self.train_weights:
             groups.append({"params": [own.view.parameter for own in task.views], "lr": self.weight_learning_rate})
         optimizer = torch.optim.Adam(groups)
-        progressed = Learning(optimizer, scores.detach().clone())
+        progressed = Learning(optimizer)
         settings = json.dumps([asdict(self), sparsity])
         state = task.load_state(settings)
-        if state is None or Learning.steps_of(state) < self.fcpts_steps:
+        if state is None or not Learning.is_over(state, self.fcpts_steps, self.fcpts_patience):
             # Before anything is restored: the dense model is the teacher.
             task.teach()
-        if state is not None:
+        if state is None:
+            self._judge(task, bridge, progressed, scores.detach())
+        else:
             progressed.restore(state)
             bridge = self._rebuilt(task, bridge)
         rates = [group["lr"] for group in optimizer.param_groups]
         look = math.ceil(self.fcpts_steps / LOOKS)
         for step in progress(range(progressed.steps, self.fcpts_steps), "learning thresholds"):
-            if progressed.looks_without_gain >= self.fcpts_patience:
+            if progressed.is_stuck(self.fcpts_patience):
                 break
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * step / self.fcpts_steps)) / 2
@@ -232,12 +240,16 @@ class Fcpts(Allocation):
             if progressed.steps % look and progressed.steps < self.fcpts_steps:
                 continue
             bridge = self._rebuilt(task, bridge)
-            # Judged as it would be used: on the budget.
-            candidate = bridge.on_budget(scores.data)
-            progressed.judge(candidate, task.held_out_loss(bridge.thresholds(candidate).float()))
+            self._judge(task, bridge, progressed, scores.data)
             task.save_state(progressed.state(), settings)
         progressed.finish()
-        return [1 - share for share in bridge.sparsities(progressed.best_scores)]
+        return [1 - share for share in progressed.best_sparsities.tolist()]
+
+    def _judge(self, task: ThresholdTask, bridge: Bridge, progressed: Learning, scores: Tensor) -> None:
+        """Scores are judged on the budget, whatever way they came; a floor is laid under the densities at the end."""
+        candidate = bridge.on_budget(scores)
+        loss = task.held_out_loss(bridge.thresholds(candidate).float())
+        progressed.judge(loss, torch.tensor(bridge.sparsities(candidate), dtype=torch.float64))
 
     def _rebuilt(self, task: ThresholdTask, bridge: Bridge) -> Bridge:
         """The bridge over the weights as they are now."""

@@ -43,15 +43,24 @@ CALIBRATION_KEYS = (
 
 
 class Results:
-    """{"runs": {cell: [report, ...]}, "quality": {digest of the weights: figures}}, saved after every step."""
+    """{"runs": {cell: [report, ...]}, "quality": {identity: {digest of the weights: figures}}}, always saved whole.
 
-    def __init__(self, path: Path) -> None:
+    `identity` is that of the dense model and the evaluation: the folder may have served others.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
         self.path = path
+        self.identity = identity
         self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}, "quality": {}}
 
     def runs(self, cell: Cell) -> list[dict[str, Any]]:
         """Reports of a cell's finished runs, oldest first; append to it and save."""
         return self.content["runs"].setdefault(cell.key, [])
+
+    @property
+    def quality(self) -> dict[str, dict[str, Any]]:
+        """What was measured by the digest of the weights, and `dense`; add to it and save."""
+        return self.content["quality"].setdefault(self.identity, {})
 
     def save(self) -> None:
         """Replace the file in one step."""
@@ -87,13 +96,19 @@ class Bench:
         # Pruning may run side by side, scoring and the results' file are one at a time.
         self._turn = Lock()
         work_folder.mkdir(parents=True, exist_ok=True)
-        self.results = Results(work_folder / "results.json")
         self.recipe = make_recipe(grid.common)
         assert self.recipe.model.model_name_or_path is not None
         self.source = resolve_model(self.recipe.model.model_name_or_path, self.recipe.model.revision)
         self.model_config = load_config(self.source.path, self.recipe.model, self.source.revision)
         self.tokenizer = load_tokenizer(self.source.path, self.recipe.model, self.source.revision)
         self._evaluation: QualityEvaluation | None = None
+        scored = [str(self.source.path), self.revision, vars(self.recipe.evaluation), vars(self.recipe.model)]
+        self.results = Results(work_folder / "results.json", _short_digest(scored))
+
+    @property
+    def revision(self) -> str | None:
+        """Of the dense model."""
+        return self.source.revision or self.recipe.model.revision
 
     def run(self, rows: set[str], settings: set[str], at_once: int = 1) -> list[str]:
         """Run whatever is not finished of some rows and settings (of all where none is named).
@@ -126,8 +141,8 @@ class Bench:
         return failures
 
     def _dense(self) -> None:
-        if "dense" not in self.results.content["quality"]:
-            self.results.content["quality"]["dense"] = self._score(Path(self.source.path), "dense")
+        if "dense" not in self.results.quality:
+            self.results.quality["dense"] = self._score(str(self.source.path), "dense", self.revision)
             self.results.save()
 
     def _run_cell(self, cell: Cell) -> str | None:
@@ -154,8 +169,8 @@ class Bench:
     def _finish(self, cell: Cell, output: Path, report: dict[str, Any], wall: float, busy: float) -> None:
         """Score a pruned folder and note the run."""
         digest = _digest(output)
-        if digest not in self.results.content["quality"]:
-            self.results.content["quality"][digest] = self._score(output, f"{cell.row} {cell.setting}")
+        if digest not in self.results.quality:
+            self.results.quality[digest] = self._score(str(output), f"{cell.row} {cell.setting}")
         self.results.runs(cell).append(
             {
                 "row": cell.row,
@@ -172,7 +187,7 @@ class Bench:
             }
         )
         self.results.save()
-        quality = self.results.content["quality"][digest]
+        quality = self.results.quality[digest]
         logger.info(
             "%s %s seed %d: perplexity %.2f, %.1f s, %.2f cores busy elsewhere",
             cell.row, cell.setting, cell.seed, quality["perplexity"], report["seconds"]["prune"], busy,
@@ -210,22 +225,23 @@ class Bench:
         data = make_recipe({key: cell.values[key] for key in CALIBRATION_KEYS if key in cell.values}).data
         if data.dataset_name is None:
             return None
-        name = hashlib.sha256(json.dumps(vars(data), sort_keys=True).encode()).hexdigest()[:12]
-        path = self.folder / f"token_ids-{name}.safetensors"
+        path = (
+            self.folder / f"token_ids-{_short_digest([str(self.source.path), self.revision, vars(data)])}.safetensors"
+        )
         if not path.exists():
             _, input_ids = load_calibration(data, self.tokenizer, self.model_config)
             save_file({"input_ids": input_ids}, path)
         return path
 
-    def _score(self, folder: Path, label: str) -> dict[str, Any]:
+    def _score(self, place: str, label: str, revision: str | None = None) -> dict[str, Any]:
         """Perplexity by window, and the share of zeros, of a saved folder."""
         if self._evaluation is None:
             self._evaluation = QualityEvaluation(self.recipe.evaluation, self.tokenizer, self.model_config)
         device = pick_device(self.recipe.model.device, 0)
-        model = load_model(str(folder), self.recipe.model, device)
+        model = load_model(place, self.recipe.model, device, revision)
         with torch.inference_mode():
             measured = self._evaluation.measure(model, label)
-        summary = inspect_checkpoint(folder).summary
+        summary = inspect_checkpoint(place, revision).summary
         return {
             "perplexity": float(measured.nll.mean().exp()),
             "nll": measured.nll.tolist(),
@@ -233,6 +249,10 @@ class Bench:
             "total_sparsity": summary["total_sparsity"],
             "patterns": summary["patterns"],
         }
+
+
+def _short_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _densities(report: dict[str, Any]) -> dict[str, float] | None:

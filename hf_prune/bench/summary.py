@@ -25,7 +25,7 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
     `excess` is log(perplexity / dense perplexity), the mean over seeds; `excess_ratio` and `time_ratio` are to the
     grid's reference row under the same setting.
     """
-    quality = results.content["quality"]
+    quality = results.quality
     dense = quality["dense"]
     lines = []
     for setting in grid.settings:
@@ -41,8 +41,9 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
             first = {run["seed"]: quality[run["weights"]] for run in reversed(runs)}
             logs = [math.log(figures["perplexity"] / dense["perplexity"]) for figures in first.values()]
             seed = min(first)
-            nll = [torch.tensor(figures["nll"], dtype=torch.float64) for figures in (dense, first[seed])]
-            _, low, high = bootstrap_ratio(*nll)
+            # Windows are drawn, seeds are what they are: their mean is that of the perplexity shown.
+            mean = torch.tensor([figures["nll"] for figures in first.values()], dtype=torch.float64).mean(dim=0)
+            _, low, high = bootstrap_ratio(torch.tensor(dense["nll"], dtype=torch.float64), mean)
             excess = sum(logs) / len(logs)
             lines.append(
                 {
@@ -120,7 +121,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
         ]
         cells += [correlations(line)] if correlated else []
         out.append("| " + " | ".join(cells) + " |")
-    dense = results.content["quality"]["dense"]
+    dense = results.quality["dense"]
     windows, busy = len(dense["nll"]), max((line["cores_busy_elsewhere"] for line in lines), default=0.0)
     reference = f", in brackets as a multiple of {grid.reference}'s" if grid.reference else ""
     note = (

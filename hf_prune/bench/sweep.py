@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import types
 import typing
 from collections.abc import Mapping
@@ -19,13 +20,14 @@ from hf_prune.bench.grid import Grid, make_grid
 from hf_prune.bench.runner import Results
 from hf_prune.bench.summary import correlations, summarise
 from hf_prune.checkpoint.folder import PLAN_FILE
-from hf_prune.compose import make_config
-from hf_prune.errors import BadInputError
+from hf_prune.compose import belongs_to_a_part, known_keys, make_config
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.evaluation.efficiency import measure_efficiency
 from hf_prune.fields import field_types
 from hf_prune.plan import Plan
 from hf_prune.recipe import make_recipe
 
+logger = logging.getLogger(__name__)
 # These make the settings that are compared inside; the rest make the rows.
 SETTING_KEYS = ("sparsity", "pattern")
 
@@ -49,16 +51,24 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
     inside = [key for key in axes if key not in (*SETTING_KEYS, "seed")]
     settings = {_label(own) or "the recipe": own for own in _products(axes, [k for k in SETTING_KEYS if k in axes])}
     rows, refused = [], []
+    # A key of a part is for the combinations that choose the part.
+    optional = {key: common.pop(key) for key in list(common) if belongs_to_a_part(key)}
     for own in _products(axes, inside):
-        fitting = []
+        # Settings under which the combination chooses the same parts make one row.
+        fitting: dict[tuple[str, ...], list[str]] = {}
         for setting, fixed in settings.items():
             try:
-                make_config(make_recipe({**common, **fixed, **own}).prune_options)
-                fitting.append(setting)
+                known = known_keys(make_recipe({**common, **fixed, **own}).prune_options)
+                extra = {key: value for key, value in optional.items() if key in known}
+                make_config(make_recipe({**common, **fixed, **own, **extra}).prune_options)
+                fitting.setdefault(tuple(extra), []).append(setting)
             except BadInputError as error:
                 refused.append(f"{_label({**own, **fixed})}: {error}")
-        if fitting:
-            rows.append({"name": _label(own) or "the recipe", **own, "settings": fitting, "seeds": axes.get("seed")})
+        for extra_keys, names in fitting.items():
+            label = _label(own) or "the recipe"
+            label += f" ({', '.join(names)})" if len(fitting) > 1 else ""
+            extra = {key: optional[key] for key in extra_keys}
+            rows.append({"name": label, **own, **extra, "settings": names, "seeds": axes.get("seed")})
     if not rows:
         raise BadInputError(f"{next(iter(axes))}: no combination can be run; the first: {refused[0]}")
     return make_grid({"name": name, "common": common, "settings": settings, "rows": rows}), refused
@@ -95,7 +105,11 @@ class Look:
         save_file(kept_bits(output), self.folder / f"mask-{cell.key}.safetensors")
         noted: dict[str, Any] = {"mask": cell.key}
         if self.speed:
-            measured = measure_efficiency({"dense": self.dense, "pruned": output}, **self.options)
+            try:
+                measured = measure_efficiency({"dense": self.dense, "pruned": output}, **self.options)
+            except RunError as error:
+                logger.warning("Speed was not measured: %s", error)
+                return noted
             speeds = [measured[name]["decode_tokens_per_second"] for name in ("pruned", "dense")]
             noted |= {"speed": speeds[0] / speeds[1], "decode_tokens_per_second": speeds[0]}
         return noted
@@ -128,11 +142,11 @@ def table(grid: Grid, results: Results, folder: Path) -> list[dict[str, Any]]:
     """The benchmark's lines with what a sweep looks at besides.
 
     `overlap` is that of the mask with the best row's under the same setting; `pareto` says that no other line is both
-    smaller and better.
+    smaller and better; sizes that differ by rounding are equal.
     """
     lines = summarise(grid, results)
-    dense = results.content["quality"]["dense"]
-    runs = {(run["setting"], run["row"]): run for own in results.content["runs"].values() for run in reversed(own)}
+    dense = results.quality["dense"]
+    runs = {(cell.setting, cell.row): run for cell in reversed(grid.cells) for run in reversed(results.runs(cell))}
     for line in lines:
         run = runs[line["setting"], line["row"]]
         line["ppl_ratio"] = line["perplexity"] / dense["perplexity"]
@@ -143,13 +157,14 @@ def table(grid: Grid, results: Results, folder: Path) -> list[dict[str, Any]]:
         masks = [folder / f"mask-{runs[own['setting'], own['row']]['mask']}.safetensors" for own in (line, best)]
         line["overlap"] = overlap(*masks)
     for line in lines:
-        line["pareto"] = not any(
-            other["size"] <= line["size"]
-            and other["ppl_ratio"] <= line["ppl_ratio"]
-            and (other["size"], other["ppl_ratio"]) != (line["size"], line["ppl_ratio"])
-            for other in lines
-        )
+        line["pareto"] = not any(_beats(other, line) for other in lines)
     return lines
+
+
+def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a line is better in size or perplexity and in neither worse; sizes count to a thousandth."""
+    pairs = [(round(line["size"], 3), line["ppl_ratio"]) for line in (one, other)]
+    return pairs[0] != pairs[1] and all(a <= b for a, b in zip(*pairs, strict=True))
 
 
 def plot_pareto(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -200,7 +215,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
             correlations(line),
         ]
         out.append("| " + " | ".join(cells) + " |")
-    dense = results.content["quality"]["dense"]
+    dense = results.quality["dense"]
     note = (
         f"Dense perplexity {dense['perplexity']:.2f} on {len(dense['nll'])} windows. Size: parameters that are not "
         "zero; speed: decoded tokens a second; both over the dense model's. Overlap: weights that both masks keep over "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, take_text
-from hf_prune.errors import RunError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.fields import coerce
 from hf_prune.recipe import parse_flags, read_values
 
@@ -15,7 +15,8 @@ all with one evaluator. What is finished is kept in --work_folder (sweep unless 
 NAME.csv, NAME.md and NAME.png (the Pareto frontier) there.
 
 --constraint "ppl_ratio<=1.05, size<=0.6" chooses the lowest perplexity that fits, or says that none does. It may name
-ppl_ratio, perplexity, size, sparsity, speed and seconds. --at_once N runs N combinations side by side."""
+ppl_ratio, perplexity, size, sparsity and speed. --at_once N runs N combinations side by side, each with its share of
+the processors or a GPU of its own; speeds are then those of a busy machine."""
 
 
 def help_text() -> str:
@@ -39,7 +40,15 @@ def main(arguments: list[str]) -> None:
     folder = Path(work_folder)
     bench = Bench(grid, folder, {}, share_learning=True)
     model, evaluation = bench.recipe.model, bench.recipe.evaluation
-    options = {"dtype": model.dtype, "device": model.device, "trust_remote_code": model.trust_remote_code}
+    if not evaluation.eval_efficiency and any(name == "speed" for name, _, _ in wanted):
+        raise BadInputError("constraint: speed is not measured; set eval_efficiency to true.")
+    revisions = {"dense": bench.revision} if bench.revision else None
+    options = {
+        "revisions": revisions,
+        "dtype": model.dtype,
+        "device": model.device,
+        "trust_remote_code": model.trust_remote_code,
+    }
     bench.look = sweep.Look(folder, str(bench.source.path), options, evaluation.eval_efficiency)
     out = console()
     for sentence in refused:

@@ -187,6 +187,7 @@ def threshold_task(
         raise BadInputError(
             "num_calibration_samples: thresholds are learned on some windows and judged on others; use 2 or more."
         )
+    input_ids = input_ids.cpu()
     count = min(max(round(len(input_ids) * held_out), 1), len(input_ids) - 1)
     apart = {(2 * number + 1) * len(input_ids) // (2 * count) for number in range(count)}
     rest = [number for number in range(len(input_ids)) if number not in apart]

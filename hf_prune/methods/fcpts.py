@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.engine.statistics import Statistics
+from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Criterion, MethodInfo, register
 
 
@@ -34,7 +35,8 @@ class FcptsConfig(PruneConfig):
     every weight below its layer's threshold goes. The transfer to language models is ours.
 
     Args:
-        fcpts_score: what is thresholded: `magnitude` as published, or `wanda`.
+        fcpts_score: what is thresholded: `magnitude` as published, or `wanda`, whose scores are taken once more behind
+            the pruned blocks: each matrix keeps its learned share, not the very weights above the learned threshold.
         train_weights: learn the surviving weights together with the thresholds, as the released code does; the
             method then matches logits end to end.
     """
@@ -60,6 +62,14 @@ class FcptsConfig(PruneConfig):
 }""",
     )
     criterion_name = "fcpts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_weights and self.allocation != "fcpts":
+            raise BadInputError(
+                f"train_weights: weights are learned together with thresholds, which allocation {self.allocation} does "
+                "not learn; set allocation to fcpts."
+            )
 
     def make_criterion(self) -> Criterion:
         return ThresholdedScore(self.fcpts_score)

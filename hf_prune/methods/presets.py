@@ -33,6 +33,7 @@ class BalancedConfig(AdmmConfig):
     fcpts_held_out: float = 0.03
     iterations: int = 20
     rho_growth: float = 2.0
+    factorization: str = "cholesky"
 
     info = replace(
         AdmmConfig.info,

@@ -244,7 +244,7 @@ def test_a_cut_run_goes_on_and_ends_the_same(
 
     def cut(self: ThresholdTask, thresholds: Tensor) -> float:
         looked.append(1)
-        if len(looked) == 3:
+        if len(looked) == 4:
             raise KeyboardInterrupt
         return original(self, thresholds)
 
@@ -253,12 +253,12 @@ def test_a_cut_run_goes_on_and_ends_the_same(
         plan_pruning(tiny_model("llama"), config, input_ids=tiny_ids(), statistics_folder=tmp_path)
     resumed = tiny_model("llama")
     assert plan_pruning(resumed, config, input_ids=tiny_ids(), statistics_folder=tmp_path) == expected
-    # Five looks in all: two before the cut, one lost, three after it.
-    assert len(looked) == 3 + 3
+    # Six looks in all, one of them before the first step: three before the cut, one lost, three after it.
+    assert len(looked) == 4 + 3
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     # Other text, other learning.
     plan_pruning(tiny_model("llama"), config, input_ids=tiny_ids(seed=9), statistics_folder=tmp_path)
-    assert len(looked) == 3 + 3 + 5
+    assert len(looked) == 4 + 3 + 6
 
 
 def test_trained_weights_come_nearer_to_the_dense_model() -> None:

@@ -11,7 +11,7 @@ from hf_prune.compose import make_config, make_solver
 from hf_prune.errors import BadInputError
 from hf_prune.least_squares import refit, scaled_gram
 from hf_prune.masks import MaskRule
-from hf_prune.methods.admm import AdmmConfig
+from hf_prune.methods.admm import FACTORIZATIONS, AdmmConfig
 from hf_prune.patterns import Pattern
 
 
@@ -142,6 +142,31 @@ def test_admm_refits_a_support_that_another_criterion_chose() -> None:
     assert torch.equal(mask, MaskRule(0.5).select(weight.abs()))
     best = error(best_on(weight, gram, mask), weight, gram)
     assert error(pruned.numpy(), weight, gram) == pytest.approx(best, rel=1e-2)
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+@pytest.mark.parametrize("rho", [0.004, 0.1, 30.0])
+def test_both_factorizations_solve_the_damped_system(factorization: str, rho: float) -> None:
+    weight, inputs = layer(seed=3)
+    gram = scaled_gram(observe(inputs, "gram"), 0.01)
+    inverse = FACTORIZATIONS[factorization](gram)
+    # Another rho before, as the search has it.
+    inverse.solve(weight, 1.0)
+    system = gram.matrix.double().numpy() + rho * numpy.eye(IN)
+    expected = numpy.linalg.solve(system, weight.double().numpy().T).T
+    numpy.testing.assert_allclose(inverse.solve(weight, rho).numpy(), expected, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_both_factorizations_find_the_same_support(pattern: str) -> None:
+    weight, inputs = layer(seed=4)
+    masks = [
+        make_solver(make_config({"method": "balanced", "pattern": pattern, "factorization": factorization})).solve(
+            weight, observe(inputs, "gram"), MaskRule(0.5, Pattern.parse(pattern))
+        )[1]
+        for factorization in FACTORIZATIONS
+    ]
+    assert float((masks[0] == masks[1]).float().mean()) > 0.995
 
 
 def test_dead_inputs_do_no_harm() -> None:
