@@ -139,7 +139,7 @@ class DataArguments:
     text_column: str | None = field(default=None, metadata={"help": "text column; messages holds chats"})
     num_calibration_samples: int = field(default=128, metadata={"help": "calibration windows"})
     seq_length: int | None = field(default=None, metadata={"help": "tokens a window; min(2048, context) unless given"})
-    seed: int = field(default=0, metadata={"help": "seed of every random choice"})
+    seed: int = field(default=0, metadata={"help": "seed that chooses the calibration windows"})
     statistics_folder: str | None = field(
         default=None,
         metadata={"help": "keeps statistics (propagate: false) and learned thresholds for other runs"},

@@ -113,7 +113,8 @@ def prune(
         tokenizer: the model's tokenizer, together with the calibration keys of a recipe as keywords
             (`dataset_name="allenai/c4", dataset_config="en", num_calibration_samples=128, seq_length=2048`).
         plan: a plan made before; made here otherwise.
-        statistics_folder: keeps the activations' statistics for further runs; used only with `propagate=False`.
+        statistics_folder: keeps the activations' statistics for further runs (with `propagate=False`), and the state
+            of an allocation that learns.
 
     Raises:
         BadInputError: config, plan, text and model do not fit together.

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_prune.allocation import ALLOCATIONS
 from hf_prune.arguments import PruneConfig
 from hf_prune.checkpoint.load import load_model, load_tokenizer
-from hf_prune.compose import make_solver, needs_text
+from hf_prune.compose import make_allocation, make_solver, needs_text
 from hf_prune.engine import distributed
 from hf_prune.engine.walk import walk
 from hf_prune.errors import BadInputError
@@ -123,6 +123,10 @@ def measure_sensitivity(
         raise BadInputError(f"by: {by!r} is unknown; choose {', '.join(GROUPINGS)}.")
     if input_ids is None and needs_text(config):
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset.")
+    rule = make_allocation(config)
+    if rule is not None and rule.learns:
+        # Parts are compared at one sparsity, and learning takes minutes.
+        config = replace(config, allocation="uniform")
     plan = plan_pruning(model, config, input_ids=input_ids)
     planned = {view.name for view in plan.views}
     views = [view for view in find_views(model) if view.name in planned]

@@ -75,7 +75,9 @@ class Allocation:
         input_ids: Tensor | None,
         folder: Path | None,
     ) -> list[float]:
-        """What `densities` says; a rule that learns does so here, on the dense model, and leaves it as it was.
+        """What `densities` says; a rule that learns does so here, on the dense model.
+
+        The model is left as it was, unless the rule trains its weights.
 
         Args:
             input_ids: int64 [samples, tokens], the calibration windows, if the run has any.

@@ -93,6 +93,7 @@ class Bench:
         self.variables = variables
         self.share_learning = share_learning
         self.look = look
+        self._places: list[dict[str, str]] = []
         # Pruning may run side by side, scoring and the results' file are one at a time.
         self._turn = Lock()
         work_folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,7 @@ class Bench:
                 # Made here, one after the other: cells that share calibration windows share the file.
                 if cell.command is None:
                     self._token_ids(cell)
+            self._places = [_place(number, at_once) for number in range(at_once)]
             with ThreadPoolExecutor(at_once) as pool:
                 for failure in pool.map(self._run_cell, waiting):
                     if failure:
@@ -154,8 +156,14 @@ class Bench:
         report_file.unlink(missing_ok=True)
         command = self._command(cell, output, report_file)
         before, start = _processor_seconds(), perf_counter()
-        with log.open("w") as stream:
-            done = subprocess.run(command, stdout=stream, stderr=stream, env=os.environ | {"HF_PRUNE_QUIET": "1"})
+        # No more threads than places: there always is one.
+        own = self._places.pop()
+        try:
+            with log.open("w") as stream:
+                environment = os.environ | own | {"HF_PRUNE_QUIET": "1"}
+                done = subprocess.run(command, stdout=stream, stderr=stream, env=environment)
+        finally:
+            self._places.append(own)
         wall = perf_counter() - start
         busy = max(0.0, (_processor_seconds() - before) / wall)
         if done.returncode:
@@ -249,6 +257,16 @@ class Bench:
             "total_sparsity": summary["total_sparsity"],
             "patterns": summary["patterns"],
         }
+
+
+def _place(number: int, at_once: int) -> dict[str, str]:
+    """Environment of one of several runs side by side: a share of the processors, a GPU of its own where there are."""
+    if at_once == 1:
+        return {}
+    place = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // at_once, 1))}
+    if torch.cuda.device_count() > 1:
+        place["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    return place
 
 
 def _short_digest(content: Any) -> str:

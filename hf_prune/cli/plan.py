@@ -1,4 +1,4 @@
-"""hf-prune plan: what a recipe would do and take, without loading weights."""
+"""hf-prune plan: what a recipe would do and take; weights are loaded only where densities depend on them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,24 @@ def main(arguments: list[str]) -> None:
     if save and not save.endswith(".json"):
         raise BadInputError(f"save: {save} must end in .json, so that `allocation: {save}.json` can name it.")
     recipe = load_recipe(take_text(flags, "config"), flags)
+    from hf_prune.compose import make_allocation
     from hf_prune.preparation import check_feasible, prepare, with_final_plan
     from hf_prune.report.figures import duration, flops, size
     from hf_prune.report.tables import plan_table
 
     quiet_libraries()
     ready = prepare(recipe)
-    if not ready.plan_is_final:
+    rule = make_allocation(ready.config)
+    learns = rule is not None and rule.learns
+    if recipe.output.output_dir:
+        check_feasible(ready)
+    if not ready.plan_is_final and (save or not learns):
         # Densities that depend on the weights: the one case in which a plan loads them.
         ready = with_final_plan(ready)
     out = console()
     out.print(plan_table(ready.plan.to_dict(), verbose=verbose))
+    if not ready.plan_is_final and not save:
+        out.print("These densities are uniform: pruning will learn them, and --save PLAN.json learns them now.")
     predicted = ready.estimate
     out.print(
         f"FLOPs a token: {flops(predicted.flops_per_token)} dense, {flops(predicted.nonzero_flops_per_token)} without "
@@ -49,5 +56,3 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise BadInputError(f"save: {save} cannot be written ({error.strerror}); choose another file.") from None
         out.print(f"Saved to {save}; `allocation: {save}` uses it.", markup=False)
-    if recipe.output.output_dir:
-        check_feasible(ready)

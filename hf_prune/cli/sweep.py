@@ -42,11 +42,10 @@ def main(arguments: list[str]) -> None:
     model, evaluation = bench.recipe.model, bench.recipe.evaluation
     if not evaluation.eval_efficiency and any(name == "speed" for name, _, _ in wanted):
         raise BadInputError("constraint: speed is not measured; set eval_efficiency to true.")
-    revisions = {"dense": bench.revision} if bench.revision else None
     options = {
-        "revisions": revisions,
         "dtype": model.dtype,
         "device": model.device,
+        "revisions": {"dense": bench.revision} if bench.revision else None,
         "trust_remote_code": model.trust_remote_code,
     }
     bench.look = sweep.Look(folder, str(bench.source.path), options, evaluation.eval_efficiency)
