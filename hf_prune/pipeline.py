@@ -81,16 +81,21 @@ def run(recipe: Recipe) -> dict[str, Any]:
         with watch.phase("evaluate"):
             dense = evaluation.measure(model, "evaluating the dense model") if evaluation else None
         folder = recipe.data.statistics_folder
+        allocation_seconds = 0.0
         with watch.phase("prune"):
             if not ready.plan_is_final:
+                start = perf_counter()
                 plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
                 ready = replace(ready, plan=plan, plan_is_final=True)
+                allocation_seconds = perf_counter() - start
             result = prune(model, ready.config, input_ids=input_ids, plan=ready.plan, statistics_folder=folder)
         with watch.phase("evaluate"):
             pruned = evaluation.measure(model, "evaluating the pruned model") if evaluation else None
     report = {
         **describe(ready, model, result, text, total),
         "seconds": watch.seconds,
+        # A part of the seconds to prune.
+        "allocation_seconds": allocation_seconds,
         "peak_memory_bytes": memory.bytes,
         # The recipe beside the report holds the flags as well, and no path of the machine it ran on.
         "command": f"hf-prune prune --config {RECIPE_FILE}",

@@ -186,6 +186,7 @@ class Bench:
                 "seed": cell.seed,
                 "weights": digest,
                 "seconds": report["seconds"]["prune"],
+                "allocation_seconds": report.get("allocation_seconds"),
                 "peak_memory_bytes": _peak(report["peak_memory_bytes"]),
                 "process_seconds": wall,
                 "cores_busy_elsewhere": busy,

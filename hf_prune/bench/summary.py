@@ -56,6 +56,7 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
                     "seeds": len(logs),
                     "excess_spread": max(logs) - min(logs),
                     "seconds": median(run["seconds"] for run in runs),
+                    "allocation_seconds": median(run.get("allocation_seconds") or 0.0 for run in runs),
                     "runs": len(runs),
                     "peak_memory_bytes": median(run["peak_memory_bytes"] or 0 for run in runs),
                     "sparsity": first[seed]["sparsity"],
@@ -110,12 +111,13 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
         spread = f" ± {line['excess_spread'] / 2:.3f}, {line['seeds']} seeds" if line["seeds"] > 1 else ""
         against = f" ({line['excess_ratio']:.2f}x)" if line["excess_ratio"] is not None else ""
         time = f" ({line['time_ratio']:.2f}x)" if line["time_ratio"] is not None else ""
+        allocating = f", {line['allocation_seconds']:.0f} allocating" if line["allocation_seconds"] >= 1 else ""
         cells = [
             line["setting"],
             line["row"],
             f"{line['perplexity']:.2f}{interval}",
             f"{line['excess']:.3f}{spread}{against}",
-            f"{line['seconds']:.0f}{time}",
+            f"{line['seconds']:.0f}{time}{allocating}",
             f"{line['peak_memory_bytes'] / 1e6:.0f}",
             f"{100 * line['total_sparsity']:.1f} %",
         ]

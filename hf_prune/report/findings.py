@@ -273,8 +273,10 @@ def spent(report: dict[str, Any]) -> str:
     prune, total = seconds.get("prune"), sum(value or 0 for value in seconds.values())
     passes, memory = number(report.get("forward_passes")), number(report.get("peak_memory_bytes"))
     processes = number(report.get("num_processes")) or 1
+    allocation = number(report.get("allocation_seconds"))
+    allocating = f" ({duration(allocation)} of it to share out the zeros)" if allocation and allocation >= 1 else ""
     parts = [
-        f"pruning took {duration(prune)}" if prune else "",
+        f"pruning took {duration(prune)}" + allocating if prune else "",
         f"the whole run {duration(total)}" if total and total != prune else "",
         f"{passes:g} forward passes over the calibration text" if passes and calibration(report) else "",
         f"peak memory {size(memory)}" if memory else "",

@@ -281,6 +281,19 @@ def test_training_weights_is_for_the_method_alone() -> None:
         make_config({"method": "sparsegpt", "allocation": "fcpts", "train_weights": True})
     with pytest.raises(BadInputError, match="nothing to decide"):
         make_config({"method": "fcpts", "pattern": "2:4"})
+    with pytest.raises(BadInputError, match="train_weights: weights are learned together with thresholds"):
+        make_config({"method": "fcpts", "allocation": "erk", "train_weights": True})
+    for key, value in {
+        "criterion": "wanda",
+        "update": "sparsegpt",
+        "reconstruct": "block",
+        "fcpts_score": "wanda",
+    }.items():
+        with pytest.raises(BadInputError, match=f"{key}: {value} would start from weights"):
+            make_config({"method": "fcpts", "train_weights": True, key: value})
+    with pytest.raises(BadInputError, match=r"train_weights: .* set dtype to float32"):
+        config = make_config({"method": "fcpts", "train_weights": True})
+        plan_pruning(tiny_model("llama").bfloat16(), config, input_ids=tiny_ids())
     with pytest.raises(BadInputError, match="2 or more"):
         plan_pruning(tiny_model("llama"), make_config({"method": "fcpts"}), input_ids=tiny_ids(1))
 

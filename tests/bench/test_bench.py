@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import cli
 from hf_prune.bench.grid import load_grid
+from hf_prune.bench.runner import Bench
 from hf_prune.bench.summary import _add_ratios, write_between_markers
 from hf_prune.compose import make_config
 from hf_prune.data.text import load_text
@@ -144,6 +145,15 @@ def test_a_line_for_each_row_and_setting(place: Path, results: dict) -> None:
     # Calibration windows are cut once for each seed; weights do not stay.
     assert len(list((place / "work").glob("token_ids-*.safetensors"))) == 2
     assert not list((place / "work").glob("*.model"))
+
+
+@pytest.mark.slow
+def test_another_evaluation_in_the_same_folder_starts_anew(place: Path, results: dict) -> None:
+    same, other = (
+        Bench(load_grid(place / "grid.yaml", flags), place / "work", {}) for flags in ({}, {"eval_max_windows": 5})
+    )
+    assert same.results.quality.keys() == results["quality"].keys()
+    assert other.results.quality == {} and all(other.results.runs(cell) == [] for cell in other.grid.cells)
 
 
 @pytest.mark.slow

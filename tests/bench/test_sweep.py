@@ -39,6 +39,19 @@ def test_every_sensible_combination_is_a_cell_and_the_others_are_named() -> None
     assert {key: chosen.values[key] for key in axes} == dict(zip(axes, ["wanda", "linear", 0.7, 2], strict=True))
 
 
+def test_a_key_of_a_part_goes_to_the_combinations_that_choose_the_part() -> None:
+    axes = {"method": "sparsegpt", "allocation": ["uniform", "auto"], "pattern": ["unstructured", "2:4"]}
+    grid, refused = sweep.make_sweep({**COMMON, **axes, "fcpts_steps": 64}, "mine")
+    assert refused == []
+    found = {(cell.row, cell.setting): cell.values.get("fcpts_steps") for cell in grid.cells}
+    assert found == {
+        ("uniform", "unstructured"): None,
+        ("uniform", "2:4"): None,
+        ("auto (unstructured)", "unstructured"): 64,
+        ("auto (2:4)", "2:4"): None,
+    }
+
+
 def test_keys_that_are_lists_by_nature_are_no_axes() -> None:
     grid, _ = sweep.make_sweep({**COMMON, "method": "wanda", "ignore": ["q_proj"], "pattern": ["2:4", "4:8"]}, "mine")
     assert [cell.values["ignore"] for cell in grid.cells] == [["q_proj"]] * 2
