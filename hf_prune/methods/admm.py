@@ -13,6 +13,7 @@ Rho grows while the support still changes, so that B and D agree in the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,7 @@ class Factor:
         return torch.cholesky_solve(right.T, self.latest[1]).T
 
 
-FACTORIZATIONS = {"eigen": Spectrum, "cholesky": Factor}
+FACTORIZATIONS: dict[str, Callable[[ScaledGram], Spectrum | Factor]] = {"eigen": Spectrum, "cholesky": Factor}
 
 
 class Admm(Update):
