@@ -46,7 +46,7 @@ class BalancedConfig(AdmmConfig):
 @register
 @dataclass
 class BestConfig(AdmmConfig):
-    """Learned densities (FCPTS), the whole ADMM, and each block trained towards the dense model's hidden states.
+    """Learned densities (FCPTS), the whole ADMM, and each block trained towards its dense outputs.
 
     Passes and learning rate were chosen on SmolLM2-135M and the validation split; lower the rate for larger models.
     """
@@ -56,11 +56,10 @@ class BestConfig(AdmmConfig):
     reconstruct: str = "block"
     reconstruct_passes: float = 4
     reconstruct_learning_rate: float = 1e-3
-    reconstruct_target: str = "model"
 
     info = replace(
         AdmmConfig.info,
         name="best",
         title="Best preset (ADMM, block reconstruction)",
-        summary="learned densities (FCPTS) unless n:m, ADMM, then each block is trained towards dense hidden states",
+        summary="learned densities (FCPTS) unless n:m, ADMM, then each block is trained towards its dense outputs",
     )
