@@ -17,6 +17,15 @@ from hf_prune.errors import BadInputError, RunError
 from hf_prune.weights import WeightView, linear_layers
 
 
+@dataclass(frozen=True)
+class TrainedWeight:
+    """A pruned layer's float32 parameter, its mask in the parameter's own layout, and how far pruning moved it."""
+
+    parameter: nn.Parameter
+    mask: Tensor
+    change: float
+
+
 @dataclass
 class BlockTask:
     """A pruned block, ready to be trained.
@@ -24,14 +33,14 @@ class BlockTask:
     The same batches make the same steps whatever the number of processes; each computes those whose windows it holds.
 
     Attributes:
-        weights: float32 parameters of the pruned layers, each with its mask in the parameter's own layout.
+        weights: of the pruned layers.
         norms: float32 scales and shifts of the norms.
         steps: numbers of the batches of each optimizer step that are this process's to compute.
         held_out: numbers of its batches that are never trained on.
         run: (output of the pruned block, its target) of a batch.
     """
 
-    weights: list[tuple[nn.Parameter, Tensor]]
+    weights: list[TrainedWeight]
     norms: list[nn.Parameter]
     steps: list[list[int]]
     held_out: list[int]
@@ -52,10 +61,13 @@ class BlockTask:
         return float(shared)
 
 
-def train_block(stream: Stream, index: int, views: Sequence[WeightView], targets: Sequence[Any], updater: Any) -> Any:
+def train_block(
+    stream: Stream, index: int, views: Sequence[tuple[WeightView, float]], targets: Sequence[Any], updater: Any
+) -> Any:
     """Let `updater` train block `index`; weights that are zero stay zero.
 
     Args:
+        views: the pruned matrices, each with how far pruning moved its weights (`ViewResult.change`).
         targets: for each of the stream's chunks, what the block should put out.
 
     Raises:
@@ -89,7 +101,7 @@ def train_block(stream: Stream, index: int, views: Sequence[WeightView], targets
     with _trainable(stream.runner.model, block):
         linear = {layer for _, layer, _ in linear_layers(block)}
         task = BlockTask(
-            weights=[(view.parameter, view.parameter.detach() != 0) for view in views],
+            weights=[TrainedWeight(view.parameter, view.parameter.detach() != 0, change) for view, change in views],
             norms=[
                 parameter
                 for module in block.modules()
@@ -101,13 +113,13 @@ def train_block(stream: Stream, index: int, views: Sequence[WeightView], targets
             held_out=[number for number in held_out if mine[number]],
             run=run,
         )
-        for parameter in (*(parameter for parameter, _ in task.weights), *task.norms):
+        for parameter in (*(own.parameter for own in task.weights), *task.norms):
             parameter.requires_grad_(True)
         outcome = updater.update_block(task)
-        for view, (parameter, mask) in zip(views, task.weights, strict=True):
-            if bool((parameter.detach() * ~mask).any()):
+        for (view, _), own in zip(views, task.weights, strict=True):
+            if bool((own.parameter.detach() * ~own.mask).any()):
                 raise RunError(f"{view.name}: training brought pruned weights back; please report this.")
-            distributed.send_from(parameter.data, 0)
+            distributed.send_from(own.parameter.data, 0)
         for parameter in task.norms:
             distributed.send_from(parameter.data, 0)
     return outcome

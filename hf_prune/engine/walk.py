@@ -7,6 +7,7 @@ one to hand its pruned outputs on, none at all for methods without statistics. A
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -48,12 +49,15 @@ class ViewResult:
         kept: weights that are not zero afterwards, counted in the model's dtype.
         zeros_before: weights that were zero before.
         error: relative output error ||(W' - W) X||^2 / ||W X||^2 on the calibration inputs; None without a Gram matrix.
+        change: how far a weight was moved, root mean square, as the output felt it: sqrt(error) times the weights' own
+            root mean square; without a Gram matrix that of W' - W.
     """
 
     name: str
     kept: int
     zeros_before: int
     error: float | None = None
+    change: float = 0.0
 
 
 class BlockUpdater(Protocol):
@@ -141,7 +145,10 @@ def walk(
                 solved = _solve(groups, solver, rules)
                 if reconstruction is not None and inside:
                     assert outputs is not None
-                    result.reconstruction[index] = train_block(stream, index, own, outputs, reconstruction)
+                    changes = {view.name: view.change for view in solved}
+                    result.reconstruction[index] = train_block(
+                        stream, index, [(view, changes[view.name]) for view in own], outputs, reconstruction
+                    )
                     kept = {view.name: view.count_nonzero() for view in own}
                     solved = [replace(view, kept=kept[view.name]) for view in solved]
                 result.views += solved
@@ -223,7 +230,10 @@ def _prune(view: WeightView, statistics: Statistics | None, solver: WeightSolver
     if statistics is not None and statistics.gram is not None:
         gram = statistics.gram
         error = _relative_error(weight - dense, dense, statistics.derive("float32 gram", lambda _: gram.float()))
-    return ViewResult(view.name, view.count_nonzero(), zeros_before, error)
+        change = math.sqrt(error * float(dense.square().mean()))
+    else:
+        change = math.sqrt(float((weight - dense).square().mean()))
+    return ViewResult(view.name, view.count_nonzero(), zeros_before, error, change)
 
 
 def _relative_error(change: Tensor, dense: Tensor, gram: Tensor) -> float:

@@ -48,14 +48,13 @@ class BalancedConfig(AdmmConfig):
 class BestConfig(AdmmConfig):
     """Learned densities (FCPTS), the whole ADMM, and each block trained towards its dense outputs.
 
-    Passes and learning rate were chosen on SmolLM2-135M and the validation split; lower the rate for larger models.
+    Passes were chosen on SmolLM2-135M and the validation split.
     """
 
     method: str | None = "best"
     allocation: str = "auto"
     reconstruct: str = "block"
     reconstruct_passes: float = 4
-    reconstruct_learning_rate: float = 1e-3
 
     info = replace(
         AdmmConfig.info,

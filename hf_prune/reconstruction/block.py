@@ -40,7 +40,9 @@ class BlockReconstruction:
     Args:
         reconstruct_passes: passes over the calibration windows; 0.5 trains on half of them.
         reconstruct_seconds: budget of each block; unlimited unless given.
-        reconstruct_learning_rate: Adam's, with a cosine to zero over the passes.
+        reconstruct_learning_rate: Adam's, with a cosine to zero over the passes, as a share of how far pruning moved
+            the weights: times each matrix's root mean square and the square root of its relative output error, for a
+            norm those of the norm and of the block (our extension: a matrix that is nearly right takes small steps).
         reconstruct_batch_size: windows a step (rounded up to whole forwards).
         reconstruct_held_out: share of the calibration windows that is never trained on and decides what is kept.
         reconstruct_target: `block`, the dense block on the pruned blocks' outputs; `model`, the dense model's own
@@ -49,7 +51,7 @@ class BlockReconstruction:
 
     reconstruct_passes: float = 8
     reconstruct_seconds: float | None = None
-    reconstruct_learning_rate: float = 2e-4
+    reconstruct_learning_rate: float = 0.03
     reconstruct_batch_size: int = 2
     reconstruct_held_out: float = 0.125
     reconstruct_target: str = "block"
@@ -76,12 +78,21 @@ class BlockReconstruction:
     def update_block(self, task: BlockTask) -> BlockOutcome:
         """Train in place; the block's parameters are float32 while this runs."""
         start = perf_counter()
-        trained = [*(parameter for parameter, _ in task.weights), *task.norms]
-        optimizer = torch.optim.Adam(trained, lr=self.reconstruct_learning_rate)
+        trained = [*(own.parameter for own in task.weights), *task.norms]
+        before = best = held_out_loss(task)
+        changes = [own.change for own in task.weights]
+        # A loss that is not a number leaves the norms where they are, and everything in the end.
+        felt = math.sqrt(before) if math.isfinite(before) else 0.0
+        changes += [felt * float(norm.detach().square().mean().sqrt()) for norm in task.norms]
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [parameter], "lr": self.reconstruct_learning_rate * change}
+                for parameter, change in zip(trained, changes, strict=True)
+            ]
+        )
         per_pass = max(len(task.steps), 1)
         total = max(round(self.reconstruct_passes * per_pass), 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / total)) / 2)
-        before = best = held_out_loss(task)
         kept = [parameter.detach().clone() for parameter in trained]
         done = 0
         for batches in islice(cycle(task.steps), total):
@@ -113,9 +124,9 @@ class BlockReconstruction:
         for parameter in trained:
             assert parameter.grad is not None
             task.total(parameter.grad)
-        for parameter, mask in task.weights:
-            assert parameter.grad is not None
-            parameter.grad *= mask  # Adam moves nothing whose gradients are all zero
+        for own in task.weights:
+            assert own.parameter.grad is not None
+            own.parameter.grad *= own.mask  # Adam moves nothing whose gradients are all zero
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

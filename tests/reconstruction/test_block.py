@@ -8,6 +8,7 @@ from tiny import FAMILIES, tiny_ids, tiny_model
 from torch import Tensor, nn
 
 from hf_prune.compose import make_config
+from hf_prune.engine.block_training import TrainedWeight
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.errors import BadInputError
 from hf_prune.pruning import prune
@@ -23,7 +24,7 @@ def options(**changes: object) -> dict[str, object]:
         "sparsity": 0.6,
         "reconstruct": "block",
         "reconstruct_passes": 4,
-        "reconstruct_learning_rate": 3e-3,
+        "reconstruct_learning_rate": 0.1,
         "reconstruct_batch_size": 4,
         **changes,
     }
@@ -91,7 +92,7 @@ def test_the_target_is_the_dense_block_on_the_pruned_prefix() -> None:
     input_ids = tiny_ids(16, 64)
     trained = tiny_model("llama")
     targets = ["model.layers.0", "model.layers.1"]
-    config = make_config(options(targets=targets, reconstruct_learning_rate=1e-12))
+    config = make_config(options(targets=targets, reconstruct_learning_rate=1e-9))
     outcome = prune(trained, config, input_ids=input_ids).reconstruction[1]
     reference = copy.deepcopy(trained)
     dense = tiny_model("llama")
@@ -111,7 +112,7 @@ def test_a_training_that_does_harm_leaves_the_block_as_it_was() -> None:
     input_ids = tiny_ids(16, 64)
     plain, trained = tiny_model("llama"), tiny_model("llama")
     prune(plain, make_config(options(reconstruct="none")), input_ids=input_ids)
-    result = prune(trained, make_config(options(reconstruct_learning_rate=1e3)), input_ids=input_ids)
+    result = prune(trained, make_config(options(reconstruct_learning_rate=1e5)), input_ids=input_ids)
     assert all(outcome.after == outcome.before for outcome in result.reconstruction.values())
     for one, other in zip(plain.state_dict().values(), trained.state_dict().values(), strict=True):
         assert torch.equal(one, other)
@@ -121,7 +122,7 @@ def test_half_precision_weights_are_trained_in_float32() -> None:
     input_ids = tiny_ids(16, 64)
     model = tiny_model("llama", torch.bfloat16)
     # So small a step would be lost on bfloat16 weights, whose neighbours are 0.4 % apart.
-    result = prune(model, make_config(options(reconstruct_learning_rate=3e-4)), input_ids=input_ids)
+    result = prune(model, make_config(options(reconstruct_learning_rate=0.03)), input_ids=input_ids)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(outcome.after < outcome.before for outcome in result.reconstruction.values())
     assert abs(result.sparsity - 0.6) < 0.02
@@ -176,7 +177,7 @@ class Quadratic:
 
     def __init__(self) -> None:
         self.parameter = nn.Parameter(torch.tensor([4.0, 0.0]))
-        self.weights = [(self.parameter, torch.tensor([True, False]))]
+        self.weights = [TrainedWeight(self.parameter, torch.tensor([True, False]), change=2.0)]
         self.norms: list[nn.Parameter] = []
         self.steps = [[0]] * 50
         self.held_out = [0]
@@ -193,7 +194,38 @@ class Quadratic:
 
 def test_the_optimizer_finds_the_constrained_minimum() -> None:
     task = Quadratic()
-    outcome = BlockReconstruction(reconstruct_passes=10, reconstruct_learning_rate=0.1).update_block(task)
+    outcome = BlockReconstruction(reconstruct_passes=10, reconstruct_learning_rate=0.05).update_block(task)
     assert isinstance(outcome, BlockOutcome)
     assert task.parameter.tolist() == pytest.approx([1.0, 0.0], abs=1e-2)
     assert outcome.before == pytest.approx((9 + 9) / 10) and outcome.after == pytest.approx(9 / 10, rel=1e-3)
+
+
+def test_the_first_step_is_a_share_of_how_far_pruning_moved_the_weight() -> None:
+    task = Quadratic()
+    # One step of fifty, the first of Adam: its learning rate, against the gradient's sign.
+    BlockReconstruction(reconstruct_passes=0.02, reconstruct_learning_rate=0.05).update_block(task)
+    assert task.parameter.tolist() == pytest.approx([4.0 - 0.05 * 2.0, 0.0], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_how_far_pruning_moved_the_weights(method: str) -> None:
+    """Against the dense weights and, where a Gram matrix is gathered, the outputs on the inputs that the layer saw."""
+    dense, model = tiny_model("llama"), tiny_model("llama")
+    input_ids = tiny_ids(16, 64)
+    name = "model.layers.0.self_attn.q_proj"
+    config = make_config({"method": method, "sparsity": 0.6, "targets": [name]})
+    (view,) = prune(model, config, input_ids=input_ids).views
+    weight, change = (
+        dense.get_submodule(name).weight,
+        model.get_submodule(name).weight - dense.get_submodule(name).weight,
+    )
+    expected = change.square().mean().sqrt()
+    if method == "sparsegpt":
+        seen = []
+        handle = dense.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        with torch.no_grad():
+            dense(input_ids)
+        handle.remove()
+        inputs = seen[0].flatten(0, 1)
+        expected = weight.square().mean().sqrt() * (inputs @ change.T).norm() / (inputs @ weight.T).norm()
+    assert view.change == pytest.approx(float(expected), rel=1e-4)
