@@ -83,7 +83,8 @@ class BlockReconstruction:
         changes = [own.change for own in task.weights]
         # A loss that is not a number leaves the norms where they are, and everything in the end.
         felt = math.sqrt(before) if math.isfinite(before) else 0.0
-        changes += [felt * float(norm.detach().square().mean().sqrt()) for norm in task.norms]
+        # Zeros say nothing about their size; Gemma's norms, which add one, begin with them.
+        changes += [felt * (float(norm.detach().square().mean().sqrt()) or 1.0) for norm in task.norms]
         optimizer = torch.optim.Adam(
             [
                 {"params": [parameter], "lr": self.reconstruct_learning_rate * change}
