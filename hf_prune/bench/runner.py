@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import resource
 import shlex
@@ -111,16 +112,18 @@ class Bench:
         """Of the dense model."""
         return self.source.revision or self.recipe.model.revision
 
-    def run(self, rows: set[str], settings: set[str], at_once: int = 1) -> list[str]:
+    def run(self, rows: set[str], settings: set[str], at_once: int = 1, max_minutes: float = math.inf) -> list[str]:
         """Run whatever is not finished of some rows and settings (of all where none is named).
 
         Args:
             at_once: cells that are pruned side by side.
+            max_minutes: nothing is begun after that; what is under way goes on to its end.
 
         Returns:
             a sentence for each cell that failed.
         """
         failures = []
+        stop = perf_counter() + 60 * max_minutes
         self._dense()
         for repeat in range(self.grid.repeats):
             # Who goes first changes from repeat to repeat.
@@ -136,7 +139,7 @@ class Bench:
                     self._token_ids(cell)
             self._places = [_place(number, at_once) for number in range(at_once)]
             with ThreadPoolExecutor(at_once) as pool:
-                for failure in pool.map(self._run_cell, waiting):
+                for failure in pool.map(lambda cell: self._run_cell(cell, stop), waiting):
                     if failure:
                         failures.append(failure)
                         logger.error("%s", failure)
@@ -147,8 +150,11 @@ class Bench:
             self.results.quality["dense"] = self._score(str(self.source.path), "dense", self.revision)
             self.results.save()
 
-    def _run_cell(self, cell: Cell) -> str | None:
-        """Prune in a fresh process, then score; None, or what went wrong."""
+    def _run_cell(self, cell: Cell, stop: float) -> str | None:
+        """Prune in a fresh process, then score; None, or what went wrong. Nothing at all later than `stop`."""
+        if perf_counter() > stop:
+            logger.info("%s %s seed %d is left for another time", cell.row, cell.setting, cell.seed)
+            return None
         name = "-".join("".join(c if c.isalnum() else "_" for c in part) for part in (cell.row, cell.setting) if part)
         place = self.folder / f"{name}-{cell.seed}-{cell.key}"
         output, report_file, log = (place.with_suffix(suffix) for suffix in (".model", ".json", ".log"))

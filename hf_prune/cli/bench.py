@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from hf_prune.cli.arguments import console, quiet_libraries, split_positional, take_text
@@ -9,14 +10,15 @@ from hf_prune.errors import BadInputError, RunError
 from hf_prune.fields import coerce
 
 TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.md]
-           [--rows NAME ...] [--settings NAME ...] [--key value ...]
+           [--rows NAME ...] [--settings NAME ...] [--max_minutes N] [--key value ...]
 
 Runs every row of the grid under every setting, each in a process of its own, and scores all of them with one
 evaluator. What is finished is kept in the work folder: start again to go on. Writes NAME.csv, NAME.md and NAME.png
 there, and the table into the README between its lines <!-- benchmark:NAME:start --> and
 <!-- benchmark:NAME:end -->.
 
---rows and --settings take names: only those are run this time; the tables hold everything that is finished.
+--rows and --settings take names: only those are run this time; the tables hold everything that is finished. After
+--max_minutes no further run is begun.
 A flag that is a recipe key is laid over the grid's common keys; any other fills the {word} of the same name in a peer's
 command, which may also name {model}, {token_ids}, {output}, {report} and every recipe key.
 """
@@ -30,6 +32,7 @@ def main(arguments: list[str]) -> None:
     path, flags = split_positional(arguments, "the benchmark's file")
     work_folder, readme = take_text(flags, "work_folder") or "bench", take_text(flags, "readme")
     chosen = [set(coerce(key, flags.pop(key, []), list[str])) for key in ("rows", "settings")]
+    max_minutes = coerce("max_minutes", flags.pop("max_minutes", math.inf), float)
     from hf_prune.arguments import SECTIONS
     from hf_prune.bench import summary
     from hf_prune.bench.grid import load_grid
@@ -43,7 +46,7 @@ def main(arguments: list[str]) -> None:
     for names, known_names in zip(chosen, ({row["name"] for row in grid.rows}, set(grid.settings)), strict=True):
         if names - known_names:
             raise BadInputError(f"{min(names - known_names)!r} is neither a row nor a setting of {path}.")
-    failures = bench.run(chosen[0], chosen[1])
+    failures = bench.run(chosen[0], chosen[1], max_minutes=max_minutes)
     lines = summary.summarise(grid, bench.results)
     table = summary.markdown(grid, bench.results, lines)
     folder = Path(work_folder)

@@ -98,6 +98,16 @@ def results(place: Path) -> dict:
     return read(place / "work")
 
 
+def test_nothing_is_begun_when_the_time_is_over(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = place / "no time"
+    flags = ["--work_folder", str(work), "--script", "", "--max_minutes", "0"]
+    assert cli.main(["bench", str(place / "grid.yaml"), *flags]) == 0
+    content = read(work)
+    assert not any(content["runs"].values()) and set(content["quality"]) == {"dense"}
+    assert cli.main(["bench", str(place / "grid.yaml"), "--max_minutes", "soon"]) != 0
+    assert "max_minutes" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_every_row_is_what_its_recipe_gives(place: Path, results: dict) -> None:
     """Wanda's row at 50 %, seed 3: pruned and scored here by hand."""
