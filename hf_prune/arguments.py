@@ -46,7 +46,8 @@ class PruneConfig:
         criterion: what to drop; the method's own unless given.
         update: what happens to the surviving weights; the method's own unless given, `none` leaves them alone.
         reconstruct: `linear`, a least squares refit of each matrix on its support; `block`, a short training of each
-            block towards its dense outputs; `none`.
+            block towards its dense outputs; `none`; `auto` is `block` where an `n:m` pattern leaves no densities to
+            share out and pruned outputs are handed on, and `none` otherwise.
         sparsity: share of the targeted weights set to zero, in [0, 1); follows from the pattern where there is one.
         pattern: `unstructured`, or `n:m`: at most n of m consecutive inputs of an output row are kept.
         allocation: how the budget is shared out: `uniform`, `global`, `erk`, `owl`, `alpha`, `layerwise_l1`,
@@ -94,6 +95,7 @@ class PruneConfig:
     def __post_init__(self) -> None:
         pattern = Pattern.parse(self.pattern)
         self.allocation = resolved_allocation(self.allocation, self.pattern)
+        self.reconstruct = resolved_reconstruct(self.reconstruct, self.pattern, self.propagate)
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise BadInputError(f"sparsity: {self.sparsity} is outside [0, 1); 0.5 removes half of the weights.")
         if pattern.density is not None:
@@ -113,7 +115,9 @@ class PruneConfig:
                 f"{self.sparsity:.4g} keeps; lower one of them."
             )
         if self.reconstruct not in RECONSTRUCT:
-            raise BadInputError(f"reconstruct: {self.reconstruct!r} is unknown; choose {', '.join(RECONSTRUCT)}.")
+            raise BadInputError(
+                f"reconstruct: {self.reconstruct!r} is unknown; choose {', '.join(RECONSTRUCT)} or auto."
+            )
         for key in ("targets", "ignore"):
             for pattern_text in getattr(self, key) or []:
                 check_module_pattern(key, pattern_text)
@@ -124,6 +128,13 @@ def resolved_allocation(name: str, pattern: str) -> str:
     if name != "auto":
         return name
     return "fcpts" if pattern == "unstructured" else "uniform"
+
+
+def resolved_reconstruct(name: str, pattern: str, propagate: bool) -> str:
+    """What `auto` stands for: the time that no learning of densities takes."""
+    if name != "auto":
+        return name
+    return "block" if pattern != "unstructured" and propagate else "none"
 
 
 @dataclass

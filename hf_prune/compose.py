@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from hf_prune.allocation import ALLOCATIONS, Allocation
-from hf_prune.arguments import PruneConfig, resolved_allocation
+from hf_prune.arguments import SECTIONS, PruneConfig, resolved_allocation, resolved_reconstruct
 from hf_prune.errors import BadInputError
 from hf_prune.fields import coerce, field_types, fill, unknown_key
 from hf_prune.methods import find_method, methods
@@ -39,7 +39,12 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
     # The parts check their own values.
     make_solver(config)
     make_block_reconstruction(config)
-    make_allocation(config)
+    rule = make_allocation(config)
+    if getattr(config, "train_weights", False) and not getattr(rule, "learns", False):
+        raise BadInputError(
+            f"train_weights: weights are learned together with thresholds, which allocation {config.allocation} does "
+            "not learn; set allocation to fcpts."
+        )
     return config
 
 
@@ -69,6 +74,12 @@ def belongs_to_a_part(key: str) -> bool:
     return _unused_key(key) is not None and key not in field_types(PruneConfig)
 
 
+def is_recipe_key(key: str) -> bool:
+    """Whether a recipe may hold the key, with some choice of parts."""
+    sections = (*SECTIONS.values(), PruneConfig)
+    return belongs_to_a_part(key) or any(key in field_types(section) for section in sections)
+
+
 def _unused_key(key: str) -> BadInputError | None:
     """The error for a key of a part that the recipe does not choose; None where no part knows the key."""
     for word, table in {**PART_TABLES, "method": methods()}.items():
@@ -89,7 +100,9 @@ def _named_parts(values: Mapping[str, Any]) -> list[type]:
             parts.append(find_method(key, values[key]))
     defaults = find_method("method", values["method"]) if values.get("method") else PruneConfig
     chosen = {key: str(values.get(key) or getattr(defaults, key)) for key in ("reconstruct", "allocation", "pattern")}
+    propagate = str(values.get("propagate", defaults.propagate)).lower() != "false"
     chosen["allocation"] = resolved_allocation(chosen["allocation"], chosen["pattern"])
+    chosen["reconstruct"] = resolved_reconstruct(chosen["reconstruct"], chosen["pattern"], propagate)
     for key, table in PART_TABLES.items():
         part = table.get(chosen[key])
         parts += [part] if part else []

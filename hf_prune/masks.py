@@ -34,12 +34,14 @@ class MaskRule:
     pattern: Pattern = UNSTRUCTURED
     min_keep_ratio: float = 0.0
 
-    def select(self, scores: Tensor, by_row: bool = False) -> Tensor:
+    def select(self, scores: Tensor, by_row: bool = False, start: int = 0, kept: int = 0) -> Tensor:
         """Keep the highest scores.
 
         Args:
             scores: [out, in], float32; a whole matrix or a block of its columns.
             by_row: compare inside each output row rather than over the whole matrix.
+            start: the block's first column, and
+            kept: what the blocks before it have kept, so that blocks add up to what the whole matrix would keep.
 
         Returns:
             bool [out, in], True where a weight is kept.
@@ -50,13 +52,17 @@ class MaskRule:
         if by_row:
             dropped = math.floor(columns * (1 - self.density) + _ROUNDING)
             return select_largest(scores, columns - dropped)
-        dropped = round(rows * columns * (1 - self.density))
-        floor = math.ceil(columns * self.min_keep_ratio - _ROUNDING)
+        stop = start + columns
+        wanted = rows * stop - round(rows * stop * (1 - self.density)) - kept
+        floor = self._floor(stop) - self._floor(start)
         if not floor:
-            return select_largest(scores.reshape(1, -1), rows * columns - dropped).reshape(rows, columns)
+            return select_largest(scores.reshape(1, -1), wanted).reshape(rows, columns)
         held = select_largest(scores, floor)
         rest = scores.masked_fill(held, -torch.inf).reshape(1, -1)
-        return held | select_largest(rest, max(rows * columns - dropped - rows * floor, 0)).reshape(rows, columns)
+        return held | select_largest(rest, max(wanted - rows * floor, 0)).reshape(rows, columns)
+
+    def _floor(self, columns: int) -> int:
+        return math.ceil(columns * self.min_keep_ratio - _ROUNDING)
 
 
 def select_largest(scores: Tensor, count: int) -> Tensor:

@@ -11,10 +11,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, output_folder, save_model
-from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
+from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.compose import needs_text
 from hf_prune.data.builtin import resolve_model
@@ -124,12 +122,15 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
             views = [{**asdict(view), "kept": kept[view.name]} for view in result.plan.views]
             report["verification"] = [
                 within_plan(result),
-                *verify_folder(folder, model, views, tokenizer, trust_remote_code=ready.recipe.model.trust_remote_code),
+                *verify_folder(
+                    folder,
+                    model,
+                    views,
+                    tokenizer,
+                    trust_remote_code=ready.recipe.model.trust_remote_code,
+                    release_model=True,
+                ),
             ]
-        # The memory is wanted for measuring: what is saved and verified need not be held any longer.
-        model.to("meta")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         failed = [row for row in report["verification"] if not row["passed"]]
         if failed:
             raise RunError(
@@ -187,14 +188,19 @@ def evaluate(recipe: Recipe, baseline: str | None = None, baseline_revision: str
         model = load_model(source.path, recipe.model, device, source.revision)
         measured[name] = evaluation.measure(model, f"evaluating the {name} model")
         del model
+        free_memory()
     assert evaluation is not None
     report: dict[str, Any] = {"evaluation": evaluation.report(**measured)}
     if recipe.evaluation.eval_efficiency and distributed.rank() == 0:
-        report["efficiency"] = measure_efficiency(
-            {name: source.path for name, source in sources.items()},
-            dtype=recipe.model.dtype,
-            device=str(device),
-            revisions={name: source.revision for name, source in sources.items() if source.revision} or None,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
+        try:
+            report["efficiency"] = measure_efficiency(
+                {name: source.path for name, source in sources.items()},
+                dtype=recipe.model.dtype,
+                device=str(device),
+                revisions={name: source.revision for name, source in sources.items() if source.revision} or None,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
+        except RunError as error:
+            # What was measured of the quality is not thrown away.
+            logger.warning("Sizes and speeds were not measured: %s", error)
     return report

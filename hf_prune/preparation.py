@@ -12,7 +12,7 @@ from hf_prune.checkpoint.folder import check_output_folder
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_config, make_solver, needs_text
 from hf_prune.data.builtin import ModelSource, resolve_model
-from hf_prune.data.windows import default_seq_length
+from hf_prune.data.windows import default_seq_length, stored_shape
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.estimate import Estimate, check_fits, estimate
@@ -37,6 +37,7 @@ class Preparation:
     plan_is_final: bool
     estimate: Estimate
     device: torch.device
+    num_samples: int
     seq_length: int
 
 
@@ -59,12 +60,16 @@ def prepare(recipe: Recipe) -> Preparation:
     model_config = load_config(source.path, model, source.revision or model.revision)
     empty = skeleton(model_config, model)
     plan, final = provisional_plan(empty, config, source.base_model)
+    samples = recipe.data.num_calibration_samples
     seq_length = recipe.data.seq_length or default_seq_length(model_config)
-    samples = recipe.data.num_calibration_samples if needs_text(config) else 0
+    if not needs_text(config):
+        samples = 0
+    elif str(recipe.data.dataset_name).endswith(".safetensors"):
+        samples, seq_length = stored_shape(str(recipe.data.dataset_name))
     solver, reconstruction = make_solver(config), make_block_reconstruction(config)
     rule = make_allocation(config)
     predicted = estimate(empty, plan, solver, reconstruction, rule, samples, seq_length, model.dtype, device)
-    return Preparation(recipe, config, source, model_config, plan, final, predicted, device, seq_length)
+    return Preparation(recipe, config, source, model_config, plan, final, predicted, device, samples, seq_length)
 
 
 def check_feasible(ready: Preparation) -> None:

@@ -12,7 +12,9 @@ from hf_prune.allocation.base import meet_budget
 from hf_prune.allocation.saved import saved_plan
 from hf_prune.arguments import DataArguments, PruneConfig
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_solver, needs_text
+from hf_prune.engine import distributed
 from hf_prune.engine.measure import measure_views
+from hf_prune.engine.stream import windows_per_forward
 from hf_prune.engine.walk import ViewResult, walk
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, make_plan, select_views
@@ -72,7 +74,7 @@ def plan_pruning(
         assert config.sparsity is not None
         measures = {}
         if rule.needs_weights:
-            windows = None if input_ids is None else input_ids[: rule.measured_windows]
+            windows = None if input_ids is None else _measured(input_ids, rule.measured_windows)
             measures = measure_views(model, views, rule.measure, rule.statistics, windows)
         folder = Path(statistics_folder) if statistics_folder else None
         wanted = rule.decide(model, views, measures, config.sparsity, input_ids, folder)
@@ -83,6 +85,18 @@ def plan_pruning(
     return make_plan(
         model, config, views, densities, patterns=patterns, held=held, skipped=skipped, base_model=base_model
     )
+
+
+# Short windows hold few tokens; the same windows for up to so many processes, each of which wants a forward.
+_LEAST_FORWARDS = 4
+
+
+def _measured(input_ids: Tensor, windows: int | None) -> Tensor:
+    """The first so many calibration windows, or more where they are short."""
+    if windows is None:
+        return input_ids
+    forwards = max(_LEAST_FORWARDS, distributed.world_size())
+    return input_ids[: max(windows, forwards * windows_per_forward(input_ids.shape[1]))]
 
 
 def provisional_plan(model: nn.Module, config: PruneConfig, base_model: str = "") -> tuple[Plan, bool]:

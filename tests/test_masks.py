@@ -1,5 +1,7 @@
 """Mask selection against sorting in plain Python."""
 
+import math
+
 import numpy
 import pytest
 import torch
@@ -56,6 +58,30 @@ def test_the_floor_holds_in_every_row_and_costs_nothing_overall(
     assert int(mask.sum(dim=1).min()) >= floor * columns - 1e-6
     # Whole weights a row can take a little more than the density where rows are short.
     assert int(mask.sum()) <= max(round(density * rows * columns) + 1, rows * int(numpy.ceil(floor * columns)))
+
+
+@given(
+    st.integers(1, 6), st.integers(1, 40), st.integers(1, 12), st.floats(0.02, 1.0), st.sampled_from([0.0, 0.05, 0.3])
+)
+def test_blocks_of_columns_add_up_to_the_whole_matrix(
+    rows: int, columns: int, width: int, density: float, share: float
+) -> None:
+    """As SparseGPT selects: block after block, told what has been kept."""
+    rule = MaskRule(density, min_keep_ratio=share * density)
+    scores = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
+    kept = 0
+    parts = []
+    for start in range(0, columns, width):
+        parts.append(rule.select(scores[:, start : start + width], start=start, kept=kept))
+        kept += int(parts[-1].sum())
+    mask = torch.cat(parts, dim=1)
+    assert int(mask.sum(dim=1).min()) >= share * density * columns - 1e-6
+    if share == 0:
+        assert abs(kept - density * rows * columns) <= 0.5
+    else:
+        assert kept >= density * rows * columns - 0.5
+        # The bound that the verification of a written model holds.
+        assert kept <= rows * (math.ceil(density * columns - 1e-9) + 1)
 
 
 def test_by_row_drops_the_whole_number_of_weights_below_the_share() -> None:

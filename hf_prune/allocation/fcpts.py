@@ -23,7 +23,6 @@ from hf_prune.allocation.density import DENSITIES
 from hf_prune.allocation.erk import ErdosRenyi
 from hf_prune.allocation.histogram import Histogram
 from hf_prune.allocation.learning import Learning
-from hf_prune.engine import distributed
 from hf_prune.engine.statistics import Statistics
 from hf_prune.engine.threshold_training import ThresholdTask, threshold_task
 from hf_prune.errors import BadInputError
@@ -125,8 +124,7 @@ class Fcpts(Allocation):
 
     @property
     def measured_windows(self) -> int | None:
-        # Every process wants a window.
-        return max(MEASURED_WINDOWS, distributed.world_size())
+        return MEASURED_WINDOWS
 
     def measure(self, weight: Tensor, statistics: Statistics | None) -> Layer:
         scale = None

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -58,6 +59,12 @@ class Grid:
     allocation_reference: str | None = None
     repeats: int = 1
     cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def words(self) -> set[str]:
+        """What the peers' commands name in braces."""
+        commands = [cell.command for cell in self.cells if cell.command is not None]
+        return {word for command in commands for _, word, _, _ in Formatter().parse(command) if word}
 
 
 def load_grid(path: str | Path, flags: dict[str, Any] | None = None) -> Grid:

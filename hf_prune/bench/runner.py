@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 
 from hf_prune.bench.grid import Cell, Grid
 from hf_prune.checkpoint.inspect import inspect_checkpoint
-from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
+from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, HfPruneError
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.pruning import load_calibration
 from hf_prune.recipe import dump_yaml, make_recipe
@@ -55,8 +55,13 @@ class Results:
         self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}, "quality": {}}
 
     def runs(self, cell: Cell) -> list[dict[str, Any]]:
-        """Reports of a cell's finished runs, oldest first; append to it and save."""
-        return self.content["runs"].setdefault(cell.key, [])
+        """Reports of a cell's finished runs, oldest first; those that this evaluation has not scored do not count."""
+        return [run for run in self.content["runs"].get(cell.key, []) if run["weights"] in self.quality]
+
+    def add(self, cell: Cell, run: dict[str, Any]) -> None:
+        """Note one more run of a cell."""
+        self.content["runs"].setdefault(cell.key, []).append(run)
+        self.save()
 
     @property
     def quality(self) -> dict[str, dict[str, Any]]:
@@ -174,9 +179,13 @@ class Bench:
         busy = max(0.0, (_processor_seconds() - before) / wall)
         if done.returncode:
             return f"{cell.row}, {cell.setting or 'the only setting'}: exit status {done.returncode}; see {log}"
-        report = json.loads((output / "prune_report.json" if cell.command is None else report_file).read_text())
-        with self._turn:
-            self._finish(cell, output, report, wall, busy)
+        try:
+            report = json.loads((output / "prune_report.json" if cell.command is None else report_file).read_text())
+            with self._turn:
+                self._finish(cell, output, report, wall, busy)
+        except (HfPruneError, OSError, KeyError, ValueError) as error:
+            # A model that cannot be scored or a peer without a report is a row that failed; the others go on.
+            return f"{cell.row}, {cell.setting or 'the only setting'}: {type(error).__name__}: {error}; see {log}"
         shutil.rmtree(output, ignore_errors=True)
         return None
 
@@ -185,7 +194,8 @@ class Bench:
         digest = _digest(output)
         if digest not in self.results.quality:
             self.results.quality[digest] = self._score(str(output), f"{cell.row} {cell.setting}")
-        self.results.runs(cell).append(
+        self.results.add(
+            cell,
             {
                 "row": cell.row,
                 "setting": cell.setting,
@@ -199,9 +209,8 @@ class Bench:
                 "versions": report.get("versions"),
                 "densities": _densities(report),
                 **(self.look(cell, output) if self.look else {}),
-            }
+            },
         )
-        self.results.save()
         quality = self.results.quality[digest]
         logger.info(
             "%s %s seed %d: perplexity %.2f, %.1f s, %.2f cores busy elsewhere",
@@ -223,8 +232,8 @@ class Bench:
             return [sys.executable, "-m", "hf_prune", "prune", "--config", str(recipe)]
         # Each word is filled in by itself: a path with a space stays one argument.
         known = {
-            **{key: str(value) for key, value in cell.values.items()},
             **self.variables,
+            **{key: str(value) for key, value in cell.values.items()},
             "model": str(self.source.path),
             "token_ids": str(token_ids),
             "output": str(output),
@@ -256,6 +265,9 @@ class Bench:
         model = load_model(place, self.recipe.model, device, revision)
         with torch.inference_mode():
             measured = self._evaluation.measure(model, label)
+        # The next run is another process.
+        del model
+        free_memory()
         summary = inspect_checkpoint(place, revision).summary
         return {
             "perplexity": float(measured.nll.mean().exp()),
@@ -272,7 +284,10 @@ def _place(number: int, at_once: int) -> dict[str, str]:
         return {}
     place = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // at_once, 1))}
     if torch.cuda.device_count() > 1:
-        place["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        # What this process was allotted, where somebody did.
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = [name for name in given.split(",") if name] or [str(n) for n in range(torch.cuda.device_count())]
+        place["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
     return place
 
 

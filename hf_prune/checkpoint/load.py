@@ -44,6 +44,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def free_memory() -> None:
+    """Give GPU memory that nothing uses back to the machine: other processes want it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def load_config(path: str, arguments: ModelArguments, revision: str | None = None) -> PreTrainedConfig:
     """The config of a causal language model; weights of a local folder are checked for whole files at once.
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.checkpoint import verify_folder as script
+from hf_prune.checkpoint.load import free_memory
 
 PROBE_SHAPE = (2, 32)
 PROBE_TEXT = "Pruning keeps 50 % of the weights;\n\nthe naïve baseline keeps 100 %."
@@ -30,12 +31,14 @@ def verify_folder(
     *,
     trust_remote_code: bool = False,
     seed: int = 0,
+    release_model: bool = False,
 ) -> list[dict[str, Any]]:
     """Load `folder` with plain transformers in a fresh process and compare it with `model`.
 
     model: what was saved, still in memory, whole on one device (CPU or GPU; the child uses the same).
     views: the entries of prune_plan.json, each with "kept", the largest number of nonzero weights allowed.
     tokenizer: what was saved with it; without one there is no tokenizer row.
+    release_model: give the model's memory back before the other process loads its own: it is left on the meta device.
 
     Returns rows {"check": str, "passed": bool, "detail": str}; failing rows name the modules. A child that dies gives
     one failed row with its last words. Nothing is raised for a failed check: the caller decides.
@@ -45,6 +48,9 @@ def verify_folder(
         expected, logits = expectation(model, views, tokenizer, trust_remote_code=trust_remote_code, seed=seed)
         expected_file.write_text(json.dumps(expected))
         save_file({"logits": logits.contiguous()}, Path(scratch, "probe_logits.safetensors"))
+        if release_model:
+            model.to("meta")
+            free_memory()
         # -P: the script's own folder stays off sys.path, where inspect.py would hide the standard library's.
         files = [script.__file__, str(Path(folder).resolve()), str(expected_file), str(report_file)]
         command = [sys.executable, "-P", *files]

@@ -32,17 +32,19 @@ def main(arguments: list[str]) -> None:
     path, flags = split_positional(arguments, "the benchmark's file")
     work_folder, readme = take_text(flags, "work_folder") or "bench", take_text(flags, "readme")
     chosen = [set(coerce(key, flags.pop(key, []), list[str])) for key in ("rows", "settings")]
-    max_minutes = coerce("max_minutes", flags.pop("max_minutes", math.inf), float)
-    from hf_prune.arguments import SECTIONS
+    max_minutes = coerce("max_minutes", flags.pop("max_minutes"), float) if "max_minutes" in flags else math.inf
     from hf_prune.bench import summary
     from hf_prune.bench.grid import load_grid
     from hf_prune.bench.runner import Bench
-    from hf_prune.fields import field_types
+    from hf_prune.compose import is_recipe_key
 
     quiet_libraries()
-    known = {key for section in SECTIONS.values() for key in field_types(section)}
-    grid = load_grid(path, {key: value for key, value in flags.items() if key in known})
-    bench = Bench(grid, Path(work_folder), {key: str(value) for key, value in flags.items() if key not in known})
+    own = {key: value for key, value in flags.items() if is_recipe_key(key)}
+    grid = load_grid(path, own)
+    variables = {key: str(value) for key, value in flags.items() if key not in own}
+    for key in variables.keys() - grid.words:
+        raise BadInputError(f"{key}: neither a key of a recipe nor a word of a peer's command in {path}.")
+    bench = Bench(grid, Path(work_folder), variables)
     for names, known_names in zip(chosen, ({row["name"] for row in grid.rows}, set(grid.settings)), strict=True):
         if names - known_names:
             raise BadInputError(f"{min(names - known_names)!r} is neither a row nor a setting of {path}.")

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     recipe = make_recipe({**values, **flags, "model_name_or_path": model})
     if recipe.prune_options:
         # The recipe's own pruning keys are fine here; anything else is a slip.
-        make_config({"method": "magnitude", **recipe.prune_options})
+        make_config(recipe.prune_options)
     report = evaluate(recipe, baseline, baseline_revision)
     out = console()
     out.print(tables.evaluation_table(report))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from hf_prune.data.text import TextData, adds_bos
@@ -91,6 +91,17 @@ def stored_windows(path: str) -> torch.Tensor:
     if windows is None or windows.ndim != 2 or windows.dtype != torch.int64 or not windows.numel():
         raise BadInputError(f"dataset_name: {path} holds no input_ids of int64 [samples, tokens]; write some there.")
     return windows
+
+
+def stored_shape(path: str) -> tuple[int, int]:
+    """(samples, tokens) of windows that were cut before, without reading them."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            samples, tokens = tensors.get_slice("input_ids").get_shape()
+    except (OSError, SafetensorError, ValueError):
+        # Says what is wrong with the file.
+        samples, tokens = stored_windows(path).shape
+    return samples, tokens
 
 
 def evaluation_windows(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune.engine import distributed
 from hf_prune.engine.capture import BlockRunner
-from hf_prune.engine.statistics import Statistics
+from hf_prune.engine.statistics import Statistics, check_finite
 from hf_prune.engine.stream import Stream
 from hf_prune.errors import BadInputError
 from hf_prune.progress import progress
@@ -31,6 +31,7 @@ def measure_views(
 
     Raises:
         BadInputError: calibration text is needed and missing.
+        RunError: a layer's inputs hold NaN or Inf.
     """
     if not kinds:
         own = list(views)[distributed.rank() :: distributed.world_size()]
@@ -50,6 +51,7 @@ def measure_views(
                     owner = number % distributed.world_size()
                     statistics.finish(lambda tensor, owner=owner: distributed.sum_at(tensor, owner))  # type: ignore[misc]
                     if owner == distributed.rank():
+                        check_finite(statistics, members[0].name)
                         measured |= {view.name: measure(view.read(), statistics) for view in members}
                     statistics.release()
             if index < last:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hf_prune.errors import RunError
+
 KINDS = frozenset({"gram", "sum_of_squares", "sum"})
 # Column panels of the Gram matrix: only those on and above the diagonal are multiplied, 9/16 of the work at 8.
 _PANELS = 8
@@ -104,6 +106,12 @@ class Statistics:
             gram = self._totals["gram"]
             gram.copy_(gram.triu() + gram.triu(1).T)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all sums are; those of a Gram matrix are where its diagonal is."""
+        sums = [total for total in (self.sum_of_squares, self.sum) if total is not None]
+        return all(bool(torch.isfinite(total).all()) for total in sums)
+
     def release(self) -> None:
         """Drop sums and everything derived from them: a block's statistics end with its solves."""
         self._totals.clear()
@@ -114,6 +122,12 @@ class Statistics:
         if key not in self._derived:
             self._derived[key] = function(self)
         return self._derived[key]
+
+
+def check_finite(statistics: Statistics, name: str) -> None:
+    """Raise RunError, naming the layer, where its inputs overflowed."""
+    if not statistics.is_finite:
+        raise RunError(f"{name}: its calibration inputs hold NaN or Inf; use dtype bfloat16 or float32.")
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:

@@ -14,6 +14,13 @@ from hf_prune.weights import WeightView
 
 # Tokens a forward: large enough for full-speed matrix products, small enough to keep activations out of the peak.
 TOKENS_PER_FORWARD = 1024
+
+
+def windows_per_forward(seq_length: int) -> int:
+    """Calibration windows that go through a block together."""
+    return max(TOKENS_PER_FORWARD // seq_length, 1)
+
+
 Groups = list[tuple[Statistics, list[WeightView]]]
 
 
@@ -30,8 +37,7 @@ class Stream:
 
     def __init__(self, runner: BlockRunner, input_ids: Tensor) -> None:
         # How samples are grouped never depends on the number of processes.
-        samples = max(TOKENS_PER_FORWARD // input_ids.shape[1], 1)
-        chunks = list(input_ids.split(samples))
+        chunks = list(input_ids.split(windows_per_forward(input_ids.shape[1])))
         if len(chunks) < distributed.world_size():
             raise BadInputError(
                 f"num_calibration_samples: {len(input_ids)} windows make {len(chunks)} forwards, fewer than the "

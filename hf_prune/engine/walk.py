@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_prune.engine import distributed
 from hf_prune.engine.block_training import BlockTask, train_block
 from hf_prune.engine.capture import BlockRunner
-from hf_prune.engine.statistics import Statistics
+from hf_prune.engine.statistics import Statistics, check_finite
 from hf_prune.engine.statistics_cache import StatisticsCache
 from hf_prune.engine.stream import Stream
 from hf_prune.errors import BadInputError, RunError
@@ -48,7 +48,8 @@ class ViewResult:
     Attributes:
         kept: weights that are not zero afterwards, counted in the model's dtype.
         zeros_before: weights that were zero before.
-        error: relative output error ||(W' - W) X||^2 / ||W X||^2 on the calibration inputs; None without a Gram matrix.
+        error: relative output error ||(W' - W) X||^2 / ||W X||^2 on the calibration inputs; None without a Gram matrix,
+            and where the block was trained afterwards.
         change: how far a weight was moved, root mean square, as the output felt it: sqrt(error) times the weights' own
             root mean square; without a Gram matrix that of W' - W.
     """
@@ -150,7 +151,8 @@ def walk(
                         stream, index, [(view, changes[view.name]) for view in own], outputs, reconstruction
                     )
                     kept = {view.name: view.count_nonzero() for view in own}
-                    solved = [replace(view, kept=kept[view.name]) for view in solved]
+                    # The errors were those of the solve.
+                    solved = [replace(view, kept=kept[view.name], error=None) for view in solved]
                 result.views += solved
             if index < last:
                 stream.advance(index, None if propagate else outputs)
@@ -197,6 +199,7 @@ def _solve(
     results: list[ViewResult] = []
     for (statistics, members), owner in zip(groups, owners, strict=True):
         if owner == distributed.rank():
+            check_finite(statistics, members[0].name)
             results += [_prune(view, statistics, solver, rules[view.name]) for view in members]
             statistics.release()
     for (_, members), owner in zip(groups, owners, strict=True):

@@ -63,7 +63,7 @@ def one_window_nll(model: PreTrainedModel, window: Tensor) -> float:
     targets = window[1:].to(logits.device)
     chunks = zip(logits.split(POSITIONS_PER_CHUNK), targets.split(POSITIONS_PER_CHUNK), strict=True)
     losses = [torch.nn.functional.cross_entropy(rows.float(), ids, reduction="none") for rows, ids in chunks]
-    return torch.cat(losses).double().mean().item()
+    return torch.cat(losses).cpu().double().mean().item()
 
 
 def perplexity(nll: Tensor) -> float:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.engine.statistics import Statistics
-from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Criterion, MethodInfo, register
 
 
@@ -62,14 +61,6 @@ class FcptsConfig(PruneConfig):
 }""",
     )
     criterion_name = "fcpts"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train_weights and self.allocation != "fcpts":
-            raise BadInputError(
-                f"train_weights: weights are learned together with thresholds, which allocation {self.allocation} does "
-                "not learn; set allocation to fcpts."
-            )
 
     def make_criterion(self) -> Criterion:
         return ThresholdedScore(self.fcpts_score)

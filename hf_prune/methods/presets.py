@@ -22,7 +22,10 @@ class FastConfig(SparseGPTConfig):
 @register
 @dataclass
 class BalancedConfig(AdmmConfig):
-    """A short ADMM, 20 iterations with a faster growing rho, on densities of a short learning (FCPTS)."""
+    """A short ADMM with a faster growing rho, on densities of a short learning (FCPTS).
+
+    Where a pattern leaves no densities to learn, half a pass of block reconstruction takes that time instead.
+    """
 
     method: str | None = "balanced"
     allocation: str = "auto"
@@ -34,12 +37,14 @@ class BalancedConfig(AdmmConfig):
     iterations: int = 20
     rho_growth: float = 2.0
     factorization: str = "cholesky"
+    reconstruct: str = "auto"
+    reconstruct_passes: float = 0.5
 
     info = replace(
         AdmmConfig.info,
         name="balanced",
         title="Balanced preset (short ADMM)",
-        summary="the default: quickly learned densities (FCPTS) unless n:m, a short ADMM search, a refit",
+        summary="the default: quickly learned densities (FCPTS), a short ADMM; half a pass of block training under n:m",
     )
 
 

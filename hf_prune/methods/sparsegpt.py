@@ -97,11 +97,13 @@ class SparseGPT(Criterion, Update):
         group = rule.pattern.m or 1
         # A block and a panel must hold whole groups of m.
         width, panel = (max(size // group, 1) * group for size in (self.block_size, _PANEL))
+        kept = 0
         for start in range(0, len(columns), width):
             stop = min(start + width, len(columns))
             if mask is None and group == 1:
                 cost = (columns[start:stop] / factor.diagonal()[start:stop, None]).square()
-                keep[start:stop] = rule.select(cost.T.contiguous()).T
+                keep[start:stop] = rule.select(cost.T.contiguous(), start=start, kept=kept).T
+                kept += int(keep[start:stop].sum())
             errors = torch.empty_like(columns[start:stop])
             for left in range(start, stop, panel):
                 right = min(left + panel, stop)

@@ -143,6 +143,6 @@ def held_out_loss(task: BlockTask) -> float:
     with torch.no_grad():
         for batch in task.held_out:
             output, target = task.outputs(batch)
-            sums += torch.stack([loss(output, target).sum(), target.float().square().sum()]).double().cpu()
+            sums += torch.stack([loss(output, target).sum(), target.float().square().sum()]).cpu().double()
     task.total(sums)
     return float(sums[0] / sums[1].clamp(min=torch.finfo(torch.float64).tiny))

@@ -25,7 +25,7 @@ from hf_prune.engine.teacher import TeacherLogits
 from hf_prune.engine.threshold_training import ThresholdTask
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan
-from hf_prune.pruning import plan_pruning, prune
+from hf_prune.pruning import plan_pruning, provisional_plan, prune
 from hf_prune.weights import find_blocks, find_views
 
 
@@ -281,6 +281,8 @@ def test_training_weights_is_for_the_method_alone() -> None:
         make_config({"method": "sparsegpt", "allocation": "fcpts", "train_weights": True})
     with pytest.raises(BadInputError, match="nothing to decide"):
         make_config({"method": "fcpts", "pattern": "2:4"})
+    plan, final = provisional_plan(tiny_model("llama"), make_config({"method": "fcpts", "train_weights": True}))
+    assert (final, plan.allocation, plan.sparsity) == (False, "fcpts", 0.5)
     with pytest.raises(BadInputError, match="train_weights: weights are learned together with thresholds"):
         make_config({"method": "fcpts", "allocation": "erk", "train_weights": True})
     for key, value in {

@@ -183,6 +183,29 @@ def test_what_is_finished_is_not_run_again(place: Path, results: dict) -> None:
     assert len(changed) == 1 and changed[0].startswith("peer")
 
 
+def test_flags_are_recipe_keys_or_words_of_a_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*arguments(place), "--eval_max_window", "5"]) == 2
+    assert "eval_max_window: neither a key of a recipe" in capsys.readouterr().err
+    grid = load_grid(place / "grid.yaml", {"min_keep_ratio": 0.1})
+    assert grid.words == {"script", "model", "token_ids", "output", "report", "sparsity"}
+    assert {cell.values["min_keep_ratio"] for cell in grid.cells} == {0.1}
+    bench = Bench(grid, place / "flags", {"script": "s", "sparsity": "0.9"})
+    (peer,) = (cell for cell in grid.cells if cell.command)
+    assert bench._command(peer, Path("out"), Path("report"))[-1] == "0.5"
+
+
+@pytest.mark.slow
+def test_a_peer_without_a_report_is_a_row_that_failed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (place / "grid.yaml").read_text().replace("repeats: 2", "repeats: 1").replace("[0, 3]", "[0]")
+    (place / "silent.yaml").write_text(text)
+    (place / "silent.py").write_text("")
+    flags = ["--work_folder", str(place / "silent"), "--script", str(place / "silent.py"), "--settings", "50 %"]
+    assert cli.main(["bench", str(place / "silent.yaml"), *flags]) == 1
+    assert "peer, 50 %: FileNotFoundError" in capsys.readouterr().err
+    with (place / "silent" / "small.csv").open() as file:
+        assert [row["row"] for row in csv.DictReader(file)] == ["wanda"]
+
+
 @pytest.mark.slow
 def test_a_row_that_fails_does_not_take_the_others_along(place: Path, capsys: pytest.CaptureFixture) -> None:
     text = (place / "grid.yaml").read_text().replace("repeats: 2", "repeats: 1").replace("[0, 3]", "[0]")

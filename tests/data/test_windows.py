@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, Gemma3Config, GPT2Config, LlamaConfig, PreTrainedTokenizer
 from transformers import PreTrainedTokenizerFast as Fast
 
 from hf_prune.data.text import TextData, load_text
-from hf_prune.data.windows import calibration_windows, default_seq_length, evaluation_windows
+from hf_prune.data.windows import calibration_windows, default_seq_length, evaluation_windows, stored_shape
 from hf_prune.errors import BadInputError
 
 FIXTURES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -236,3 +237,13 @@ def test_a_real_sentencepiece_vocabulary(shared_folder: Path) -> None:
     for row, num_bytes in zip(ids, windows.num_bytes.tolist(), strict=True):
         difference = len(tokenizer.decode(row[1:]).encode()) - num_bytes
         assert abs(difference) <= 1  # its decoder eats a leading space, or leaves one
+
+
+def test_the_shape_of_stored_windows(tmp_path: Path) -> None:
+    save_file({"input_ids": torch.zeros(5, 7, dtype=torch.int64)}, tmp_path / "ids.safetensors")
+    assert stored_shape(str(tmp_path / "ids.safetensors")) == (5, 7)
+    save_file({"tokens": torch.zeros(5, 7)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    for name in ("other", "broken", "absent"):
+        with pytest.raises(BadInputError, match="dataset_name"):
+            stored_shape(str(tmp_path / f"{name}.safetensors"))

@@ -1,5 +1,6 @@
 """Every method on every family: the plan is met, the function is kept as well as the method promises."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from tiny import FAMILIES, tiny_ids, tiny_model
 from torch import nn
 
 from hf_prune.arguments import PruneConfig
-from hf_prune.compose import make_solver
+from hf_prune.compose import make_config, make_solver
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.engine.walk import walk
 from hf_prune.errors import BadInputError, RunError
@@ -194,8 +195,10 @@ def test_what_cannot_work_is_said() -> None:
     overflowing = tiny_model("llama")
     with torch.no_grad():
         overflowing.model.embed_tokens.weight.fill_(torch.inf)
-    with pytest.raises(RunError):
-        prune(overflowing, SparseGPTConfig(sparsity=0.5), input_ids=tiny_ids())
+    for name, own in {"wanda": {}, "sparsegpt": {}, "balanced": {"allocation": "uniform"}, "best": {}}.items():
+        config = make_config({"method": name, "sparsity": 0.5, **own})
+        with pytest.raises(RunError, match=r"layers\.0\.\S+: its calibration inputs hold NaN or Inf"):
+            prune(copy.deepcopy(overflowing), config, input_ids=tiny_ids())
 
 
 def test_a_plan_of_another_model_is_refused() -> None:

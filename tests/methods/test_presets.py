@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_prune.compose import make_config, own_options
+from hf_prune.compose import make_block_reconstruction, make_config, own_options
 from hf_prune.errors import BadInputError
 from hf_prune.methods.presets import BalancedConfig, BestConfig
 
@@ -34,3 +34,28 @@ def test_auto_takes_the_keys_of_what_it_stands_for() -> None:
     assert (config.allocation, own_options(config)["fcpts_steps"]) == ("fcpts", 3)
     with pytest.raises(BadInputError, match=r"fcpts_steps: this key belongs to allocation: fcpts"):
         make_config({"method": "admm", "allocation": "auto", "pattern": "2:4", "fcpts_steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "none"),
+        ({"pattern": "2:4"}, "block"),
+        ({"pattern": "2:4", "propagate": False}, "none"),
+        ({"pattern": "2:4", "propagate": "false"}, "none"),
+        ({"pattern": "2:4", "reconstruct": "none"}, "none"),
+        ({"reconstruct": "block"}, "block"),
+    ],
+)
+def test_blocks_are_trained_where_no_densities_are_learned(options: dict, expected: str) -> None:
+    config = make_config({"method": "balanced", **options})
+    assert config.reconstruct == expected
+    assert ("reconstruct_passes" in own_options(config)) == (expected == "block")
+    assert (make_block_reconstruction(config) is not None) == (expected == "block")
+
+
+def test_any_method_may_leave_the_reconstruction_open() -> None:
+    config = make_config({"method": "wanda", "pattern": "4:8", "reconstruct": "auto", "reconstruct_passes": 3})
+    assert (config.reconstruct, own_options(config)["reconstruct_passes"]) == ("block", 3)
+    with pytest.raises(BadInputError, match="reconstruct_passes: this key belongs to reconstruct: block"):
+        make_config({"method": "wanda", "reconstruct": "auto", "reconstruct_passes": 3})
