@@ -49,7 +49,7 @@ def verify_folder(
         expected_file.write_text(json.dumps(expected))
         save_file({"logits": logits.contiguous()}, Path(scratch, "probe_logits.safetensors"))
         if release_model:
-            model.to("meta")
+            torch.nn.Module.to(model, "meta")
             free_memory()
         # -P: the script's own folder stays off sys.path, where inspect.py would hide the standard library's.
         files = [script.__file__, str(Path(folder).resolve()), str(expected_file), str(report_file)]
