@@ -214,8 +214,8 @@ def _check_training(config: PruneConfig) -> None:
         "criterion": (None, "fcpts"),
         "update": (None, "none"),
         "reconstruct": ("none",),
+        "fcpts_score": (None, "magnitude"),
     }
-    wanted["fcpts_score"] = (None, "magnitude")
     for key, allowed in wanted.items():
         value = getattr(config, key, None)
         if value not in allowed:

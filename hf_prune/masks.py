@@ -34,14 +34,15 @@ class MaskRule:
     pattern: Pattern = UNSTRUCTURED
     min_keep_ratio: float = 0.0
 
-    def select(self, scores: Tensor, by_row: bool = False, start: int = 0, kept: int = 0) -> Tensor:
+    def select(self, scores: Tensor, by_row: bool = False, start: int = 0, kept: int = 0, width: int = 0) -> Tensor:
         """Keep the highest scores.
 
         Args:
             scores: [out, in], float32; a whole matrix or a block of its columns.
             by_row: compare inside each output row rather than over the whole matrix.
             start: the block's first column, and
-            kept: what the blocks before it have kept, so that blocks add up to what the whole matrix would keep.
+            kept: what the blocks before it have kept, so that blocks add up to what the whole matrix would keep, and
+            width: the whole matrix's columns (those of `scores` unless given), so that room is left for later floors.
 
         Returns:
             bool [out, in], True where a weight is kept.
@@ -53,13 +54,18 @@ class MaskRule:
             dropped = math.floor(columns * (1 - self.density) + _ROUNDING)
             return select_largest(scores, columns - dropped)
         stop = start + columns
-        wanted = rows * stop - round(rows * stop * (1 - self.density)) - kept
+        width = width or stop
+        ahead = rows * (self._floor(width) - self._floor(stop))
+        wanted = min(self._kept(rows * stop), self._kept(rows * width) - ahead) - kept
         floor = self._floor(stop) - self._floor(start)
         if not floor:
             return select_largest(scores.reshape(1, -1), wanted).reshape(rows, columns)
         held = select_largest(scores, floor)
         rest = scores.masked_fill(held, -torch.inf).reshape(1, -1)
         return held | select_largest(rest, max(wanted - rows * floor, 0)).reshape(rows, columns)
+
+    def _kept(self, weights: int) -> int:
+        return weights - round(weights * (1 - self.density))
 
     def _floor(self, columns: int) -> int:
         return math.ceil(columns * self.min_keep_ratio - _ROUNDING)

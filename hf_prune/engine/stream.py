@@ -14,14 +14,12 @@ from hf_prune.weights import WeightView
 
 # Tokens a forward: large enough for full-speed matrix products, small enough to keep activations out of the peak.
 TOKENS_PER_FORWARD = 1024
+Groups = list[tuple[Statistics, list[WeightView]]]
 
 
 def windows_per_forward(seq_length: int) -> int:
     """Calibration windows that go through a block together."""
     return max(TOKENS_PER_FORWARD // seq_length, 1)
-
-
-Groups = list[tuple[Statistics, list[WeightView]]]
 
 
 class Stream:

@@ -102,7 +102,7 @@ class SparseGPT(Criterion, Update):
             stop = min(start + width, len(columns))
             if mask is None and group == 1:
                 cost = (columns[start:stop] / factor.diagonal()[start:stop, None]).square()
-                keep[start:stop] = rule.select(cost.T.contiguous(), start=start, kept=kept).T
+                keep[start:stop] = rule.select(cost.T.contiguous(), start=start, kept=kept, width=len(columns)).T
                 kept += int(keep[start:stop].sum())
             errors = torch.empty_like(columns[start:stop])
             for left in range(start, stop, panel):
