@@ -27,6 +27,7 @@ class Cell:
     """One run: a row under a setting with a seed.
 
     `values` is its flat recipe (for a peer, what its command may name in braces); `command` is a peer's command line.
+    `options` are the pruning keys with every default filled in: a preset that changes makes other runs of its rows.
     """
 
     row: str
@@ -34,11 +35,12 @@ class Cell:
     seed: int
     values: dict[str, Any]
     command: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """The same for the same run, whatever else changes in the file: finished cells are found by it."""
-        content = json.dumps([self.values, self.command, self.seed], sort_keys=True)
+        content = json.dumps([self.values, self.command, self.seed, self.options], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -130,7 +132,9 @@ def _cells(grid: Grid, row: dict[str, Any]) -> list[Cell]:
         for seed in row.get("seeds") or [grid.common.get("seed", 0)]:
             values = {**grid.common, **grid.settings[setting], **own, "seed": seed}
             recipe = make_recipe(values)
+            options: dict[str, Any] = {}
             if row.get("command") is None:
-                make_config(recipe.prune_options)
-            cells.append(Cell(row["name"], setting, int(seed), values, row.get("command")))
+                config = make_config(recipe.prune_options)
+                options = {**vars(config), **config.options}
+            cells.append(Cell(row["name"], setting, int(seed), values, row.get("command"), options))
     return cells

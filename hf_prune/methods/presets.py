@@ -29,13 +29,13 @@ class BalancedConfig(AdmmConfig):
 
     method: str | None = "balanced"
     allocation: str = "auto"
-    fcpts_steps: int = 8
+    fcpts_steps: int = 6
     fcpts_learning_rate: float = 0.1
     # Too few steps to come back from ERK's densities.
     fcpts_start: str = "uniform"
     fcpts_held_out: float = 0.03
-    iterations: int = 20
-    rho_growth: float = 2.0
+    iterations: int = 12
+    rho_growth: float = 3.0
     factorization: str = "cholesky"
     reconstruct: str = "auto"
     reconstruct_passes: float = 0.5
