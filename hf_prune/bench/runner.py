@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -117,8 +117,16 @@ class Bench:
         """Of the dense model."""
         return self.source.revision or self.recipe.model.revision
 
-    def run(self, rows: set[str], settings: set[str], at_once: int = 1, max_minutes: float = math.inf) -> list[str]:
-        """Run whatever is not finished of some rows and settings (of all where none is named).
+    def run(
+        self,
+        rows: Collection[str] = (),
+        settings: Collection[str] = (),
+        seeds: Collection[int] = (),
+        *,
+        at_once: int = 1,
+        max_minutes: float = math.inf,
+    ) -> list[str]:
+        """Run whatever is not finished of some rows, settings and seeds (of all where none is named).
 
         Args:
             at_once: cells that are pruned side by side.
@@ -135,7 +143,9 @@ class Bench:
             cells = [
                 cell
                 for cell in self.grid.cells[:: -1 if repeat % 2 else 1]
-                if (not rows or cell.row in rows) and (not settings or cell.setting in settings)
+                if (not rows or cell.row in rows)
+                and (not settings or cell.setting in settings)
+                and (not seeds or cell.seed in seeds)
             ]
             waiting = [cell for cell in cells if len(self.results.runs(cell)) <= repeat]
             for cell in waiting:

@@ -17,8 +17,8 @@ evaluator. What is finished is kept in the work folder: start again to go on. Wr
 there, and the table into the README between its lines <!-- benchmark:NAME:start --> and
 <!-- benchmark:NAME:end -->.
 
---rows and --settings take names: only those are run this time; the tables hold everything that is finished. After
---max_minutes no further run is begun.
+--rows and --settings take names, --seeds numbers: only those are run this time; the tables hold everything that is
+finished. After --max_minutes no further run is begun.
 A flag that is a recipe key is laid over the grid's common keys; any other fills the {word} of the same name in a peer's
 command, which may also name {model}, {token_ids}, {output}, {report} and every recipe key.
 """
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> None:
     path, flags = split_positional(arguments, "the benchmark's file")
     work_folder, readme = take_text(flags, "work_folder") or "bench", take_text(flags, "readme")
     chosen = [set(coerce(key, flags.pop(key, []), list[str])) for key in ("rows", "settings")]
+    seeds = [coerce("seeds", seed, int) for seed in coerce("seeds", flags.pop("seeds", []), list[str])]
     max_minutes = coerce("max_minutes", flags.pop("max_minutes"), float) if "max_minutes" in flags else math.inf
     from hf_prune.bench import summary
     from hf_prune.bench.grid import load_grid
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
     for names, known_names in zip(chosen, ({row["name"] for row in grid.rows}, set(grid.settings)), strict=True):
         if names - known_names:
             raise BadInputError(f"{min(names - known_names)!r} is neither a row nor a setting of {path}.")
-    failures = bench.run(chosen[0], chosen[1], max_minutes=max_minutes)
+    failures = bench.run(*chosen, seeds, max_minutes=max_minutes)
     lines = summary.summarise(grid, bench.results)
     table = summary.markdown(grid, bench.results, lines)
     folder = Path(work_folder)

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     out = console()
     for sentence in refused:
         out.print(f"Left out: {sentence}", markup=False, soft_wrap=True)
-    failures = bench.run(set(), set(), max(at_once, 1))
+    failures = bench.run(at_once=max(at_once, 1))
     lines = sweep.table(grid, bench.results, folder)
     if not lines:
         raise RunError(f"all {len(grid.cells)} runs failed: {failures[0]}")
