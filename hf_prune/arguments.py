@@ -83,6 +83,7 @@ class PruneConfig:
     info: ClassVar[Any] = None
     criterion_name: ClassVar[str | None] = None
     update_name: ClassVar[str] = "none"
+    structured: ClassVar[bool] = False
 
     def make_criterion(self) -> Any:
         """The method's criterion, None where it has none."""
@@ -121,6 +122,68 @@ class PruneConfig:
         for key in ("targets", "ignore"):
             for pattern_text in getattr(self, key) or []:
                 check_module_pattern(key, pattern_text)
+
+
+UNITS = ("mlp", "attention", "heads", "depth")
+LAYOUTS = ("shrink", "pad")
+
+
+@dataclass
+class StructuredConfig(PruneConfig):
+    """What every structured method decides: which units go, so that the model becomes smaller.
+
+    Here `sparsity` is the share of the blocks' parameters that is removed.
+
+    Args:
+        units: what is removed: `mlp` neurons, whole key-value groups of `attention`, query `heads` (the same number in
+            every key-value group), whole blocks (`depth`).
+        budget: how the removed parameters are shared out over the units, `[mlp=0.8, depth=0.2]`; `search` tries several
+            ways on calibration windows held out; unless given, `mlp`, `attention` and `heads` lose equal shares of
+            their own parameters, and `depth` its part by number of units.
+        round_to: MLP widths stay multiples of this (8, 16, 64, 128).
+        layout: `shrink`, the same width in every block; `pad`, widths by `allocation`, stored with zeros to the widest.
+    """
+
+    units: list[str] | None = None
+    budget: list[str] | None = None
+    round_to: int = 1
+    layout: str = "shrink"
+
+    structured: ClassVar[bool] = True
+
+    def make_reducer(self, seed: int = 0) -> Any:
+        """The method's arithmetic for one group of units."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        if self.sparsity is None:
+            self.sparsity = 0.2
+        super().__post_init__()
+        for key, plain in (("criterion", None), ("update", None), ("reconstruct", "none"), ("pattern", "unstructured")):
+            if getattr(self, key) != plain:
+                raise BadInputError(f"{key}: method {self.method} removes whole units and sets no zeros; leave it out.")
+        for key, plain in (("targets", None), ("ignore", None), ("min_keep_ratio", 0.0)):
+            if getattr(self, key) != plain:
+                raise BadInputError(f"{key}: method {self.method} takes whole units; choose them with units.")
+        self.units = list(self.units or ["mlp"])
+        for unit in self.units:
+            if unit not in UNITS:
+                raise BadInputError(f"units: {unit!r} is unknown; choose of {', '.join(UNITS)}.")
+        if {"attention", "heads"} <= set(self.units):
+            raise BadInputError(
+                "units: attention removes key-value groups and heads thins them; choose one of the two."
+            )
+        if self.round_to < 1:
+            raise BadInputError(f"round_to: {self.round_to} is no width; use 1, 8, 16, 64 or 128.")
+        if self.layout not in LAYOUTS:
+            raise BadInputError(f"layout: {self.layout!r} is unknown; choose {', '.join(LAYOUTS)}.")
+        if self.layout == "shrink" and self.allocation != "uniform":
+            raise BadInputError(
+                f"allocation: {self.allocation} gives every block its own width, which a stock config cannot say; set "
+                "layout to pad or leave allocation out."
+            )
+        if self.layout == "pad" and self.units != ["mlp"]:
+            raise BadInputError("layout: pad fills MLPs up with zeros; set units to mlp.")
 
 
 def resolved_allocation(name: str, pattern: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from hf_prune.allocation import ALLOCATIONS, Allocation
-from hf_prune.arguments import SECTIONS, PruneConfig, resolved_allocation, resolved_reconstruct
+from hf_prune.arguments import SECTIONS, PruneConfig, StructuredConfig, resolved_allocation, resolved_reconstruct
 from hf_prune.errors import BadInputError
 from hf_prune.fields import coerce, field_types, fill, unknown_key
 from hf_prune.methods import find_method, methods
@@ -36,6 +36,8 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
     config.options = {
         key: coerce(key, value, known[key]) for key, value in values.items() if key not in field_types(main)
     }
+    if isinstance(config, StructuredConfig):
+        return config
     # The parts check their own values.
     make_solver(config)
     make_block_reconstruction(config)
@@ -227,6 +229,9 @@ def _check_training(config: PruneConfig) -> None:
 
 def needs_text(config: PruneConfig) -> bool:
     """Whether anything of the run looks at calibration text."""
+    if isinstance(config, StructuredConfig):
+        reducer = config.make_reducer()
+        return bool(reducer.statistics or reducer.needs_gradients or "depth" in (config.units or []))
     allocation = make_allocation(config)
     return bool(
         make_solver(config).statistics or (allocation and allocation.needs_text) or config.reconstruct != "none"

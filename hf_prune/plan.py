@@ -45,7 +45,11 @@ class ViewPlan:
 
 @dataclass
 class Plan:
-    """Every weight matrix that will be pruned, in the order of the walk, and what was left out and why."""
+    """Every weight matrix that will be pruned, in the order of the walk, and what was left out and why.
+
+    With a `structure` (sizes of the blocks before and after, see `structure.budget.Structure`) whole units go: `sparsity`
+    is then the share of the blocks' parameters that is removed, and the views are those of the smaller model.
+    """
 
     base_model: str
     architecture: str
@@ -55,6 +59,7 @@ class Plan:
     min_keep_ratio: float
     views: list[ViewPlan]
     skipped: list[dict[str, str]] = field(default_factory=list)
+    structure: dict[str, Any] | None = None
 
     def rule(self, view: ViewPlan) -> MaskRule:
         """The selection rule of one weight matrix."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_prune.allocation.base import meet_budget
 from hf_prune.allocation.saved import saved_plan
-from hf_prune.arguments import DataArguments, PruneConfig
+from hf_prune.arguments import DataArguments, PruneConfig, StructuredConfig
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_solver, needs_text
 from hf_prune.engine import distributed
 from hf_prune.engine.measure import measure_views
@@ -19,6 +19,9 @@ from hf_prune.engine.walk import ViewResult, walk
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reconstruction.block import BlockOutcome
+from hf_prune.reduction import as_sparsity, mlp_views, plan_reduction, reduce
+from hf_prune.structure.walk import ReduceResult
+from hf_prune.weights import WeightView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,16 +38,20 @@ class PruneResult:
         views: what became of each, in the plan's order.
         forward_passes: forwards over the calibration set that the walk took.
         reconstruction: outcome of each block's training by the block's index, where there was one.
+        reduction: which units stayed, where whole units went.
     """
 
     plan: Plan
     views: list[ViewResult]
     forward_passes: float
     reconstruction: dict[int, BlockOutcome] = field(default_factory=dict)
+    reduction: ReduceResult | None = None
 
     @property
     def sparsity(self) -> float:
-        """Share of the pruned matrices' weights that are zero."""
+        """Share of the pruned matrices' weights that are zero; where units went, of the blocks' parameters that did."""
+        if self.reduction is not None:
+            return self.plan.sparsity
         return 1 - sum(view.kept for view in self.views) / sum(view.numel for view in self.plan.views)
 
 
@@ -64,27 +71,52 @@ def plan_pruning(
     Raises:
         BadInputError: targets match nothing, a pattern does not divide a layer's inputs, an allocation does not fit.
     """
+    if isinstance(config, StructuredConfig):
+        densities = None
+        if config.layout == "pad":
+            inner, views = as_sparsity(config, model), mlp_views(model)
+            by_view, _ = _densities(model, inner, views, input_ids, statistics_folder)
+            densities = _by_block(views, by_view)
+        return plan_reduction(model, config, base_model, densities)
     views, skipped = select_views(model, config.targets, config.ignore)
+    if make_allocation(config) is None:
+        saved, patterns = saved_plan(config, views)
+        return make_plan(model, config, views, saved, patterns=patterns, skipped=skipped, base_model=base_model)
+    shared, held = _densities(model, config, views, input_ids, statistics_folder)
+    return make_plan(model, config, views, shared, held=held, skipped=skipped, base_model=base_model)
+
+
+def _densities(
+    model: nn.Module,
+    config: PruneConfig,
+    views: list[WeightView],
+    input_ids: Tensor | None,
+    statistics_folder: str | Path | None,
+) -> tuple[dict[str, float], frozenset[str]]:
+    """Density of each view by name under the config's allocation and budget, and those that the floor raised."""
     rule = make_allocation(config)
-    patterns: dict[str, str] = {}
-    held: frozenset[str] = frozenset()
-    if rule is None:
-        densities, patterns = saved_plan(config, views)
-    else:
-        assert config.sparsity is not None
-        measures = {}
-        if rule.needs_weights:
-            windows = None if input_ids is None else _measured(input_ids, rule.measured_windows)
-            measures = measure_views(model, views, rule.measure, rule.statistics, windows)
-        folder = Path(statistics_folder) if statistics_folder else None
-        wanted = rule.decide(model, views, measures, config.sparsity, input_ids, folder)
-        sizes = [view.shape[0] * view.shape[1] for view in views]
-        met = meet_budget(wanted, sizes, 1 - config.sparsity, config.min_keep_ratio)
-        densities = {view.name: density for view, density in zip(views, met, strict=True)}
-        held = frozenset(name for name, density in densities.items() if 0 < density <= config.min_keep_ratio)
-    return make_plan(
-        model, config, views, densities, patterns=patterns, held=held, skipped=skipped, base_model=base_model
-    )
+    assert rule is not None and config.sparsity is not None
+    measures = {}
+    if rule.needs_weights:
+        windows = None if input_ids is None else _measured(input_ids, rule.measured_windows)
+        measures = measure_views(model, views, rule.measure, rule.statistics, windows)
+    folder = Path(statistics_folder) if statistics_folder else None
+    wanted = rule.decide(model, views, measures, config.sparsity, input_ids, folder)
+    sizes = [view.shape[0] * view.shape[1] for view in views]
+    met = meet_budget(wanted, sizes, 1 - config.sparsity, config.min_keep_ratio)
+    densities = {view.name: density for view, density in zip(views, met, strict=True)}
+    return densities, frozenset(name for name, density in densities.items() if 0 < density <= config.min_keep_ratio)
+
+
+def _by_block(views: list[WeightView], densities: dict[str, float]) -> list[float]:
+    """Share of all its weights that each block keeps."""
+    kept: dict[int, float] = {}
+    sizes: dict[int, int] = {}
+    for view in views:
+        size = view.shape[0] * view.shape[1]
+        kept[view.block] = kept.get(view.block, 0.0) + densities[view.name] * size
+        sizes[view.block] = sizes.get(view.block, 0) + size
+    return [kept[block] / sizes[block] for block in sorted(sizes)]
 
 
 # Short windows hold few tokens; the same windows for up to so many processes, each of which wants a forward.
@@ -103,7 +135,8 @@ def provisional_plan(model: nn.Module, config: PruneConfig, base_model: str = ""
     """A plan without looking at weights, for estimates, and whether it is final: an allocation may change densities."""
     rule = make_allocation(config)
     final = rule is None or not rule.needs_weights
-    own = config if final else replace(config, allocation="uniform")
+    plain: dict[str, Any] = {"layout": "shrink"} if isinstance(config, StructuredConfig) else {}
+    own = config if final else replace(config, allocation="uniform", **plain)
     plan = plan_pruning(model, own, base_model)
     return replace(plan, allocation=Path(config.allocation).name), final
 
@@ -134,9 +167,8 @@ def prune(
         BadInputError: config, plan, text and model do not fit together.
         RunError: the arithmetic failed (an indefinite Hessian, an overflow).
     """
-    solver = make_solver(config)
+    arguments = DataArguments(**data)
     if input_ids is None and needs_text(config):
-        arguments = DataArguments(**data)
         if tokenizer is None or arguments.dataset_name is None:
             raise BadInputError(
                 f"dataset_name: {config.method or config.criterion} needs calibration text; pass input_ids, or "
@@ -145,11 +177,14 @@ def prune(
         _, input_ids = load_calibration(arguments, tokenizer, model.config)
     name = getattr(model.config, "_name_or_path", "")
     plan = plan or plan_pruning(model, config, name, input_ids, statistics_folder)
+    if isinstance(config, StructuredConfig):
+        smaller, reduction = reduce(model, config, plan, input_ids, arguments.seed)
+        return PruneResult(plan, smaller, reduction.forward_passes, reduction=reduction)
     reconstruction = make_block_reconstruction(config)
     result = walk(
         model,
         plan,
-        solver,
+        make_solver(config),
         input_ids,
         reconstruction=reconstruction,
         propagate=config.propagate,

@@ -4,12 +4,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -43,13 +48,24 @@ FAMILIES = {
         max_position_embeddings=128,
     ),
 }
+# Families whose blocks are described for structured pruning beside those above.
+MORE_FAMILIES = {
+    "qwen2": lambda: Qwen2Config(**_LLAMA, max_position_embeddings=128),
+    "mistral": lambda: MistralConfig(**_LLAMA, max_position_embeddings=128, sliding_window=8),
+    "gemma2": lambda: Gemma2Config(**_LLAMA, head_dim=16, sliding_window=8, max_position_embeddings=128),
+    "phi3": lambda: Phi3Config(**{**_LLAMA, "pad_token_id": 0}, max_position_embeddings=128),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **_COMMON, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_position_embeddings=128
+    ),
+}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A fresh random causal language model of three blocks, in eval mode."""
     torch.manual_seed(seed)
     # Not .to(dtype), which would cast the rotary frequencies as well.
-    return AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval()
+    config = {**FAMILIES, **MORE_FAMILIES}[family]()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def tiny_ids(samples: int = 12, tokens: int = 64, seed: int = 1) -> torch.Tensor:

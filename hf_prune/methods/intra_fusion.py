@@ -1,0 +1,88 @@
+"""Intra-Fusion: structured pruning that fuses the units it removes into those that stay, by optimal transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_prune.arguments import StructuredConfig
+from hf_prune.errors import BadInputError
+from hf_prune.methods.base import MethodInfo, register
+from hf_prune.structure.fusion import NORMALIZATIONS
+from hf_prune.structure.importance import IMPORTANCES
+from hf_prune.structure.reduction import FUSIONS, Reducer
+from hf_prune.structure.transport import COSTS, MASSES, SOLVERS, TARGETS
+
+CHOICES = {
+    "fusion": FUSIONS,
+    "importance": tuple(IMPORTANCES),
+    "fusion_target": TARGETS,
+    "fusion_cost": COSTS,
+    "source_mass": MASSES,
+    "target_mass": MASSES,
+    "normalization": NORMALIZATIONS,
+    "fusion_solver": SOLVERS,
+}
+
+
+@register
+@dataclass
+class IntraFusionConfig(StructuredConfig):
+    """Towards Meta-Pruning via Optimal Transport (Theus et al., ICLR 2024, https://arxiv.org/abs/2402.07839).
+
+    The published method is `fusion: ot` with the other defaults and `normalization: code`: data-free, no text is looked
+    at. The transfer to language models, `preserve`, the activation cost and the refit are ours.
+
+    Args:
+        fusion: `none` drops units; `ot` fuses them by optimal transport (the paper); `ot+refit` then fits the consumer
+            to the dense outputs on calibration text; `refit` drops, then fits.
+        importance: which units stay: `l1` (the paper's default), `random`, `taylor`, `activation`, `wanda`,
+            `variance`, or `output`, which removes the unit whose loss the others can make up for best.
+        fusion_target: what units are fused towards: the `top` units (the paper's default) or `kmeans` centres.
+        fusion_cost: distances between units by their `weights` (L1 between normalised features, the paper) or by their
+            `activations` on calibration text.
+        source_mass, target_mass: `uniform` (the paper's default) or by `importance`.
+        normalization: `preserve` averages what makes a unit and sums what consumes it; `code` sums both (algorithm 2
+            and the released code), `target` averages both (the paper's prose).
+        fusion_solver: `emd` (exact), `sinkhorn`, `nearest`; `auto` is exact up to 4,096 units, nearest beyond.
+        damping: added to the Gram matrix's diagonal before the refit, as a share of its mean.
+    """
+
+    method: str | None = "intra_fusion"
+    fusion: str = "ot"
+    importance: str = "l1"
+    fusion_target: str = "top"
+    fusion_cost: str = "weights"
+    source_mass: str = "uniform"
+    target_mass: str = "uniform"
+    normalization: str = "preserve"
+    fusion_solver: str = "auto"
+    damping: float = field(default=0.01)
+
+    info = MethodInfo(
+        name="intra_fusion",
+        title="Intra-Fusion",
+        summary="structured: fuses neurons, heads and blocks into fewer by optimal transport; a smaller, faster model",
+        paper="https://arxiv.org/abs/2402.07839",
+        paper_title="Towards Meta-Pruning via Optimal Transport",
+        citation="""@inproceedings{theus2024intrafusion,
+  title={Towards Meta-Pruning via Optimal Transport},
+  author={Alexander Theus and Olin Geimer and Friedrich Wicke and Thomas Hofmann and Sotiris Anagnostidis and
+          Sidak Pal Singh},
+  booktitle={International Conference on Learning Representations},
+  year={2024}
+}""",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise BadInputError(f"{key}: {getattr(self, key)!r} is unknown; choose {', '.join(allowed)}.")
+        if self.damping <= 0:
+            raise BadInputError(f"damping: {self.damping} leaves a singular matrix; use a small positive share.")
+        if self.fusion_target == "kmeans" and self.fusion_cost == "activations":
+            raise BadInputError("fusion_target: kmeans finds centres of weights; set fusion_cost to weights.")
+
+    def make_reducer(self, seed: int = 0) -> Reducer:
+        """The method's arithmetic for one group."""
+        return Reducer(**{key: getattr(self, key) for key in CHOICES}, damping=self.damping, seed=seed)

@@ -1,0 +1,120 @@
+"""Structured pruning of a live model: plan the smaller sizes, then walk. `pruning` hands over to this file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.arguments import PruneConfig, StructuredConfig
+from hf_prune.engine.walk import ViewResult
+from hf_prune.errors import BadInputError
+from hf_prune.plan import Plan, ViewPlan
+from hf_prune.structure.budget import Structure, plan_structure
+from hf_prune.structure.families import find_family
+from hf_prune.structure.stock import check_stock, set_sizes
+from hf_prune.structure.walk import ReduceResult, reduce_model
+from hf_prune.weights import WeightView, find_blocks, find_views
+
+
+def plan_reduction(
+    model: nn.Module, config: StructuredConfig, base_model: str = "", densities: Sequence[float] | None = None
+) -> Plan:
+    """The sizes of the smaller model and its weight matrices; `model` may live on the meta device.
+
+    Args:
+        densities: share of its MLP that each block keeps, for `layout: pad`; equal unless given.
+
+    Raises:
+        BadInputError: the family is not described, its stock config refuses the sizes, or a layer would be left empty.
+    """
+    structure = plan_structure(model, config)
+    check_stock(model, structure)
+    if config.layout == "pad" and densities is not None:
+        structure = _padded(structure, densities, config.round_to)
+    views = [
+        ViewPlan(view.name, view.parameter_name, view.block, view.shape, view.transposed, 1.0)
+        for view in find_views(_smaller_skeleton(model, structure))
+        if view.block < structure.blocks - structure.blocks_removed
+    ]
+    return Plan(
+        base_model=base_model,
+        architecture=type(model).__name__,
+        sparsity=structure.removed,
+        pattern="structured",
+        allocation=config.allocation,
+        min_keep_ratio=0.0,
+        views=views,
+        structure=structure.to_dict(),
+    )
+
+
+def reduce(
+    model: nn.Module, config: StructuredConfig, plan: Plan, input_ids: Tensor | None, seed: int = 0
+) -> tuple[list[ViewResult], ReduceResult]:
+    """Make `model` as small as its plan says, in place."""
+    if plan.structure is None:
+        raise BadInputError(f"method: {config.method} makes a model smaller, and the plan is one of zeros; plan anew.")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise BadInputError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
+    result = reduce_model(model, Structure.from_dict(plan.structure), config.make_reducer(seed), input_ids)
+    live = {view.name: view for view in find_views(model)}
+    views = []
+    for view in plan.views:
+        own = live[view.name].count_nonzero()
+        views.append(ViewResult(view.name, own, view.numel - own))
+    return views, result
+
+
+def mlp_views(model: nn.Module) -> list[WeightView]:
+    """The weights of all MLPs that are described, for allocations that share out their widths."""
+    family = find_family(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
+    prefix, blocks = find_blocks(model)
+    names = {
+        f"{prefix}.{block}.{layer}"
+        for block in range(len(blocks))
+        for layer in (*family.mlp.producers, family.mlp.consumer)
+    }
+    return [view for view in find_views(model) if view.name in names]
+
+
+def as_sparsity(config: StructuredConfig, model: nn.Module) -> PruneConfig:
+    """The config under which an allocation shares MLP weights out as it would zeros."""
+    structure = plan_structure(model, config)
+    kept = structure.after.width / structure.before.width
+    return PruneConfig(
+        method="magnitude",
+        sparsity=1 - kept,
+        allocation=config.allocation,
+        min_keep_ratio=0.05 * kept,
+        options=config.options,
+    )
+
+
+def _padded(structure: Structure, densities: Sequence[float], round_to: int) -> Structure:
+    """Widths in proportion to densities that add up to the budget; what rounding leaves goes to the largest remainders."""
+    total = structure.after.width * structure.blocks // round_to
+    scale = total / sum(densities)
+    most = structure.before.width // round_to
+    exact = [min(max(density * scale, 1.0), most) for density in densities]
+    units = [int(value) for value in exact]
+    order = sorted(range(len(exact)), key=lambda block: units[block] - exact[block])
+    while sum(units) < total:
+        open_blocks = [block for block in order if units[block] < most]
+        for block in open_blocks[: total - sum(units)]:
+            units[block] += 1
+    widths = tuple(unit * round_to for unit in units)
+    return replace(structure, after=replace(structure.after, width=max(widths)), widths=widths)
+
+
+def _smaller_skeleton(model: nn.Module, structure: Structure) -> nn.Module:
+    """The smaller model on the meta device."""
+    config: Any = copy.deepcopy(model.config)
+    set_sizes(config.get_text_config(), structure.after, list(range(structure.blocks - structure.blocks_removed)))
+    with torch.device("meta"):
+        return type(model)(config)  # type: ignore[call-arg]

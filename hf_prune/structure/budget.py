@@ -1,0 +1,140 @@
+"""How many units of each kind go, so that the removed parameters meet the budget within one unit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from hf_prune.arguments import StructuredConfig
+from hf_prune.errors import BadInputError
+from hf_prune.structure.groups import ATTENTION, DEPTH, HEADS, MLP, Shape, block_shape, find_groups
+from hf_prune.weights import find_blocks
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The sizes before and after.
+
+    Attributes:
+        before, after: of a block; with `widths` the after width is that of the widest.
+        blocks, blocks_removed: how many there were and how many go.
+        parameters_before, parameters_after: of all blocks, whatever is zero counted.
+        widths: MLP width of every block where they differ (`layout: pad`), without the padding.
+    """
+
+    before: Shape
+    after: Shape
+    blocks: int
+    blocks_removed: int
+    parameters_before: int
+    parameters_after: int
+    widths: tuple[int, ...] | None = None
+
+    @property
+    def removed(self) -> float:
+        """Share of the blocks' parameters that is removed; what is padded with zeros counts as removed."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Structure:
+        """Read the JSON form."""
+        shapes = {key: Shape(**values[key]) for key in ("before", "after")}
+        widths = values.get("widths")
+        return cls(**{**values, **shapes, "widths": None if widths is None else tuple(widths)})
+
+
+def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str, float] | None = None) -> Structure:
+    """The sizes that a config's sparsity asks for; the model may live on the meta device.
+
+    Args:
+        shares: of the removed parameters by unit; those of the config, or its default, unless given.
+
+    Raises:
+        BadInputError: a layer would be left empty, or the family is not described.
+    """
+    assert config.sparsity is not None and config.units is not None
+    before = block_shape(model)
+    blocks = find_blocks(model)[1]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    size, total = sizes[0], sum(sizes)
+    unit = {
+        MLP: find_groups(model, 0, MLP, before)[0].parameters_of_a_unit(),
+        ATTENTION: find_groups(model, 0, ATTENTION, before)[0].parameters_of_a_unit(),
+        # One head of every key-value group.
+        HEADS: sum(group.parameters_of_a_unit() for group in find_groups(model, 0, HEADS, before))
+        if HEADS in config.units
+        else 0,
+    }
+    goal = config.sparsity * total
+    shares = shares or _shares(config, before, unit)
+    depth = round(shares.get(DEPTH, 0.0) * goal / size)
+    if depth >= len(blocks):
+        raise BadInputError(f"sparsity: {config.sparsity} by depth leaves no block; lower it or add other units.")
+    left, rest = len(blocks) - depth, goal - depth * size
+    after = before
+    for kind, have in ((ATTENTION, before.groups), (HEADS, before.heads // before.groups)):
+        if kind not in shares:
+            continue
+        gone = round(shares[kind] * goal / (left * unit[kind]))
+        if MLP in shares and left * gone * unit[kind] > rest:
+            # The MLP takes what is too little for one more of these.
+            gone -= 1
+        if gone >= have:
+            raise BadInputError(
+                f"sparsity: {config.sparsity} would take all {have} units of {kind}; lower it or give {kind} a smaller "
+                "share in budget."
+            )
+        rest -= left * gone * unit[kind]
+        if kind == ATTENTION:
+            share = before.heads // before.groups
+            after = replace(after, groups=have - gone, heads=share * (have - gone))
+        else:
+            after = replace(after, heads=before.groups * (have - gone))
+    if MLP in shares:
+        exact = before.width - rest / (left * unit[MLP])
+        width = min(round(exact / config.round_to) * config.round_to, before.width)
+        if width < 1:
+            raise BadInputError(
+                f"sparsity: {config.sparsity} would leave the MLPs empty; lower it, or add attention or depth to units."
+            )
+        after = replace(after, width=width)
+    gone = unit[MLP] * (before.width - after.width) + unit[ATTENTION] * (before.groups - after.groups)
+    if HEADS in shares:
+        gone += unit[HEADS] * (before.heads - after.heads) // before.groups
+    return Structure(before, after, len(blocks), depth, total, left * (size - gone))
+
+
+def _shares(config: StructuredConfig, shape: Shape, unit: dict[str, int]) -> dict[str, float]:
+    """Unit -> its share of the parameters that are removed."""
+    assert config.units is not None
+    if config.budget and config.budget != ["search"]:
+        return _given(config)
+    depth = 1 / len(config.units) if DEPTH in config.units else 0.0
+    have = {MLP: shape.width, ATTENTION: shape.groups, HEADS: shape.heads // shape.groups}
+    weights = {kind: unit[kind] * have[kind] for kind in config.units if kind != DEPTH}
+    shares = {kind: (1 - depth) * weight / sum(weights.values()) for kind, weight in weights.items()}
+    return {**shares, DEPTH: depth} if depth else shares
+
+
+def _given(config: StructuredConfig) -> dict[str, float]:
+    """The `budget` of a config, [mlp=0.8, depth=0.2], checked."""
+    shares: dict[str, float] = {}
+    for entry in config.budget or []:
+        name, _, value = str(entry).partition("=")
+        try:
+            shares[name.strip()] = float(value)
+        except ValueError:
+            raise BadInputError(f"budget: {entry!r} is no share; write [mlp=0.8, depth=0.2], or search.") from None
+    if set(shares) != set(config.units or []):
+        raise BadInputError(
+            f"budget: it shares out over {', '.join(shares)}, and units are {', '.join(config.units or [])}."
+        )
+    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+        raise BadInputError(f"budget: the shares add up to {sum(shares.values()):g}; they must make 1.")
+    return shares

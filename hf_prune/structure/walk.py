@@ -1,0 +1,239 @@
+"""The structured walk: block by block, observe what a layer consumes, decide, make the block smaller, refit, go on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.engine import distributed
+from hf_prune.engine.capture import BlockRunner
+from hf_prune.engine.gradients import loss_gradients
+from hf_prune.engine.statistics import Statistics, add_gram, check_finite
+from hf_prune.engine.stream import Stream
+from hf_prune.errors import BadInputError
+from hf_prune.progress import progress
+from hf_prune.structure.budget import Structure
+from hf_prune.structure.depth import remove_blocks
+from hf_prune.structure.fusion import Fusion
+from hf_prune.structure.groups import ATTENTION, HEADS, MLP, Group, Shape, find_groups, pad_units, rewrite, set_weight
+from hf_prune.structure.importance import Evidence
+from hf_prune.structure.reduction import Reducer, consumer_columns
+from hf_prune.structure.refit import damped, refit_kept, refit_new
+from hf_prune.structure.stock import set_remembered, set_sizes
+from hf_prune.weights import find_blocks
+
+
+@dataclass
+class ReduceResult:
+    """What became of each block.
+
+    Attributes:
+        removed_blocks: the numbers of the blocks that went, as they were.
+        kept: block (numbered anew) -> kind -> numbers of the units that new ones took the place of; with "heads" counted
+            through all key-value groups.
+        fused: new units that more than one old unit went into, share of all.
+        solver: the transport solvers that ran.
+        solver_seconds: spent in transports (costs included).
+        forward_passes: over the calibration set.
+    """
+
+    removed_blocks: list[int] = field(default_factory=list)
+    kept: dict[int, dict[str, list[int]]] = field(default_factory=dict)
+    fused: float = 0.0
+    solver: list[str] = field(default_factory=list)
+    solver_seconds: float = 0.0
+    forward_passes: float = 0.0
+
+
+def reduce_model(model: nn.Module, structure: Structure, reducer: Reducer, input_ids: Tensor | None) -> ReduceResult:
+    """Make `model` smaller in place, config included; it is usable at once and saves as a stock model.
+
+    Attention goes before the MLP, so that the MLP is decided on what the smaller attention hands over, and each block
+    on what the smaller blocks before it do.
+
+    Args:
+        input_ids: int64 [samples, tokens], the same on every process; None for a reducer that looks at no text.
+
+    Raises:
+        BadInputError: text is needed and missing.
+        RunError: a layer saw no tokens, or its inputs overflowed.
+    """
+    result = ReduceResult()
+    needs_text = bool(reducer.statistics) or reducer.needs_gradients or structure.blocks_removed > 0
+    if needs_text and input_ids is None:
+        raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if structure.blocks_removed:
+        assert input_ids is not None
+        result.removed_blocks, passes = remove_blocks(model, structure.blocks_removed, input_ids)
+        result.forward_passes += passes
+    gradients = loss_gradients(model, input_ids) if reducer.needs_gradients and input_ids is not None else None
+    blocks = find_blocks(model)[1]
+    # Modules that ask their config in a forward must not see sizes that other blocks do not have yet.
+    smaller = copy.deepcopy(config)
+    set_sizes(smaller, structure.after)
+    with BlockRunner(model) as runner:
+        stream = Stream(runner, input_ids) if reducer.statistics and input_ids is not None else None
+        shares: list[float] = []
+        for index in progress(range(len(blocks)), "reducing blocks", total=len(blocks)):
+            worker = _Block(runner, stream, index, reducer, gradients, result)
+            shares += worker.reduce(structure, smaller)
+            if stream is not None and index + 1 < len(blocks):
+                stream.advance(index)
+        if stream is not None:
+            result.forward_passes += stream.forward_passes
+    result.fused = sum(shares) / len(shares) if shares else 0.0
+    set_sizes(config, structure.after)
+    for block in blocks:
+        set_remembered(block, structure.after, config)
+    return result
+
+
+@dataclass
+class _Block:
+    """One block's turn."""
+
+    runner: BlockRunner
+    stream: Stream | None
+    index: int
+    reducer: Reducer
+    gradients: dict[str, Tensor] | None
+    result: ReduceResult
+
+    def reduce(self, structure: Structure, smaller: Any) -> list[float]:
+        """Bring the block to its planned sizes; the share of fused units of each kind."""
+        before, after = structure.before, structure.after
+        shares = []
+        shape = before
+        if after.groups != before.groups:
+            shares.append(self._step(ATTENTION, shape, after.groups))
+            shape = Shape(before.width, after.heads, after.groups, before.head_size)
+        elif after.heads != before.heads:
+            shares.append(self._step(HEADS, shape, after.heads // after.groups))
+            shape = Shape(before.width, after.heads, after.groups, before.head_size)
+        block = self.runner.blocks[self.index]
+        if shape != before:
+            set_remembered(block, shape, smaller)
+        own = structure.widths[self.index] if structure.widths else after.width
+        if own != before.width:
+            shares.append(self._step(MLP, shape, own))
+        if own < after.width:
+            pad_units(find_groups(self.runner.model, self.index, MLP, Shape(own, *_attention(shape)))[0], after.width)
+        return shares
+
+    def _step(self, kind: str, shape: Shape, count: int) -> float:
+        """Reduce one kind of unit; the share of new units that several old ones went into."""
+        groups = find_groups(self.runner.model, self.index, kind, shape)
+        view = groups[0].consumer.view
+        statistics = self._observe(groups)
+        start = perf_counter()
+        # Decided once: processes must not disagree over a tie.
+        own = None
+        if distributed.rank() == 0:
+            evidence = Evidence(statistics, self.gradients, self.reducer.seed)
+            own = [self.reducer.reduce(group, count, evidence) for group in groups]
+        fusions: list[Fusion] = [fusion.to(view.parameter.device) for fusion in distributed.gather(own)[0]]
+        fused = any(len(fusion.source) > len(fusion.kept) for fusion in fusions)
+        if fused:
+            self.result.solver_seconds += perf_counter() - start
+            self.result.solver = sorted({*self.result.solver, self.reducer.solver(groups[0].units)})
+        weight = view.read()
+        dense = copy.deepcopy(self.runner.blocks[self.index]) if self.reducer.refits and fused else None
+        rewrite(groups, fusions)
+        if dense is not None:
+            self._refit_new(groups, dense, kind, shape, count, weight)
+        elif self.reducer.refits:
+            columns = torch.cat([consumer_columns(g, f.kept) for g, f in zip(groups, fusions, strict=True)])
+            new = torch.empty(weight.shape[0], len(columns), device=weight.device)
+            if statistics is not None and statistics.gram is not None:
+                new = refit_kept(weight, damped(statistics.gram, self.reducer.damping), columns)
+            distributed.send_from(new, 0)
+            set_weight(view, new)
+        offsets = [number * group.units for number, group in enumerate(groups)]
+        kept = [int(unit) + at for fusion, at in zip(fusions, offsets, strict=True) for unit in fusion.kept]
+        self.result.kept.setdefault(self.index, {})[kind] = kept
+        return float(torch.cat([torch.bincount(f.target, minlength=count) > 1 for f in fusions]).float().mean())
+
+    def _observe(self, groups: Sequence[Group]) -> Statistics | None:
+        """Statistics of the consumer's inputs, whole on process 0 and empty elsewhere."""
+        if self.stream is None:
+            return None
+        view = groups[0].consumer.view
+        ((statistics, _),), _ = self.stream.observe(self.index, [view], self.reducer.statistics)
+        statistics.finish(lambda tensor: distributed.sum_at(tensor, 0))
+        if distributed.rank() == 0:
+            check_finite(statistics, view.name)
+        else:
+            statistics.release()
+        return statistics
+
+    def _refit_new(
+        self, groups: Sequence[Group], dense: nn.Module, kind: str, shape: Shape, count: int, weight: Tensor
+    ) -> None:
+        """Fit the consumer of fused units to the dense block's outputs: both run on the same hidden states.
+
+        Args:
+            dense: the block as it was before this step.
+            weight: float32 [out, in], the consumer's weight in it.
+        """
+        assert self.stream is not None
+        view = groups[0].consumer.view
+        name = view.name.split(f".{self.index}.", 1)[1]
+        inner = view.read()
+        gram = torch.zeros(inner.shape[1], inner.shape[1], dtype=torch.float64, device=inner.device)
+        residual = torch.zeros(inner.shape[1], inner.shape[0], dtype=torch.float64, device=inner.device)
+        block = self.runner.blocks[self.index]
+        now = _with(shape, kind, count)
+        config = copy.deepcopy(self.runner.model.config.get_text_config())  # type: ignore[union-attr, operator]
+        set_sizes(config, now)
+        set_remembered(block, now, config)
+        for chunk, states in zip(self.stream.chunks, self.stream.hidden, strict=True):
+            self.runner.blocks[self.index] = dense
+            before = self._inputs(dense.get_submodule(name), chunk, states)
+            self.runner.blocks[self.index] = block
+            after = self._inputs(view.module, chunk, states)
+            add_gram(gram, after)
+            residual += after.T @ (before @ weight.T - after @ inner.T)
+        self.stream.forward_passes += 2 / len(self.runner.blocks)
+        gram = gram.triu() + gram.triu(1).T
+        distributed.sum_at(gram, 0)
+        distributed.sum_at(residual, 0)
+        if distributed.rank() == 0:
+            inner = refit_new(inner, gram, residual, self.reducer.damping)
+        distributed.send_from(inner, 0)
+        view.write(inner)
+
+    def _inputs(self, layer: nn.Module, chunk: Tensor, states: Tensor | None) -> Tensor:
+        """float32 [tokens, in], what a layer of this block is handed."""
+        seen: list[Tensor] = []
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0].detach().flatten(0, -2).float())
+            BlockRunner.stop()
+
+        handle = layer.register_forward_pre_hook(look)
+        try:
+            self.runner.observe(self.index, chunk, states)
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def _attention(shape: Shape) -> tuple[int, int, int]:
+    return shape.heads, shape.groups, shape.head_size
+
+
+def _with(shape: Shape, kind: str, count: int) -> Shape:
+    """A block's sizes once a kind has been reduced to `count` units (a group)."""
+    share = shape.heads // shape.groups
+    if kind == MLP:
+        return Shape(count, *_attention(shape))
+    if kind == ATTENTION:
+        return Shape(shape.width, share * count, count, shape.head_size)
+    return Shape(shape.width, shape.groups * count, shape.groups, shape.head_size)
