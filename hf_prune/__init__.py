@@ -20,6 +20,7 @@ _EXPORTS = {
     "BestConfig": "hf_prune.methods.presets",
     "FastConfig": "hf_prune.methods.presets",
     "FcptsConfig": "hf_prune.methods.fcpts",
+    "IntraFusionConfig": "hf_prune.methods.intra_fusion",
     "MagnitudeConfig": "hf_prune.methods.magnitude",
     "SparseGPTConfig": "hf_prune.methods.sparsegpt",
     "WandaConfig": "hf_prune.methods.wanda",
@@ -36,6 +37,7 @@ __all__ = [
     "FastConfig",
     "FcptsConfig",
     "HfPruneError",
+    "IntraFusionConfig",
     "MagnitudeConfig",
     "Plan",
     "PruneConfig",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from hf_prune.errors import BadInputError, HfPruneError, RunError
     from hf_prune.methods.admm import AdmmConfig
     from hf_prune.methods.fcpts import FcptsConfig
+    from hf_prune.methods.intra_fusion import IntraFusionConfig
     from hf_prune.methods.magnitude import MagnitudeConfig
     from hf_prune.methods.presets import BalancedConfig, BestConfig, FastConfig
     from hf_prune.methods.sparsegpt import SparseGPTConfig

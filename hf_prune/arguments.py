@@ -159,20 +159,18 @@ class StructuredConfig(PruneConfig):
         if self.sparsity is None:
             self.sparsity = 0.2
         super().__post_init__()
-        for key, plain in (("criterion", None), ("update", None), ("reconstruct", "none"), ("pattern", "unstructured")):
-            if getattr(self, key) != plain:
-                raise BadInputError(f"{key}: method {self.method} removes whole units and sets no zeros; leave it out.")
-        for key, plain in (("targets", None), ("ignore", None), ("min_keep_ratio", 0.0)):
-            if getattr(self, key) != plain:
-                raise BadInputError(f"{key}: method {self.method} takes whole units; choose them with units.")
+        defaults = PruneConfig()
+        for key in ("criterion", "update", "reconstruct", "pattern", "targets", "ignore", "min_keep_ratio"):
+            if getattr(self, key) != getattr(defaults, key):
+                raise BadInputError(
+                    f"{key}: method {self.method} removes whole units and sets no zeros; leave it out, units says which."
+                )
         self.units = list(self.units or ["mlp"])
         for unit in self.units:
             if unit not in UNITS:
                 raise BadInputError(f"units: {unit!r} is unknown; choose of {', '.join(UNITS)}.")
         if {"attention", "heads"} <= set(self.units):
-            raise BadInputError(
-                "units: attention removes key-value groups and heads thins them; choose one of the two."
-            )
+            raise BadInputError("units: attention removes key-value groups, heads thins them; choose one of the two.")
         if self.round_to < 1:
             raise BadInputError(f"round_to: {self.round_to} is no width; use 1, 8, 16, 64 or 128.")
         if self.layout not in LAYOUTS:

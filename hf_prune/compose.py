@@ -120,6 +120,8 @@ def own_options(config: PruneConfig) -> dict[str, Any]:
     unused = {name for key, table in PART_TABLES.items() for kind in table.values() for name in field_types(kind)}
     for key, table in PART_TABLES.items():
         unused -= field_types(table[chosen[key]]).keys() if chosen[key] in table else set()
+    if isinstance(config, StructuredConfig):
+        return {key: value for key, value in everything.items() if key not in unused}
     # A criterion may share a key with an allocation.
     unused -= field_types(find_method("criterion", make_solver(config).criterion_name)).keys()
     return {key: value for key, value in everything.items() if key not in unused}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hf_prune
-from hf_prune.arguments import PruneConfig
+from hf_prune.arguments import PruneConfig, StructuredConfig
 from hf_prune.checkpoint.displacement import displacement, overall
 from hf_prune.checkpoint.load import load_model
 from hf_prune.compose import make_solver, own_options
@@ -27,36 +27,18 @@ VERSIONS = ("torch", "transformers", "accelerate", "datasets", "safetensors", "h
 
 
 def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData | None, total: int) -> dict[str, Any]:
-    """The report's entries on model, method, calibration and sparsity."""
-    recipe, plan = ready.recipe, result.plan
-    outcome = {view.name: view for view in result.views}
-    pruned = sum(view.numel for view in plan.views)
-    zeros_before = sum(view.zeros_before for view in result.views)
-    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
-    views = [
-        {
-            "name": view.name,
-            "block": view.block,
-            "shape": list(view.shape),
-            "target_density": view.density,
-            "density": outcome[view.name].kept / view.numel,
-            "zeros_before": outcome[view.name].zeros_before,
-            "pattern": view.pattern,
-            "floor": view.floor,
-            "error": outcome[view.name].error,
-        }
-        for view in plan.views
-    ]
+    """The report's entries on model, method, calibration and what was pruned; `total` parameters there were before."""
+    recipe = ready.recipe
     return {
         "format": "hf_prune_report",
         "version": 1,
         "base_model": ready.source.base_model,
         "base_revision": ready.source.revision or recipe.model.revision,
         "base_license": ready.source.license,
-        "architecture": plan.architecture,
+        "architecture": result.plan.architecture,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(ready.device),
-        "method": {**describe_method(ready.config), "pattern": plan.pattern},
+        "method": {**describe_method(ready.config), "pattern": result.plan.pattern},
         "calibration": None
         if text is None
         else {
@@ -69,17 +51,8 @@ def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData
             "seq_length": ready.seq_length,
             "seed": recipe.data.seed,
         },
-        "sparsity": {
-            "target": plan.sparsity,
-            "achieved_pruned": result.sparsity,
-            "achieved_all": zeros / total,
-            "zeros_before_pruned": zeros_before / pruned,
-            "pruned_parameters": pruned,
-            "total_parameters": total,
-        },
-        "views": views,
+        **(_zeros(model, result, total) if result.reduction is None else _sizes(model, result, total)),
         "forward_passes": result.forward_passes,
-        "reconstruction": [{"block": block, **asdict(outcome)} for block, outcome in result.reconstruction.items()],
         "versions": {"hf_prune": hf_prune.__version__, **{name: metadata.version(name) for name in VERSIONS}},
         "seed": recipe.data.seed,
         "num_processes": distributed.world_size(),
@@ -87,8 +60,69 @@ def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData
     }
 
 
+def _zeros(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
+    """What became of each weight matrix where weights were set to zero."""
+    plan = result.plan
+    outcome = {view.name: view for view in result.views}
+    pruned = sum(view.numel for view in plan.views)
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    return {
+        "sparsity": {
+            "target": plan.sparsity,
+            "achieved_pruned": result.sparsity,
+            "achieved_all": zeros / total,
+            "zeros_before_pruned": sum(view.zeros_before for view in result.views) / pruned,
+            "pruned_parameters": pruned,
+            "total_parameters": total,
+        },
+        "views": [
+            {
+                "name": view.name,
+                "block": view.block,
+                "shape": list(view.shape),
+                "target_density": view.density,
+                "density": outcome[view.name].kept / view.numel,
+                "zeros_before": outcome[view.name].zeros_before,
+                "pattern": view.pattern,
+                "floor": view.floor,
+                "error": outcome[view.name].error,
+            }
+            for view in plan.views
+        ],
+        "reconstruction": [{"block": block, **asdict(outcome)} for block, outcome in result.reconstruction.items()],
+    }
+
+
+def _sizes(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
+    """Shapes before and after, and how the units that stayed were made, where units went."""
+    assert result.plan.structure is not None and result.reduction is not None
+    left = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "structure": {
+            **result.plan.structure,
+            "removed": result.plan.sparsity,
+            "removed_all": 1 - left / total,
+            "total_before": total,
+            "total_after": left,
+            # Which units stayed is long, and follows from the recipe.
+            **{key: value for key, value in asdict(result.reduction).items() if key != "kept"},
+        },
+    }
+
+
 def describe_method(config: PruneConfig) -> dict[str, Any]:
     """The report's `method` entry. A preset whose parts were changed is named by its parts."""
+    if isinstance(config, StructuredConfig):
+        return {
+            "name": config.method,
+            "title": config.info.title,
+            "allocation": Path(config.allocation).name,
+            "options": own_options(config),
+            "paper": config.info.paper,
+            "paper_title": config.info.paper_title,
+            "summary": config.info.summary,
+            "citation": config.info.citation,
+        }
     solver = make_solver(config)
     preset = find_method("method", config.method) if config.method else None
     changed = preset is None or (solver.criterion_name, solver.update_name) != (

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_prune.allocation import Allocation
 from hf_prune.allocation.base import Work
+from hf_prune.arguments import StructuredConfig
 from hf_prune.engine.stream import TOKENS_PER_FORWARD
 from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Solver
@@ -121,6 +122,49 @@ def estimate(
         seconds=walk_flops / _flops_per_second(device),
         memory_bytes=int(memory),
         disk_bytes=int(disk * 1.02) + 10_000_000,
+    )
+
+
+def estimate_reduction(
+    model: PreTrainedModel,
+    plan: Plan,
+    config: StructuredConfig,
+    samples: int,
+    seq_length: int,
+    dtype: str,
+    device: torch.device,
+) -> Estimate:
+    """The same for a structured method, whose plan has a `structure`; `model` is the dense one on the meta device."""
+    assert plan.structure is not None and config.units is not None
+    reducer, structure = config.make_reducer(), plan.structure
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    removed = structure["parameters_before"] - structure["parameters_after"]
+    size = _BYTES.get(dtype if dtype != "auto" else str(model.config.dtype or "float32").removeprefix("torch."), 4)
+    per_token = _flops_per_token(model, min(seq_length, TOKENS_PER_FORWARD))
+    width, kept, tokens = structure["before"]["width"], structure["after"]["width"], samples * seq_length
+    blocks, hidden = structure["blocks"], model.config.get_text_config().hidden_size
+    flops = 0.0
+    if samples:
+        # A forward to observe each kind of unit, and one to hand on.
+        flops = (len(config.units) + 1.0) * tokens * per_token
+        if "gram" in reducer.statistics:
+            flops += blocks * (1.2 * tokens * width**2 + 2 * width**3)
+        if reducer.needs_gradients:
+            flops += 3 * tokens * per_token
+    if reducer.transports:
+        # Distances between all and the kept units, over three layers' weights.
+        flops += blocks * 9.0 * width * kept * hidden
+    memory = weights * size * (2 if reducer.needs_gradients else 1) + 2 * tokens * hidden * size
+    memory += 4 * 8 * width**2 if "gram" in reducer.statistics else 0
+    memory += 3 * 8 * width * kept if reducer.transports else 0
+    memory += 5 * 4 * (structure["parameters_before"] // blocks)
+    return Estimate(
+        flops_per_token=per_token,
+        nonzero_flops_per_token=per_token - 2 * removed,
+        walk_flops=flops,
+        seconds=flops / _flops_per_second(device),
+        memory_bytes=int(memory + (_PYTHON_BYTES if device.type == "cpu" else 0)),
+        disk_bytes=int((weights - removed) * size * 1.02) + 10_000_000,
     )
 
 

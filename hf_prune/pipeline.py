@@ -27,7 +27,7 @@ from hf_prune.hub.push import push_folder
 from hf_prune.preparation import Preparation, check_feasible, prepare
 from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune
 from hf_prune.recipe import Recipe
-from hf_prune.report.plots import plot_sparsity_by_layer
+from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,14 @@ def run(recipe: Recipe) -> dict[str, Any]:
                 plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
                 ready = replace(ready, plan=plan, plan_is_final=True)
                 allocation_seconds = perf_counter() - start
-            result = prune(model, ready.config, input_ids=input_ids, plan=ready.plan, statistics_folder=folder)
+            result = prune(
+                model,
+                ready.config,
+                input_ids=input_ids,
+                plan=ready.plan,
+                statistics_folder=folder,
+                seed=recipe.data.seed,
+            )
         with watch.phase("evaluate"):
             pruned = evaluation.measure(model, "evaluating the pruned model") if evaluation else None
     report = {
@@ -137,8 +144,9 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
                 f"output_dir: the saved model failed its verification ({failed[0]['check']}: {failed[0]['detail']}); "
                 "nothing was kept, please report this."
             )
-        with watch.phase("compare"):
-            add_displacement(report, ready, folder)
+        if result.reduction is None:
+            with watch.phase("compare"):
+                add_displacement(report, ready, folder)
         if ready.recipe.evaluation.eval_efficiency:
             with watch.phase("efficiency"):
                 try:
@@ -147,7 +155,10 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
                     # A verified model is not thrown away for want of a measurement.
                     logger.warning("Sizes and speeds were not measured: %s", error)
         (folder / "plots").mkdir()
-        plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
+        if result.reduction is None:
+            plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
+        elif result.plan.structure and result.plan.structure["widths"]:
+            plot_widths(report["structure"], folder / "plots" / "widths.png")
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_card(folder, report, ready.recipe.text)
     if output.push_to_hub:

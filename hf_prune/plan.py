@@ -47,8 +47,9 @@ class ViewPlan:
 class Plan:
     """Every weight matrix that will be pruned, in the order of the walk, and what was left out and why.
 
-    With a `structure` (sizes of the blocks before and after, see `structure.budget.Structure`) whole units go: `sparsity`
-    is then the share of the blocks' parameters that is removed, and the views are those of the smaller model.
+    With a `structure` (sizes of the blocks before and after, see `structure.budget.Structure`) whole units go:
+    `sparsity` is then the share of the blocks' parameters that is removed, and the views are those of the smaller
+    model.
     """
 
     base_model: str

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_prune.arguments import PruneConfig
-from hf_prune.checkpoint.folder import check_output_folder
+from hf_prune.arguments import PruneConfig, StructuredConfig
+from hf_prune.checkpoint.folder import PLAN_FILE, check_output_folder
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_config, make_solver, needs_text
 from hf_prune.data.builtin import ModelSource, resolve_model
 from hf_prune.data.windows import default_seq_length, stored_shape
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
-from hf_prune.estimate import Estimate, check_fits, estimate
+from hf_prune.estimate import Estimate, check_fits, estimate, estimate_reduction
 from hf_prune.hub.push import check_ready_to_push
 from hf_prune.plan import Plan
 from hf_prune.pruning import load_calibration, plan_pruning, provisional_plan
@@ -66,10 +67,23 @@ def prepare(recipe: Recipe) -> Preparation:
         samples = 0
     elif str(recipe.data.dataset_name).endswith(".safetensors"):
         samples, seq_length = stored_shape(str(recipe.data.dataset_name))
-    solver, reconstruction = make_solver(config), make_block_reconstruction(config)
-    rule = make_allocation(config)
-    predicted = estimate(empty, plan, solver, reconstruction, rule, samples, seq_length, model.dtype, device)
+    if isinstance(config, StructuredConfig):
+        check_unpruned(source.path)
+        predicted = estimate_reduction(empty, plan, config, samples, seq_length, model.dtype, device)
+    else:
+        solver, reconstruction = make_solver(config), make_block_reconstruction(config)
+        rule = make_allocation(config)
+        predicted = estimate(empty, plan, solver, reconstruction, rule, samples, seq_length, model.dtype, device)
     return Preparation(recipe, config, source, model_config, plan, final, predicted, device, samples, seq_length)
+
+
+def check_unpruned(path: str) -> None:
+    """Raise BadInputError for a folder that hf_prune has written: its zeros or its sizes would not survive."""
+    if (Path(path) / PLAN_FILE).is_file():
+        raise BadInputError(
+            f"model_name_or_path: {path} has been pruned before, which removing units would undo; start from its base "
+            "model."
+        )
 
 
 def check_feasible(ready: Preparation) -> None:

@@ -97,7 +97,7 @@ def as_sparsity(config: StructuredConfig, model: nn.Module) -> PruneConfig:
 
 
 def _padded(structure: Structure, densities: Sequence[float], round_to: int) -> Structure:
-    """Widths in proportion to densities that add up to the budget; what rounding leaves goes to the largest remainders."""
+    """Widths in proportion to densities that add up to the budget; what rounding leaves goes by largest remainder."""
     total = structure.after.width * structure.blocks // round_to
     scale = total / sum(densities)
     most = structure.before.width // round_to
@@ -117,4 +117,4 @@ def _smaller_skeleton(model: nn.Module, structure: Structure) -> nn.Module:
     config: Any = copy.deepcopy(model.config)
     set_sizes(config.get_text_config(), structure.after, list(range(structure.blocks - structure.blocks_removed)))
     with torch.device("meta"):
-        return type(model)(config)  # type: ignore[call-arg]
+        return type(model)(config)

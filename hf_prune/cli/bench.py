@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     for names, known_names in zip(chosen, ({row["name"] for row in grid.rows}, set(grid.settings)), strict=True):
         if names - known_names:
             raise BadInputError(f"{min(names - known_names)!r} is neither a row nor a setting of {path}.")
-    failures = bench.run(*chosen, seeds, max_minutes=max_minutes)
+    failures = bench.run(chosen[0], chosen[1], seeds, max_minutes=max_minutes)
     lines = summary.summarise(grid, bench.results)
     table = summary.markdown(grid, bench.results, lines)
     folder = Path(work_folder)

@@ -21,7 +21,10 @@ from hf_prune.report.figures import dig, efficiency_rows, number, quality_rows, 
 from hf_prune.report.markdown import code, escape, fence, one_line
 from hf_prune.report.privacy import hidden_keys, may_show_samples, parsed_recipe, public_command, public_recipe
 
-PLOT = "plots/sparsity_by_layer.png"
+PLOTS = {
+    "plots/sparsity_by_layer.png": "Sparsity of every pruned weight matrix, by block and kind of module",
+    "plots/widths.png": "Neurons that each block's MLP keeps",
+}
 
 
 def write_card(folder: str | Path, report: dict[str, Any], recipe_text: str) -> None:
@@ -60,8 +63,7 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
         "summary": findings.summary(report),
         "rows": [*quality_rows(report), *sparsity_rows(report), *efficiency_rows(report)],
         "measured": [text for text in (findings.protocol(report), _conditions(report)) if text],
-        "plot": PLOT if (folder / PLOT).is_file() else None,
-        "plot_caption": "Sparsity of every pruned weight matrix, by block and kind of module",
+        "plots": [(plot, caption) for plot, caption in PLOTS.items() if (folder / plot).is_file()],
         "gained": findings.gained(report),
         "loading": fence(_loading(recipe.get("hub_model_id")), "python"),
         "making": _making(report, recipe),
@@ -81,6 +83,9 @@ def _title(report: dict[str, Any]) -> str:
     base = str(report.get("base_model") or "Causal language model").rstrip("/").split("/")[-1]
     target = number(dig(report, "sparsity", "target"))
     pattern, method = findings.pattern_of(report), findings.method_title(report)
+    removed = number(dig(report, "structure", "removed"))
+    if removed is not None:
+        return f"{base} with blocks {100 * removed:.0f} % smaller" + (f" by {method}" if method else "")
     amount = f" to {100 * target:g} % zeros" if target else ""
     shape = f" ({pattern})" if pattern != "unstructured" else ""
     return f"{base} pruned{amount}{shape}" + (f" with {method}" if method else "")

@@ -23,12 +23,13 @@ def card_data(report: dict[str, Any], recipe: dict[str, Any]) -> ModelCardData:
     """The metadata block: what the Hub can filter, link and plot."""
     pattern, method = findings.pattern_of(report), dig(report, "method", "name")
     results = _evaluation_results(report)
+    kind = () if report.get("structure") else ("sparse",)
     return ModelCardData(
         base_model=hub_base_model(report, recipe),
         license=report.get("base_license"),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[tag for tag in ("hf_prune", "pruning", "sparse", method, pattern) if tag],
+        tags=[tag for tag in ("hf_prune", "pruning", *kind, method, pattern) if tag],
         datasets=[name] if (name := _hub_dataset(report.get("calibration"))) else None,
         metrics=[result.metric_type for result in results] or None,
         model_name=findings.repo_name(report) if results else None,

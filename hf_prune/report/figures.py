@@ -174,6 +174,8 @@ def sparsity_rows(report: dict[str, Any]) -> list[Row]:
     def points(before: float, after: float) -> str:
         return f"{100 * (after - before):+.1f} points"
 
+    if report.get("structure"):
+        return _size_rows(report["structure"])
     sparsity = dig(report, "sparsity")
     total, nonzero = (number(dig(report, "efficiency", "dense", key)) for key in ("parameters", "nonzero_parameters"))
     zeros_before = 1 - nonzero / total if total and nonzero is not None else None
@@ -187,6 +189,20 @@ def sparsity_rows(report: dict[str, Any]) -> list[Row]:
         ),
         *_row("Sparsity, all parameters", zeros_before, dig(sparsity, "achieved_all"), percent, points),
     ]
+
+
+def _size_rows(structure: dict[str, Any]) -> list[Row]:
+    """Parameters of the blocks and the units that became fewer."""
+    before, after = structure.get("before") or {}, structure.get("after") or {}
+    blocks, gone = structure.get("blocks"), structure.get("blocks_removed")
+    sizes = [
+        ("Parameters of the blocks", structure.get("parameters_before"), structure.get("parameters_after")),
+        ("Neurons an MLP", before.get("width"), after.get("width")),
+        ("Query heads", before.get("heads"), after.get("heads")),
+        ("Key-value groups", before.get("groups"), after.get("groups")),
+        ("Blocks", blocks, blocks - gone if blocks is not None and gone is not None else None),
+    ]
+    return [row for label, old, new in sizes if old != new for row in _row(label, old, new, count, change_percent)]
 
 
 def efficiency_rows(report: dict[str, Any]) -> list[Row]:

@@ -25,8 +25,9 @@ from hf_prune.report.figures import (
 from hf_prune.report.markdown import code, inline, one_line
 from hf_prune.report.privacy import text_name
 
-AVAILABLE = frozenset({"2:4"})
-"""What hf_prune can do today to gain speed; "structured" (narrower models) joins when it exists."""
+AVAILABLE = frozenset({"2:4", "structured"})
+"""What hf_prune can do to gain speed: zeros that GPUs can skip, and narrower models."""
+_UNITS = (("width", "neurons an MLP"), ("groups", "key-value groups"), ("heads", "query heads"))
 
 
 def pattern_of(report: dict[str, Any]) -> str:
@@ -46,6 +47,8 @@ def _texts(items: Any) -> list[dict[str, Any]]:
 def summary(report: dict[str, Any]) -> str:
     """One sentence: which model, how many zeros by which method, what it did to perplexity."""
     name = code(report["base_model"]) if report.get("base_model") else "A causal language model"
+    if report.get("structure"):
+        return _summary_of_sizes(report, name) + _perplexity_clause(report) + "."
     achieved, overall = (number(dig(report, "sparsity", key)) for key in ("achieved_pruned", "achieved_all"))
     by_method = f" by {inline(method_title(report))}" if method_title(report) else ""
     if achieved is None:
@@ -55,12 +58,39 @@ def summary(report: dict[str, Any]) -> str:
         where = f"the weights of {layers} layers" if layers > 1 else "the pruned weights"
         sentence = f"{name} with {percent(achieved)} of {where} set to zero{by_method}"
         sentence += f" ({percent(overall)} of all parameters)" if overall is not None else ""
+    return sentence + _perplexity_clause(report) + "."
+
+
+def _perplexity_clause(report: dict[str, Any]) -> str:
     before, after = (number(dig(report, "evaluation", side, "perplexity")) for side in ("dense", "pruned"))
-    if before and after:
-        verb, name = "rose" if after >= before else "fell", short_name(report["evaluation"])
-        change = f"from {plain_figure(before)} to {plain_figure(after)} ({times(after / before)})"
-        sentence += f"; perplexity on {name} {verb} {change}"
-    return sentence + "."
+    if not before or not after:
+        return ""
+    verb, name = "rose" if after >= before else "fell", short_name(report["evaluation"])
+    return (
+        f"; perplexity on {name} {verb} from {plain_figure(before)} to {plain_figure(after)} ({times(after / before)})"
+    )
+
+
+def _summary_of_sizes(report: dict[str, Any], name: str) -> str:
+    by_method = f" by {inline(method_title(report))}" if method_title(report) else ""
+    removed, overall = (number(dig(report, "structure", key)) for key in ("removed", "removed_all"))
+    share = f"{percent(removed)} of its blocks' parameters" if removed is not None else "units"
+    sentence = f"{name} with {share} removed{by_method}"
+    sentence += f" ({percent(overall)} of all parameters)" if overall is not None else ""
+    return f"{sentence}: {sizes(report)}"
+
+
+def sizes(report: dict[str, Any]) -> str:
+    """1,126 of 1,536 neurons an MLP, 27 of 30 blocks: what is left of each kind of unit that became fewer."""
+    structure = report.get("structure") or {}
+    before, after = structure.get("before") or {}, structure.get("after") or {}
+    parts = [f"{after[key]:,} of {before[key]:,} {words}" for key, words in _UNITS if after.get(key) != before.get(key)]
+    widths = structure.get("widths")
+    if widths:
+        parts = [f"{min(widths):,} to {max(widths):,} of {before['width']:,} neurons an MLP, padded with zeros"]
+    if structure.get("blocks_removed"):
+        parts.append(f"{structure['blocks'] - structure['blocks_removed']} of {structure['blocks']} blocks")
+    return ", ".join(parts) or "no unit was removed"
 
 
 def short_name(text: dict[str, Any]) -> str:
@@ -119,6 +149,7 @@ def _size(report: dict[str, Any]) -> list[str]:
 
 
 def _speed(report: dict[str, Any]) -> list[str]:
+    structured = bool(report.get("structure"))
     reason = (
         "stock runtimes multiply zeros like any other number"
         if pattern_of(report) == "unstructured"
@@ -130,9 +161,13 @@ def _speed(report: dict[str, Any]) -> list[str]:
         if before and after:
             measured.append(f"{word} {times(after / before)}")
     if not measured:
-        return [f"Speed was not measured; expect 1.0x: {reason}."]
+        return [] if structured else [f"Speed was not measured; expect 1.0x: {reason}."]
     place = dig(report, "efficiency", "device")
     where = f" on {code(place)}" if place else ""
+    if structured:
+        return [
+            f"Speed: {', '.join(measured)}, measured{where} with stock kernels: there is less to read and multiply."
+        ]
     return [f"Speed: {', '.join(measured)}, measured{where}; {reason}, so that differences from 1.00x are noise."]
 
 
@@ -148,7 +183,9 @@ def _theory(report: dict[str, Any]) -> list[str]:
 
 def _settings(report: dict[str, Any], available: Collection[str]) -> list[str]:
     pattern = pattern_of(report)
-    sentences = []
+    sentences: list[str] = []
+    if report.get("structure"):
+        return sentences
     if pattern == "2:4":
         sentences.append(
             "2:4 zeros gain speed only on GPUs with semi-structured sparse kernels (NVIDIA Ampere on), after "
@@ -163,7 +200,9 @@ def _settings(report: dict[str, Any], available: Collection[str]) -> list[str]:
             'What would gain speed: `pattern: "2:4"` on GPUs with semi-structured sparse kernels (NVIDIA Ampere on).'
         )
     if "structured" in available:
-        sentences.append("What would gain size and speed on any hardware: structured pruning, for narrower models.")
+        sentences.append(
+            "What would gain size and speed on any hardware: `method: intra_fusion`, for a narrower model."
+        )
     return sentences
 
 
@@ -203,9 +242,9 @@ def _calibration_limits(report: dict[str, Any]) -> list[str]:
     text, evaluation = report.get("calibration"), report.get("evaluation")
     if not calibration(report):
         return []
-    sentences = [
-        f"The zeros were chosen on {short_name(report['calibration'])}; text unlike it may have suffered more."
-    ]
+    what = "units that stayed" if report.get("structure") else "zeros"
+    name = short_name(report["calibration"])
+    sentences = [f"The {what} were chosen on {name}; text unlike it may have suffered more."]
     same = isinstance(evaluation, dict) and dig(text, "dataset") and dig(text, "dataset") == evaluation.get("dataset")
     if same and number(dig(evaluation, "pruned", "perplexity")) is not None:
         sentences.append("Calibration and evaluation text come from the same source, which flatters the figures above.")
@@ -248,18 +287,24 @@ def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:
         f"Publish it: `hf-prune push {shlex.quote(place)} --repo_id YOUR_NAME/{repo_name(report)}`",
     ]
     before, after = (number(dig(report, "evaluation", side, "perplexity")) for side in ("dense", "pruned"))
-    target = number(dig(report, "sparsity", "target"))
-    if before and after and after / before > 1.25 and target and pattern_of(report) == "unstructured":
-        lower = f"{max(target - 0.2, 0.1):.1f}"
+    target = _target(report)
+    if before and after and after / before > 1.25 and target and pattern_of(report) in ("unstructured", "structured"):
+        lower = f"{target / 2:.2f}" if report.get("structure") else f"{max(target - 0.2, 0.1):.1f}"
         steps.append(f"Perplexity is {perplexity_change(report)}: try `--sparsity {lower}` to lose less")
     return steps
 
 
+def _target(report: dict[str, Any]) -> float | None:
+    """The share that was to go: zeros of the pruned weights, or parameters of the blocks."""
+    places = (("sparsity", "target"), ("sparsity", "achieved_pruned"), ("structure", "removed"))
+    return next((value for place in places if (value := number(dig(report, *place)))), None)
+
+
 def repo_name(report: dict[str, Any]) -> str:
     """A name for the pruned model, fit for a Hub repository: SmolLM2-135M-Instruct-sparsegpt-50."""
-    target = number(dig(report, "sparsity", "target")) or number(dig(report, "sparsity", "achieved_pruned"))
+    target = _target(report)
     pattern = pattern_of(report)
-    amount = pattern.replace(":", "of") if pattern != "unstructured" else f"{100 * target:.0f}" if target else None
+    amount = pattern.replace(":", "of") if ":" in pattern else f"{100 * target:.0f}" if target else None
     base = str(report.get("base_model") or "model").rstrip("/\\").replace("\\", "/").split("/")[-1]
     name = "-".join(str(part) for part in (base, dig(report, "method", "name") or "pruned", amount) if part)
     # What a repository may be called: letters, digits, - _ . and neither -- nor .. anywhere, 96 characters at most.

@@ -89,6 +89,22 @@ def plot_sensitivity(report: dict[str, Any], path: str | Path) -> Figure:
     return figure
 
 
+def plot_widths(structure: dict[str, Any], path: str | Path) -> Figure:
+    """Draw how many neurons each block's MLP keeps, from a report's `structure`, as a PNG at `path`."""
+    from matplotlib.figure import Figure
+
+    widths = structure["widths"]
+    figure = Figure(figsize=(WIDTHS[0], 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(widths)), widths, color="#4878a8")
+    axes.axhline(structure["before"]["width"], color="0.4", linewidth=0.8)
+    axes.set_xlabel("block")
+    axes.set_title(f"Neurons an MLP keeps of {structure['before']['width']:,} (the line)", fontsize=11, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
 def _grid(items: list[tuple[dict[str, Any], float]]) -> Grid:
     """The mean over the weights of a kind in a block: experts are many."""
     gathered: dict[str, dict[int, list[float]]] = {}

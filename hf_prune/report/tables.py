@@ -59,6 +59,8 @@ def plan_table(plan: dict[str, Any], verbose: bool = False) -> RenderableType:
 
     What is skipped stands below, a line per reason.
     """
+    if plan.get("structure"):
+        return _structure_table(plan)
     views = [view for view in plan.get("views") or [] if number(view.get("density")) is not None]
     lines: list[RenderableType] = [_weights_table("Plan", views, verbose)]
     weights = [math.prod(view.get("shape") or ()) for view in views]
@@ -72,6 +74,16 @@ def plan_table(plan: dict[str, Any], verbose: bool = False) -> RenderableType:
         skipped[one_line(item.get("reason") or "no reason recorded")].append(one_line(item.get("name") or ""))
     lines += [Text(f"Not pruned, {reason}: {_listed(names, verbose)}") for reason, names in skipped.items()]
     return Group(*lines)
+
+
+def _structure_table(plan: dict[str, Any]) -> RenderableType:
+    """Sizes before and after, where whole units go."""
+    table = _table("Plan")
+    for name in ("", "dense", "planned", "change"):
+        table.add_column(name, justify="right" if name else "left")
+    for row in sparsity_rows(plan):
+        table.add_row(row.label, row.dense, row.pruned, row.change)
+    return Group(table, Text(f"Together: {percent(plan['sparsity'])} of the blocks' parameters to be removed"))
 
 
 def inspect_table(rows: list[dict[str, Any]], summary: dict[str, Any], verbose: bool = False) -> RenderableType:

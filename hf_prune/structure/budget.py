@@ -81,6 +81,8 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
     for kind, have in ((ATTENTION, before.groups), (HEADS, before.heads // before.groups)):
         if kind not in shares:
             continue
+        if have == 1:
+            raise BadInputError(f"units: there is one unit of {kind} a block, which cannot go; choose other units.")
         gone = round(shares[kind] * goal / (left * unit[kind]))
         if MLP in shares and left * gone * unit[kind] > rest:
             # The MLP takes what is too little for one more of these.

@@ -50,7 +50,7 @@ def remove_blocks(model: nn.Module, count: int, input_ids: Tensor) -> tuple[list
     """
     influence = block_influence(model, input_ids)
     gone = sorted(influence.argsort(stable=True)[:count].tolist())
-    name, blocks = find_blocks(model)
+    blocks = find_blocks(model)[1]
     kept = [index for index in range(len(blocks)) if index not in gone]
     drop_blocks(model, kept)
     return gone, 1.0

@@ -15,6 +15,7 @@ config to the tests: the function-preservation test then says whether the entry 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hf_prune.errors import BadInputError
@@ -30,7 +31,7 @@ class Coupling:
         norm: the normalisation in front of the producers, whose gain scales their inputs.
     """
 
-    producers: dict[str, tuple[str, ...]]
+    producers: Mapping[str, tuple[str, ...]]
     consumer: str
     norm: str
 

@@ -1,4 +1,4 @@
-"""How much each unit of a group matters: data-free, from gradients, or from the inputs of the layer that consumes it."""
+"""How much each unit of a group matters: by its weights, by gradients, or by what its consumer is handed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Evidence:
 def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     """Importance of each unit, float32 [units]; higher is kept.
 
-    - l1: the published default. Sum of |w| over a unit's rows or columns in each layer, mean over layers, over the mean.
+    - l1: the published default. Sum of |w| over a unit's rows or columns in each layer, mean over layers, relative.
     - random: a permutation; the paper's other end.
     - taylor: sum of |w * gradient| over all of a unit's weights (LLM-Pruner, element-wise first order).
     - activation: root of the unit's summed squared activations.

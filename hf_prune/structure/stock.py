@@ -72,7 +72,7 @@ def check_stock(model: nn.Module, structure: Structure) -> None:
     before, after = structure.before, structure.after
     if not _accepts(model, Shape(after.width, before.heads, before.groups, before.head_size)):
         raise BadInputError(
-            f"sparsity: the stock config refuses an MLP width of {after.width}; choose another sparsity."
+            f"sparsity: the stock config refuses {after.width} neurons an MLP; choose another sparsity."
         )
     share = before.heads // before.groups
     if after.groups != before.groups:
@@ -92,8 +92,8 @@ def check_stock(model: nn.Module, structure: Structure) -> None:
     possible = f"it accepts {', '.join(map(str, counts))}" if counts else "it accepts no other number"
     name = type(model).__name__
     raise BadInputError(
-        f"units: {what} cannot be said in the stock config of {name}; {possible}: choose another sparsity or budget, or "
-        "take mlp or depth."
+        f"units: {what} cannot be said in the stock config of {name}; {possible}: choose another sparsity or budget, "
+        "or take mlp or depth."
     )
 
 
@@ -105,7 +105,7 @@ def _accepts(model: nn.Module, shape: Shape) -> bool:
         # Checks that run when a config is read from its file.
         config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
-            built = type(model)(config)  # type: ignore[call-arg]
+            built = type(model)(config)
         return block_shape(built) == shape and _heads_fit(built, shape)
     except BadInputError:
         raise

@@ -35,8 +35,8 @@ class ReduceResult:
 
     Attributes:
         removed_blocks: the numbers of the blocks that went, as they were.
-        kept: block (numbered anew) -> kind -> numbers of the units that new ones took the place of; with "heads" counted
-            through all key-value groups.
+        kept: block (numbered anew) -> kind -> numbers of the units that new ones took the place of; those of "heads"
+            are counted through all key-value groups.
         fused: new units that more than one old unit went into, share of all.
         solver: the transport solvers that ran.
         solver_seconds: spent in transports (costs included).
