@@ -1,4 +1,4 @@
-"""The command line and the measuring rule that every contestant of the one-shot benchmark follows.
+"""The command line and the measuring rule that every contestant of the benchmarks follows.
 
 Standard library only: hf_prune and each peer import this file in their own environment, so that seconds and bytes mean
 the same on both sides. Seconds are wall time of a phase. Memory is the process's own anonymous memory (RssAnon): the
@@ -18,16 +18,22 @@ from pathlib import Path
 SAMPLING_INTERVAL = 0.02  # seconds between two readings of RssAnon
 
 
-def parse_arguments(description: str) -> argparse.Namespace:
-    """The one command line of all contestants: what to prune, with which tokens, how, and where the results go."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """What the command lines of all contestants share: what to prune, with which tokens, and where the results go."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, required=True, help="folder of the dense model")
     parser.add_argument("--token_ids", type=Path, required=True, help='safetensors with "input_ids" [samples, length]')
-    parser.add_argument("--method", choices=("magnitude", "wanda", "sparsegpt"), required=True)
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--pattern", default="unstructured", help="unstructured, or n:m: at most n of m inputs kept")
     parser.add_argument("--output", type=Path, required=True, help="folder of the pruned model")
     parser.add_argument("--report", type=Path, required=True, help="JSON of seconds and peak memory by phase")
+    return parser
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """The one command line of all contestants that zero single weights."""
+    parser = make_parser(description)
+    parser.add_argument("--method", choices=("magnitude", "wanda", "sparsegpt"), required=True)
+    parser.add_argument("--pattern", default="unstructured", help="unstructured, or n:m: at most n of m inputs kept")
     return parser.parse_args()
 
 
