@@ -163,7 +163,7 @@ class StructuredConfig(PruneConfig):
         for key in ("criterion", "update", "reconstruct", "pattern", "targets", "ignore", "min_keep_ratio"):
             if getattr(self, key) != getattr(defaults, key):
                 raise BadInputError(
-                    f"{key}: method {self.method} removes whole units and sets no zeros; leave it out, units says which."
+                    f"{key}: method {self.method} removes whole units; leave it out, units says which."
                 )
         self.units = list(self.units or ["mlp"])
         for unit in self.units:

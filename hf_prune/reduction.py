@@ -62,6 +62,7 @@ def reduce(
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise BadInputError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
+    _check_unshared(model)
     result = reduce_model(model, Structure.from_dict(plan.structure), config.make_reducer(seed), input_ids)
     live = {view.name: view for view in find_views(model)}
     views = []
@@ -69,6 +70,18 @@ def reduce(
         own = live[view.name].count_nonzero()
         views.append(ViewResult(view.name, own, view.numel - own))
     return views, result
+
+
+def _check_unshared(model: nn.Module) -> None:
+    """Raise BadInputError where blocks share a weight: the units of one would go with the other's."""
+    prefix, _ = find_blocks(model)
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen and (name.startswith(f"{prefix}.") or seen[id(parameter)].startswith(f"{prefix}.")):
+            raise BadInputError(
+                f"{name} shares its weight with {seen[id(parameter)]}: removing units would change both."
+            )
+        seen[id(parameter)] = name
 
 
 def mlp_views(model: nn.Module) -> list[WeightView]:

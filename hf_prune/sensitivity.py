@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.allocation import ALLOCATIONS
-from hf_prune.arguments import PruneConfig
+from hf_prune.arguments import PruneConfig, StructuredConfig
 from hf_prune.checkpoint.load import load_model, load_tokenizer
 from hf_prune.compose import make_allocation, make_solver, needs_text
 from hf_prune.engine import distributed
@@ -121,6 +121,10 @@ def measure_sensitivity(
     """
     if by not in GROUPINGS:
         raise BadInputError(f"by: {by!r} is unknown; choose {', '.join(GROUPINGS)}.")
+    if isinstance(config, StructuredConfig):
+        raise BadInputError(
+            f"method: {config.method} removes whole units; sensitivity sets zeros, choose such a method."
+        )
     if input_ids is None and needs_text(config):
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset.")
     rule = make_allocation(config)

@@ -134,9 +134,7 @@ def _given(config: StructuredConfig) -> dict[str, float]:
         except ValueError:
             raise BadInputError(f"budget: {entry!r} is no share; write [mlp=0.8, depth=0.2], or search.") from None
     if set(shares) != set(config.units or []):
-        raise BadInputError(
-            f"budget: it shares out over {', '.join(shares)}, and units are {', '.join(config.units or [])}."
-        )
+        raise BadInputError(f"budget: it names {', '.join(shares)}, and units are {', '.join(config.units or [])}.")
     if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise BadInputError(f"budget: the shares add up to {sum(shares.values()):g}; they must make 1.")
     return shares

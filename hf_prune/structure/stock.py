@@ -33,8 +33,8 @@ def set_sizes(config: Any, shape: Shape, kept_blocks: list[int] | None = None) -
         setattr(config, family.width, shape.width)
     if shape.heads != before:
         config.num_attention_heads = shape.heads
-        if hasattr(config, "head_dim"):
-            config.head_dim = shape.head_size
+        # Said outright: most families would divide the hidden size by the new number.
+        config.head_dim = shape.head_size
     if getattr(config, "num_key_value_heads", None) is not None:
         config.num_key_value_heads = shape.groups
     if kept_blocks is not None:

@@ -63,6 +63,25 @@ def test_two_processes_prune_like_one(own: dict, tmp_path: Path) -> None:
         assert two["evaluation"][name]["perplexity"] == pytest.approx(one["evaluation"][name]["perplexity"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_remove_the_units_that_one_does(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    (tmp_path / "text.txt").write_text("".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000)))
+    recipe = {
+        "model_name_or_path": str(model), "method": "intra_fusion", "fusion": "ot+refit", "importance": "output",
+        "sparsity": 0.4, "units": ["mlp", "attention", "depth"], "dataset_name": str(tmp_path / "text.txt"),
+        "num_calibration_samples": 165, "seq_length": 64, "eval_efficiency": False,
+    }  # fmt: skip
+    for processes in (1, 2):
+        prune(tmp_path / str(processes), recipe, processes)
+    one, two = (load_file(tmp_path / str(processes) / "out" / "model.safetensors") for processes in (1, 2))
+    for name, weight in one.items():
+        # The same units, and weights that differ by the order of float64 sums.
+        assert torch.allclose(weight, two[name], rtol=1e-3, atol=1e-5), name
+
+
 def test_work_is_spread_dearest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_prune.engine.distributed.world_size", lambda: 2)
     assert _assign([1.0, 8.0, 3.0, 4.0]) == [0, 0, 1, 1] or _assign([1.0, 8.0, 3.0, 4.0]) == [1, 0, 1, 1]

@@ -1,0 +1,342 @@
+"""Structured pruning end to end on tiny models, its least squares and its rankings against independent arithmetic."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_prune.cli import main
+from hf_prune.compose import make_config
+from hf_prune.engine.statistics import Statistics
+from hf_prune.errors import BadInputError
+from hf_prune.pruning import plan_pruning, prune
+from hf_prune.structure.depth import block_influence
+from hf_prune.structure.groups import MLP, block_shape, find_groups
+from hf_prune.structure.importance import Evidence, importance, least_output_error, most_important
+from hf_prune.structure.refit import damped, refit_kept, refit_new
+
+EVERY = [*FAMILIES, *MORE_FAMILIES]
+
+
+def reduced(family, ids=None, **options):
+    model = tiny_model(family)
+    config = make_config({"method": "intra_fusion", "sparsity": 0.25, **options})
+    return model, prune(model, config, input_ids=tiny_ids(8, 32) if ids is None else ids)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fusion": "ot"},
+        {"fusion": "ot+refit", "importance": "wanda", "fusion_cost": "activations"},
+        {"fusion": "refit", "importance": "output", "units": ["mlp", "depth"], "sparsity": 0.5},
+    ],
+    ids=lambda options: options["fusion"],
+)
+@pytest.mark.parametrize("family", EVERY)
+def test_the_result_is_a_stock_model_of_the_planned_size(family, options, tmp_path):
+    before = sum(p.numel() for p in tiny_model(family).parameters())
+    model, result = reduced(family, **options)
+    structure = result.plan.structure
+    removed = before - sum(p.numel() for p in model.parameters())
+    assert removed == structure["parameters_before"] - structure["parameters_after"]
+    # Within one neuron of every block that is left.
+    neuron = find_groups(model, 0, MLP, block_shape(model))[0].parameters_of_a_unit()
+    goal = options.get("sparsity", 0.25) * structure["parameters_before"]
+    assert abs(removed - goal) <= neuron * len({view.block for view in result.plan.views}) / 2 + 1
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = tiny_ids(2, 16, seed=5)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    # The cache's way through the blocks is another than a whole forward's.
+    generated = loaded.generate(ids[:1], max_new_tokens=4, do_sample=False)
+    plain = loaded.generate(ids[:1], max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(generated, plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("unit", ["attention", "heads"])
+def test_attention_becomes_smaller_where_the_stock_config_can_say_so(family, unit, tmp_path):
+    model, result = reduced(family, units=["mlp", unit], sparsity=0.35, fusion="refit", importance="output")
+    after = result.plan.structure["after"]
+    assert (after["heads"], after["groups"]) == ((2, 1) if unit == "attention" else (2, 2))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        ids = tiny_ids(2, 16)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
+def test_head_counts_that_the_stock_config_refuses_are_refused(family):
+    with pytest.raises(BadInputError, match="key-value groups cannot be said in the stock config"):
+        reduced(family, units=["attention"])
+
+
+def test_a_refusal_says_which_head_counts_are_possible():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    # 8 heads to 6: hidden_size 32 does not divide by it.
+    with pytest.raises(BadInputError, match="it accepts 1, 2, 4: "):
+        plan_pruning(model, make_config({"method": "intra_fusion", "units": ["attention"], "sparsity": 0.12}))
+
+
+@given(
+    sparsity=st.floats(0.02, 0.55),
+    round_to=st.sampled_from([1, 2, 8]),
+    units=st.sampled_from([["mlp"], ["mlp", "attention"], ["mlp", "heads"], ["mlp", "depth"]]),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_budget_is_met_within_one_unit(sparsity, round_to, units):
+    model = tiny_model("llama")
+    config = make_config({"method": "intra_fusion", "sparsity": sparsity, "round_to": round_to, "units": units})
+    try:
+        structure = plan_pruning(model, config).structure
+    except BadInputError:
+        # Nothing left of the MLPs: more than they hold was asked of them.
+        assert sparsity > 0.4
+        return
+    shape = block_shape(model)
+    neuron = find_groups(model, 0, MLP, shape)[0].parameters_of_a_unit()
+    left = structure["blocks"] - structure["blocks_removed"]
+    removed = structure["parameters_before"] - structure["parameters_after"]
+    off = abs(removed - sparsity * structure["parameters_before"])
+    # Whole blocks that overshoot leave the MLPs nothing to make up with.
+    slack = (
+        structure["parameters_before"] / structure["blocks"] / 2 if structure["after"]["width"] == shape.width else 0
+    )
+    assert off <= left * neuron * round_to / 2 + slack + 1
+    assert structure["after"]["width"] % round_to == 0
+
+
+def weights(seed=0, rows=6, columns=10, tokens=40):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mixed = torch.randn(columns, columns, generator=generator)
+    return weight, torch.randn(tokens, columns, generator=generator) @ mixed
+
+
+def test_the_refit_is_the_least_squares_solution():
+    weight, inputs = weights()
+    gram = damped((inputs.T @ inputs).double(), 0.01)
+    kept = torch.tensor([0, 2, 3, 7])
+    own = refit_kept(weight, gram, kept)
+    # Damping is as good as so many more, uncorrelated, tokens.
+    extra = float(gram.diagonal().mean() - (inputs.T @ inputs).diagonal().mean()) ** 0.5
+    rows = np.concatenate([inputs.double().numpy(), extra * np.eye(10)])
+    expected, *_ = np.linalg.lstsq(rows[:, kept.numpy()], rows @ weight.double().numpy().T, rcond=None)
+    assert np.allclose(own.numpy(), expected.T, atol=1e-4)
+    assert torch.allclose(refit_kept(weight, gram, torch.arange(10)), weight, atol=1e-4)
+
+
+def test_the_refit_of_fused_units_is_the_ridge_solution():
+    weight, inputs = weights(1)
+    fused = weights(2, rows=6, columns=4)[0]
+    new = torch.tanh(inputs[:, :4])
+    residual = new.T @ (inputs @ weight.T - new @ fused.T)
+    own = refit_new(fused, (new.T @ new).double(), residual, 0.05)
+    penalty = (0.05 * float((new.T @ new).diagonal().mean())) ** 0.5
+    rows = np.concatenate([new.double().numpy(), penalty * np.eye(4)])
+    wanted = np.concatenate([(inputs @ weight.T).double().numpy(), penalty * fused.double().numpy().T])
+    expected, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
+    assert np.allclose(own.numpy(), expected.T, atol=1e-4)
+
+
+def output_error(weight, gram, kept):
+    """Squared output error, damping included, of the best weights on some columns; by lstsq through a factor."""
+    rows = np.linalg.cholesky(gram.numpy()).T
+    target = rows @ weight.double().numpy().T
+    solution, *_ = np.linalg.lstsq(rows[:, kept], target, rcond=None)
+    return float(((target - rows[:, kept] @ solution) ** 2).sum())
+
+
+def test_backward_elimination_removes_what_a_brute_force_search_removes():
+    model = tiny_model("llama")
+    group = find_groups(model, 0, MLP, block_shape(model))[0]
+    inputs = torch.randn(200, 48, generator=torch.Generator().manual_seed(3)) @ weights(4, 48, 48)[0]
+    gram = damped((inputs.T @ inputs).double(), 0.01)
+    weight = group.consumer.view.read()
+    left = list(range(48))
+    while len(left) > 40:
+        # One at a time, each time the unit that the others make up for best.
+        errors = [output_error(weight, gram, [unit for unit in left if unit != gone]) for gone in left]
+        left.remove(left[int(np.argmin(errors))])
+    assert least_output_error(group, gram, 40).tolist() == left
+
+
+def test_backward_elimination_of_whole_heads_is_near_the_best_subset():
+    model = tiny_model("llama")
+    shape = block_shape(model)
+    group = find_groups(model, 0, "heads", shape)[1]
+    inputs = torch.randn(300, 32, generator=torch.Generator().manual_seed(3)) @ weights(4, 32, 32)[0]
+    gram = damped((inputs.T @ inputs).double(), 0.01)
+    weight = group.consumer.view.read()
+
+    def columns(heads):
+        others = [c for c in range(32) if not 16 <= c < 32]
+        return others + [c for head in heads for c in range(16 + 8 * head, 24 + 8 * head)]
+
+    best = min(itertools.combinations(range(2), 1), key=lambda heads: output_error(weight, gram, columns(heads)))
+    assert least_output_error(group, gram, 1).tolist() == list(best)
+
+
+def test_importances_against_plain_loops():
+    model = tiny_model("llama")
+    group = find_groups(model, 1, MLP, block_shape(model))[0]
+    mlp = model.model.layers[1].mlp
+    inputs = torch.randn(50, 48, generator=torch.Generator().manual_seed(0)) + 0.3
+    statistics = Statistics(("sum", "sum_of_squares"), 48, torch.device("cpu"))
+    statistics.add(inputs)
+    statistics.finish(lambda tensor: None)
+    down, x = mlp.down_proj.weight.detach().numpy(), inputs.double().numpy()
+    expected = {
+        "activation": [np.linalg.norm(x[:, j]) for j in range(48)],
+        "wanda": [np.linalg.norm(down[:, j]) * np.linalg.norm(x[:, j]) for j in range(48)],
+        "variance": [np.var(x[:, j]) * np.sum(down[:, j] ** 2) for j in range(48)],
+    }
+    for name, values in expected.items():
+        assert np.allclose(importance(name, group, Evidence(statistics)).numpy(), values, rtol=1e-4)
+    gate, up = mlp.gate_proj.weight.detach().numpy(), mlp.up_proj.weight.detach().numpy()
+    sums = np.array([(abs(gate[j]).sum() + abs(up[j]).sum() + abs(down[:, j]).sum()) / 3 for j in range(48)])
+    assert np.allclose(importance("l1", group, Evidence()).numpy(), sums / sums.mean(), rtol=1e-5)
+
+
+def test_taylor_importance_is_the_gradient_of_the_loss():
+    from hf_prune.engine.gradients import loss_gradients
+
+    model, ids = tiny_model("gpt2"), tiny_ids(3, 16)
+    gradients = loss_gradients(model, ids)
+    group = find_groups(model, 2, MLP, block_shape(model))[0]
+    scores = importance("taylor", group, Evidence(gradients=gradients))
+    for parameter in model.parameters():
+        assert parameter.grad is None and parameter.requires_grad
+    sum(model(window[None], labels=window[None]).loss for window in ids).backward()
+    mlp = model.transformer.h[2].mlp
+    expected = (mlp.c_fc.weight * mlp.c_fc.weight.grad).abs().sum(dim=0)
+    expected += (mlp.c_proj.weight * mlp.c_proj.weight.grad).abs().sum(dim=1)
+    assert torch.allclose(scores, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_ties_go_to_the_earlier_unit():
+    assert most_important(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [1, 2]
+
+
+def test_block_influence_is_one_minus_the_cosine_of_hidden_states():
+    model, ids = tiny_model("llama"), tiny_ids(4, 32)
+    seen = []
+    hooks = [
+        block.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+        for block in model.model.layers
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    expected = [float((1 - torch.cosine_similarity(a, b, dim=-1)).mean()) for a, b in seen]
+    assert np.allclose(block_influence(model, ids).numpy(), expected, atol=1e-5)
+
+
+def test_depth_alone_leaves_the_other_blocks_as_they_were():
+    dense = tiny_model("gemma3")
+    model, result = reduced("gemma3", units=["depth"], sparsity=1 / 3, fusion="none")
+    (gone,) = result.reduction.removed_blocks
+    kept = [block for block in range(3) if block != gone]
+    assert model.config.num_hidden_layers == 2
+    assert model.config.layer_types == [dense.config.layer_types[block] for block in kept]
+    for new, old in enumerate(kept):
+        for name, weight in dense.model.layers[old].state_dict().items():
+            assert torch.equal(model.model.layers[new].state_dict()[name], weight)
+
+
+def test_padding_gives_blocks_their_own_widths_and_a_stock_shape(tmp_path):
+    model = tiny_model("llama")
+    for block, scale in enumerate((0.1, 1.0, 3.0)):
+        model.model.layers[block].mlp.down_proj.weight.data *= scale
+        model.model.layers[block].mlp.up_proj.weight.data *= scale
+    options = {"layout": "pad", "allocation": "global", "sparsity": 0.25, "fusion": "none"}
+    result = prune(model, make_config({"method": "intra_fusion", **options}))
+    widths = result.plan.structure["widths"]
+    assert widths[0] < widths[1] <= widths[2]
+    assert sum(widths) == 3 * 28  # what shrinking all alike would leave
+    for block, width in enumerate(widths):
+        columns = model.model.layers[block].mlp.down_proj.weight
+        assert columns.shape[1] == max(widths) == model.config.intermediate_size
+        assert int((columns != 0).any(dim=0).sum()) == width
+    model.save_pretrained(tmp_path)
+    ids = tiny_ids(1, 16)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_refitting_lowers_the_output_error_of_the_first_block():
+    """The closed form is never worse than dropping on the text that it was fitted to."""
+    ids = tiny_ids(16, 32)
+    dense = tiny_model("llama")
+    errors = {}
+    for fusion in ("none", "refit", "ot", "ot+refit"):
+        model, _ = reduced("llama", ids, fusion=fusion, importance="output", damping=1e-4)
+        with torch.no_grad():
+            outputs = [m.model(ids, output_hidden_states=True).hidden_states[1] for m in (dense, model)]
+        errors[fusion] = float((outputs[0] - outputs[1]).square().sum())
+    assert errors["refit"] < 0.95 * errors["none"]
+    assert errors["ot+refit"] < 0.95 * errors["ot"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": 0.7}, "would leave the MLPs empty"),
+        ({"units": ["attention"], "sparsity": 0.9}, "would take all 2 units of attention"),
+        ({"units": ["attention", "heads"]}, "choose one of the two"),
+        ({"units": ["neurons"]}, "is unknown"),
+        ({"units": ["mlp", "depth"], "budget": ["mlp=0.7", "depth=0.7"]}, "must make 1"),
+        ({"units": ["mlp"], "budget": ["depth=1"]}, "it names depth"),
+        ({"pattern": "2:4", "sparsity": 0.5}, "removes whole units"),
+        ({"allocation": "erk"}, "layout to pad"),
+        ({"fusion": "melt"}, "fusion: 'melt' is unknown"),
+        ({"fusion_target": "kmeans", "fusion_cost": "activations"}, "centres of weights"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, words):
+    with pytest.raises(BadInputError, match=words):
+        reduced("llama", **options)
+
+
+def test_blocks_that_share_weights_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(BadInputError, match="shares its weight"):
+        prune(model, make_config({"method": "intra_fusion"}))
+
+
+def test_a_data_free_recipe_runs_without_text_and_a_second_pruning_is_refused(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    recipe = {"model_name_or_path": str(model), "method": "intra_fusion", "sparsity": 0.2, "eval_efficiency": False}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "output_dir": str(tmp_path / "out")}))
+    assert main(["plan", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert "Neurons an MLP" in capsys.readouterr().out
+    assert main(["prune", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    report = json.loads((tmp_path / "out" / "prune_report.json").read_text())
+    assert all(row["passed"] for row in report["verification"])
+    assert report["structure"]["solver"] == ["emd"] and report["calibration"] is None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "32 of 48 neurons an MLP" in card and "zeros" not in card.split("## Citation")[0].lower()
+    capsys.readouterr()
+    again = [f"--model_name_or_path={tmp_path / 'out'}", f"--output_dir={tmp_path / 'twice'}"]
+    assert main(["prune", "--config", str(tmp_path / "recipe.yaml"), *again]) == 2
+    assert "has been pruned before" in capsys.readouterr().err
+    assert main(["prune", "--config", str(tmp_path / "recipe.yaml"), "--fusion", "refit", again[1]]) == 2
+    assert "needs calibration text" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
