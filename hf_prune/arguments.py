@@ -151,6 +151,11 @@ class StructuredConfig(PruneConfig):
 
     structured: ClassVar[bool] = True
 
+    @property
+    def searches_budget(self) -> bool:
+        """Whether shares of the budget are found by trying."""
+        return self.budget == ["search"]
+
     def make_reducer(self, seed: int = 0) -> Any:
         """The method's arithmetic for one group of units."""
         raise NotImplementedError
@@ -162,9 +167,7 @@ class StructuredConfig(PruneConfig):
         defaults = PruneConfig()
         for key in ("criterion", "update", "reconstruct", "pattern", "targets", "ignore", "min_keep_ratio"):
             if getattr(self, key) != getattr(defaults, key):
-                raise BadInputError(
-                    f"{key}: method {self.method} removes whole units; leave it out, units says which."
-                )
+                raise BadInputError(f"{key}: method {self.method} removes whole units; leave it out, units says which.")
         self.units = list(self.units or ["mlp"])
         for unit in self.units:
             if unit not in UNITS:

@@ -233,7 +233,9 @@ def needs_text(config: PruneConfig) -> bool:
     """Whether anything of the run looks at calibration text."""
     if isinstance(config, StructuredConfig):
         reducer = config.make_reducer()
-        return bool(reducer.statistics or reducer.needs_gradients or "depth" in (config.units or []))
+        return bool(
+            reducer.statistics or reducer.needs_gradients or "depth" in (config.units or []) or config.searches_budget
+        )
     allocation = make_allocation(config)
     return bool(
         make_solver(config).statistics or (allocation and allocation.needs_text) or config.reconstruct != "none"

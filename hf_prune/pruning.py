@@ -19,7 +19,7 @@ from hf_prune.engine.walk import ViewResult, walk
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reconstruction.block import BlockOutcome
-from hf_prune.reduction import as_sparsity, mlp_views, plan_reduction, reduce
+from hf_prune.reduction import as_sparsity, mlp_views, plan_reduction, reduce, search_budget
 from hf_prune.structure.walk import ReduceResult
 from hf_prune.weights import WeightView
 
@@ -77,7 +77,10 @@ def plan_pruning(
             inner, views = as_sparsity(config, model), mlp_views(model)
             by_view, _ = _densities(model, inner, views, input_ids, statistics_folder)
             densities = _by_block(views, by_view)
-        return plan_reduction(model, config, base_model, densities)
+        shares = None
+        if config.searches_budget and input_ids is not None:
+            shares = search_budget(model, config, input_ids)
+        return plan_reduction(model, config, base_model, densities, shares)
     views, skipped = select_views(model, config.targets, config.ignore)
     if make_allocation(config) is None:
         saved, patterns = saved_plan(config, views)
@@ -135,7 +138,10 @@ def provisional_plan(model: nn.Module, config: PruneConfig, base_model: str = ""
     """A plan without looking at weights, for estimates, and whether it is final: an allocation may change densities."""
     rule = make_allocation(config)
     final = rule is None or not rule.needs_weights
-    plain: dict[str, Any] = {"layout": "shrink"} if isinstance(config, StructuredConfig) else {}
+    plain: dict[str, Any] = {}
+    if isinstance(config, StructuredConfig):
+        plain = {"layout": "shrink", "budget": None}
+        final = final and not config.searches_budget
     own = config if final else replace(config, allocation="uniform", **plain)
     plan = plan_pruning(model, own, base_model)
     return replace(plan, allocation=Path(config.allocation).name), final

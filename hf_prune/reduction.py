@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,26 +15,35 @@ from torch import Tensor, nn
 from hf_prune.arguments import PruneConfig, StructuredConfig
 from hf_prune.engine.walk import ViewResult
 from hf_prune.errors import BadInputError
+from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.plan import Plan, ViewPlan
 from hf_prune.structure.budget import Structure, plan_structure
 from hf_prune.structure.families import find_family
+from hf_prune.structure.groups import MLP
 from hf_prune.structure.stock import check_stock, set_sizes
 from hf_prune.structure.walk import ReduceResult, reduce_model
 from hf_prune.weights import WeightView, find_blocks, find_views
 
+logger = logging.getLogger(__name__)
+
 
 def plan_reduction(
-    model: nn.Module, config: StructuredConfig, base_model: str = "", densities: Sequence[float] | None = None
+    model: nn.Module,
+    config: StructuredConfig,
+    base_model: str = "",
+    densities: Sequence[float] | None = None,
+    shares: dict[str, float] | None = None,
 ) -> Plan:
     """The sizes of the smaller model and its weight matrices; `model` may live on the meta device.
 
     Args:
         densities: share of its MLP that each block keeps, for `layout: pad`; equal unless given.
+        shares: of the removed parameters by unit; as the config says unless given.
 
     Raises:
         BadInputError: the family is not described, its stock config refuses the sizes, or a layer would be left empty.
     """
-    structure = plan_structure(model, config)
+    structure = plan_structure(model, config, shares)
     check_stock(model, structure)
     if config.layout == "pad" and densities is not None:
         structure = _padded(structure, densities, config.round_to)
@@ -70,6 +81,53 @@ def reduce(
         own = live[view.name].count_nonzero()
         views.append(ViewResult(view.name, own, view.numel - own))
     return views, result
+
+
+def search_budget(model: nn.Module, config: StructuredConfig, input_ids: Tensor) -> dict[str, float]:
+    """The shares of the removed parameters, by unit, that cost least on calibration windows held out (`budget: search`).
+
+    Every candidate gives the coarse units (attention, heads, depth) some of the budget and the MLPs the rest; each is
+    carried out on a copy of the model with the other windows. So it takes as many prunings, and a second model's memory.
+
+    Args:
+        input_ids: int64 [samples, tokens]; an eighth, one window at least, is held out.
+    """
+    held_out = max(len(input_ids) // 8, 1)
+    scores: dict[str, tuple[float, dict[str, float]]] = {}
+    for shares in _candidates(config):
+        try:
+            plan = plan_reduction(model, config, shares=shares)
+        except BadInputError as error:
+            logger.info("budget: %s is left out (%s)", _written(shares), error)
+            continue
+        # Coarse units make several shares one and the same structure.
+        key = json.dumps(plan.structure)
+        if key in scores:
+            continue
+        trial = copy.deepcopy(model)
+        reduce(trial, config, plan, input_ids[held_out:])
+        cost = float(window_nll(trial, input_ids[:held_out], description="trying").mean())  # type: ignore[arg-type]
+        logger.info("budget: [%s] gives %.4f nats a token on %d held-out windows", _written(shares), cost, held_out)
+        scores[key] = (cost, shares)
+    if not scores:
+        raise BadInputError(f"budget: no split over {', '.join(config.units or [])} fits; lower sparsity.")
+    return min(scores.values(), key=lambda scored: scored[0])[1]
+
+
+def _candidates(config: StructuredConfig) -> list[dict[str, float]]:
+    """None to three quarters of the budget for the coarse units, evenly, and the rest for the MLPs."""
+    coarse = [unit for unit in config.units or [] if unit != MLP]
+    if MLP not in (config.units or []) or not coarse:
+        raise BadInputError("budget: search splits between mlp and other units; name both in units.")
+    return [
+        {**{unit: part if unit == chosen else 0.0 for unit in coarse}, MLP: 1 - part}
+        for chosen in coarse
+        for part in (0.0, 0.25, 0.5, 0.75)
+    ]
+
+
+def _written(shares: dict[str, float]) -> str:
+    return ", ".join(f"{unit}={share:g}" for unit, share in shares.items())
 
 
 def _check_unshared(model: nn.Module) -> None:

@@ -284,6 +284,7 @@ class Bench:
             "nll": measured.nll.tolist(),
             "sparsity": summary["block_sparsity"],
             "total_sparsity": summary["total_sparsity"],
+            "parameters": summary["total_parameters"],
             "patterns": summary["patterns"],
         }
 

@@ -60,13 +60,21 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
                     "runs": len(runs),
                     "peak_memory_bytes": median(run["peak_memory_bytes"] or 0 for run in runs),
                     "sparsity": first[seed]["sparsity"],
-                    "total_sparsity": first[seed]["total_sparsity"],
+                    "total_sparsity": gone(first[seed], dense),
                     "cores_busy_elsewhere": max(run["cores_busy_elsewhere"] for run in runs),
                     **_agreement(grid, results, row["name"], setting),
                 }
             )
     _add_ratios(lines, grid.reference)
     return lines
+
+
+def gone(figures: dict[str, Any], dense: dict[str, Any]) -> float:
+    """Share of all of the dense model's parameters that are zero or no longer there."""
+    if "parameters" not in figures or "parameters" not in dense:
+        # Scored before sizes were noted: nothing was ever smaller.
+        return figures["total_sparsity"]
+    return 1 - figures["parameters"] * (1 - figures["total_sparsity"]) / dense["parameters"]
 
 
 def _agreement(grid: Grid, results: Results, row: str, setting: str) -> dict[str, float | None]:
@@ -102,7 +110,15 @@ def _add_ratios(lines: list[dict[str, Any]], reference: str | None) -> None:
 
 def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
     """One table, settings under one another, and the conditions below it."""
-    head = ["setting", "row", "perplexity (95 % interval)", "excess", "seconds", "peak MB", "zeros of all parameters"]
+    head = [
+        "setting",
+        "row",
+        "perplexity (95 % interval)",
+        "excess",
+        "seconds",
+        "peak MB",
+        "zero or gone, of all parameters",
+    ]
     correlated = any(correlations(line) for line in lines)
     head += ["allocation's rank correlation"] if correlated else []
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

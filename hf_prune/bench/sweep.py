@@ -127,15 +127,18 @@ def kept_bits(folder: Path) -> dict[str, torch.Tensor]:
     return bits
 
 
-def overlap(left: Path, right: Path) -> float:
-    """Weights that both masks keep as a share of those that either keeps (Jaccard)."""
+def overlap(left: Path, right: Path) -> float | None:
+    """Weights that both masks keep as a share of those that either keeps (Jaccard); None where no shapes agree."""
     both = either = 0
     with safe_open(left, framework="np") as a, safe_open(right, framework="np") as b:
         for name in set(a.keys()) & set(b.keys()):
             one, other = a.get_tensor(name), b.get_tensor(name)
+            if one.shape != other.shape:
+                # Units are gone on one side.
+                continue
             both += int(numpy.bitwise_count(one & other).sum())
             either += int(numpy.bitwise_count(one | other).sum())
-    return both / either if either else 1.0
+    return both / either if either else None
 
 
 def table(grid: Grid, results: Results, folder: Path) -> list[dict[str, Any]]:
@@ -211,7 +214,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
             spread,
             f"{line['size']:.3f}",
             f"{line['speed']:.2f}" if line["speed"] is not None else "not measured",
-            f"{line['overlap']:.2f}",
+            f"{line['overlap']:.2f}" if line["overlap"] is not None else "other shapes",
             correlations(line),
         ]
         out.append("| " + " | ".join(cells) + " |")

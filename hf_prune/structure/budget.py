@@ -79,7 +79,7 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
     left, rest = len(blocks) - depth, goal - depth * size
     after = before
     for kind, have in ((ATTENTION, before.groups), (HEADS, before.heads // before.groups)):
-        if kind not in shares:
+        if not shares.get(kind):
             continue
         if have == 1:
             raise BadInputError(f"units: there is one unit of {kind} a block, which cannot go; choose other units.")
@@ -107,7 +107,7 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
             )
         after = replace(after, width=width)
     gone = unit[MLP] * (before.width - after.width) + unit[ATTENTION] * (before.groups - after.groups)
-    if HEADS in shares:
+    if shares.get(HEADS):
         gone += unit[HEADS] * (before.heads - after.heads) // before.groups
     return Structure(before, after, len(blocks), depth, total, left * (size - gone))
 
@@ -115,7 +115,7 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
 def _shares(config: StructuredConfig, shape: Shape, unit: dict[str, int]) -> dict[str, float]:
     """Unit -> its share of the parameters that are removed."""
     assert config.units is not None
-    if config.budget and config.budget != ["search"]:
+    if config.budget and not config.searches_budget:
         return _given(config)
     depth = 1 / len(config.units) if DEPTH in config.units else 0.0
     have = {MLP: shape.width, ATTENTION: shape.groups, HEADS: shape.heads // shape.groups}

@@ -29,8 +29,13 @@ def features(group: Group) -> Tensor:
 
 
 def weight_cost(every: Tensor, target: Tensor) -> Tensor:
-    """L1 distances between features, float32 [n, m]; as published."""
-    return torch.cdist(every, target, p=1)
+    """Distances between features, float32 [n, m]: L1 as published, Euclidean where that would take hours.
+
+    A matrix product gives the latter; the former costs n x m x features absolute differences, about 4 s on a core for
+    1,536 neurons of three 576-wide layers and an hour for a block of an 8B model. GPUs take either.
+    """
+    exact = len(every) <= MOST_EXACT or every.device.type == "cuda"
+    return torch.cdist(every, target, p=1 if exact else 2)
 
 
 def activation_cost(group: Group, gram: Tensor, kept: Tensor) -> Tensor:

@@ -292,6 +292,18 @@ def test_refitting_lowers_the_output_error_of_the_first_block():
     assert errors["ot+refit"] < 0.95 * errors["ot"]
 
 
+def test_the_searched_budget_is_the_cheapest_of_those_tried():
+    """A model whose last block does nothing but whose neurons all matter: depth alone costs nothing."""
+    model = tiny_model("llama")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.model.layers[2].get_submodule(name).weight.data.zero_()
+    for block in model.model.layers[:2]:
+        block.mlp.down_proj.weight.data *= 20
+    options = {"units": ["mlp", "depth"], "budget": ["search"], "sparsity": 0.45, "fusion": "none"}
+    result = prune(model, make_config({"method": "intra_fusion", **options}), input_ids=tiny_ids(8, 32))
+    assert result.reduction.removed_blocks == [2]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
