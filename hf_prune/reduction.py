@@ -84,10 +84,10 @@ def reduce(
 
 
 def search_budget(model: nn.Module, config: StructuredConfig, input_ids: Tensor) -> dict[str, float]:
-    """The shares of the removed parameters, by unit, that cost least on calibration windows held out (`budget: search`).
+    """`budget: search`: the shares of the removed parameters, by unit, that cost least on held-out calibration windows.
 
-    Every candidate gives the coarse units (attention, heads, depth) some of the budget and the MLPs the rest; each is
-    carried out on a copy of the model with the other windows. So it takes as many prunings, and a second model's memory.
+    Every candidate gives the coarse units (attention, heads, depth) some of the budget and the MLPs the rest, and is
+    carried out on a copy of the model with the other windows: as many prunings, and a second model's memory.
 
     Args:
         input_ids: int64 [samples, tokens]; an eighth, one window at least, is held out.

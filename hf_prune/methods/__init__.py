@@ -21,6 +21,7 @@ def methods() -> dict[str, type[PruneConfig]]:
 
 def find_method(key: str, name: str) -> type[PruneConfig]:
     """The config class of a method; BadInputError naming the recipe key where there is none."""
-    if name not in methods():
-        raise BadInputError(f"{key}: {name!r} is unknown; choose one of {', '.join(methods())}.")
+    able = [known for known, config in methods().items() if key == "method" or not config.structured]
+    if name not in able:
+        raise BadInputError(f"{key}: {name!r} is unknown; choose one of {', '.join(able)}.")
     return methods()[name]

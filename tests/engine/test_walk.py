@@ -20,7 +20,7 @@ from hf_prune.methods.wanda import WandaConfig
 from hf_prune.pruning import PruneResult, plan_pruning, prune
 from hf_prune.weights import find_views
 
-COMBINATIONS = [*sorted(methods()), "wanda+sparsegpt", "sparsegpt+none"]
+COMBINATIONS = [*(name for name in methods() if not methods()[name].structured), "wanda+sparsegpt", "sparsegpt+none"]
 
 
 def make(name: str, **common: object) -> PruneConfig:

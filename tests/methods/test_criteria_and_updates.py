@@ -145,7 +145,7 @@ def test_a_rank_deficient_hessian_is_damped_until_it_factors(caplog: pytest.LogC
     assert torch.isfinite(pruned).all() and int(mask.sum()) == 128
 
 
-@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize("name", [name for name in methods() if not methods()[name].structured])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:4", "4:8"])
 def test_every_method_keeps_every_pattern(name: str, pattern: str) -> None:
     weight, inputs = layer()
