@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from hf_prune.hub.card import PLOT, write_card
+from hf_prune.hub.card import PLOTS, write_card
+
+PLOT = next(iter(PLOTS))
 
 EXAMPLE = Path(__file__).parents[1] / "report" / "example_report.json"
 RECIPE = """# SmolLM2 to half its weights
