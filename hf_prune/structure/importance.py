@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ class Evidence:
 def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     """Importance of each unit, float32 [units]; higher is kept.
 
-    - l1: the published default. Sum of |w| over a unit's rows or columns in each layer, mean over layers, relative.
+    - l1: the published default, of all of a unit's weights.
     - random: a permutation; the paper's other end.
     - taylor: sum of |w * gradient| over all of a unit's weights (LLM-Pruner, element-wise first order).
     - activation: root of the unit's summed squared activations.
@@ -50,9 +51,7 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     - variance: variance of the activation times the squared column norm (FLAP's fluctuation).
     """
     if name == "l1":
-        norms = [stretch.read().abs().sum(dim=(1, 2)) for stretch in (*group.producers, group.consumer)]
-        mean = torch.stack(norms).mean(dim=0)
-        return mean / mean.mean()
+        return l1([stretch.read() for stretch in (*group.producers, group.consumer)])
     if name == "random":
         generator = torch.Generator().manual_seed(evidence.seed * 100_003 + group.block)
         return torch.randperm(group.units, generator=generator).float()
@@ -70,6 +69,16 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
         return (squares * columns).sum(dim=1).sqrt().float()
     assert name == "variance" and statistics.variance is not None
     return (_by_unit(group.consumer, statistics.variance) * columns).sum(dim=1).float()
+
+
+def l1(sides: Sequence[Tensor]) -> Tensor:
+    """Sum of |w| over a unit's rows or columns in each layer, mean over layers, over the mean: float32 [units].
+
+    Args:
+        sides: each [units, size, other]: a layer's rows, or columns, by unit.
+    """
+    mean = torch.stack([side.abs().sum(dim=(1, 2)) for side in sides]).mean(dim=0)
+    return mean / mean.mean()
 
 
 def most_important(scores: Tensor, count: int) -> Tensor:

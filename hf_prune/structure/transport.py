@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,21 @@ _ENTROPY = 0.05
 
 
 def features(group: Group) -> Tensor:
-    """A unit's weights in one row, of length one: float32 [units, features] (the paper's section 3, step 3).
+    """The units of a language model's block by their weights, float32 [units, features].
 
     Producers' inputs are scaled by the gain of the normalisation in front, so that features of all layers compare.
     """
-    rows = [(stretch.read() * group.gain.to(stretch.view.parameter.device)).flatten(1) for stretch in group.producers]
-    everything = torch.cat([*rows, group.consumer.read().flatten(1)], dim=1)
-    return torch.nn.functional.normalize(everything, dim=1)
+    rows = [stretch.read() * group.gain.to(stretch.view.parameter.device) for stretch in group.producers]
+    return unit_features([*rows, group.consumer.read()])
+
+
+def unit_features(sides: Sequence[Tensor]) -> Tensor:
+    """A unit's weights in one row, of length one: float32 [units, features] (the paper's section 3, step 3).
+
+    Args:
+        sides: each [units, size, other]: a layer's rows, or columns, by unit.
+    """
+    return torch.nn.functional.normalize(torch.cat([side.flatten(1) for side in sides], dim=1), dim=1)
 
 
 def weight_cost(every: Tensor, target: Tensor) -> Tensor:
