@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_prune.engine.statistics import Statistics
-from hf_prune.structure.groups import Group, Stretch
+from hf_prune.structure.groups import MATCHING, Group, Stretch
 
 # What each needs to know of the consumer's inputs.
 IMPORTANCES: dict[str, frozenset[str]] = {
     "l1": frozenset(),
+    "product": frozenset(),
     "random": frozenset(),
     "taylor": frozenset(),
     "activation": frozenset({"sum_of_squares"}),
@@ -44,6 +45,8 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     """Importance of each unit, float32 [units]; higher is kept.
 
     - l1: the published default, of all of a unit's weights.
+    - product: norms of a unit's rows and columns in each layer, multiplied; ours, data-free. Scaling a unit's rows up and
+      its columns down is the same function and changes a sum of norms, and what a gated neuron hands on is a product.
     - random: a permutation; the paper's other end.
     - taylor: sum of |w * gradient| over all of a unit's weights (LLM-Pruner, element-wise first order).
     - activation: root of the unit's summed squared activations.
@@ -52,6 +55,8 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     """
     if name == "l1":
         return l1([stretch.read() for stretch in (*group.producers, group.consumer)])
+    if name == "product":
+        return _product(group)
     if name == "random":
         generator = torch.Generator().manual_seed(evidence.seed * 100_003 + group.block)
         return torch.randperm(group.units, generator=generator).float()
@@ -69,6 +74,15 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
         return (squares * columns).sum(dim=1).sqrt().float()
     assert name == "variance" and statistics.variance is not None
     return (_by_unit(group.consumer, statistics.variance) * columns).sum(dim=1).float()
+
+
+def _product(group: Group) -> Tensor:
+    """Queries and keys only choose where a head looks: their scale is not its output's."""
+    scale = group.consumer.read().flatten(1).norm(dim=1)
+    for stretch in group.producers:
+        if stretch.role not in MATCHING:
+            scale = scale * (stretch.read() * group.gain.to(scale.device)).flatten(1).norm(dim=1)
+    return scale
 
 
 def l1(sides: Sequence[Tensor]) -> Tensor:

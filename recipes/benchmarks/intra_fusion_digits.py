@@ -1,6 +1,6 @@
 """Small networks trained here, most units of one group removed: is fusing them better than dropping them?
 
-    python recipes/benchmarks/intra_fusion_digits.py --work_folder FOLDER --readme README.md
+    python recipes/benchmarks/intra_fusion_digits.py --work_folder FOLDER --readme recipes/benchmarks/DIGITS.md
 
 The experiments of the Intra-Fusion paper (Theus et al., 2024) in shape, on scikit-learn's 8 x 8 digits: an MLP and a
 small VGG with its BatchNorm folded, one group of units pruned (l1 importance, exact transport), without and with

@@ -211,6 +211,20 @@ def test_importances_against_plain_loops():
     assert np.allclose(importance("l1", group, Evidence()).numpy(), sums / sums.mean(), rtol=1e-5)
 
 
+def test_the_product_of_norms_does_not_see_where_inside_a_unit_its_scale_stands():
+    model = tiny_model("llama")
+    model.model.layers[1].post_attention_layernorm.weight.data = torch.linspace(0.5, 2, 32)
+    group, mlp = find_groups(model, 1, MLP, block_shape(model))[0], model.model.layers[1].mlp
+    gain = model.model.layers[1].post_attention_layernorm.weight
+    expected = (mlp.gate_proj.weight * gain).norm(dim=1) * (mlp.up_proj.weight * gain).norm(dim=1)
+    expected = expected * mlp.down_proj.weight.norm(dim=0)
+    assert torch.allclose(importance("product", group, Evidence()), expected, rtol=1e-4)
+    # The same function, scaled otherwise inside.
+    mlp.up_proj.weight.data[5] *= 8
+    mlp.down_proj.weight.data[:, 5] /= 8
+    assert torch.allclose(importance("product", group, Evidence()), expected, rtol=1e-4)
+
+
 def test_taylor_importance_is_the_gradient_of_the_loss():
     from hf_prune.engine.gradients import loss_gradients
 
