@@ -45,8 +45,8 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     """Importance of each unit, float32 [units]; higher is kept.
 
     - l1: the published default, of all of a unit's weights.
-    - product: norms of a unit's rows and columns in each layer, multiplied; ours, data-free. Scaling a unit's rows up and
-      its columns down is the same function and changes a sum of norms, and what a gated neuron hands on is a product.
+    - product: norms of a unit's rows and columns in each layer, multiplied; ours, data-free. Scaling a unit's rows up
+      and its columns down is the same function and changes a sum of norms; a gated neuron hands on a product.
     - random: a permutation; the paper's other end.
     - taylor: sum of |w * gradient| over all of a unit's weights (LLM-Pruner, element-wise first order).
     - activation: root of the unit's summed squared activations.
