@@ -35,7 +35,6 @@ def prune(folder: Path, recipe: dict, processes: int) -> dict:
     "own",
     [
         {"method": "sparsegpt"},
-        {"method": "wanda"},
         {"method": "balanced", "allocation": "owl", "reconstruct": "block", "reconstruct_passes": 2},
         {"method": "fcpts", "fcpts_score": "wanda", "fcpts_steps": 4, "fcpts_batch_size": 2},
     ],
