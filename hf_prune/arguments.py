@@ -160,14 +160,19 @@ class StructuredConfig(PruneConfig):
         """The method's arithmetic for one group of units."""
         raise NotImplementedError
 
+    def describe_run(self) -> Any:
+        """What tables and cards say of this choice of options."""
+        return self.info
+
     def __post_init__(self) -> None:
+        defaults = PruneConfig()
+        unused = ("criterion", "update", "reconstruct", "pattern", "targets", "ignore", "min_keep_ratio", "propagate")
+        for key in unused:
+            if getattr(self, key) != getattr(defaults, key):
+                raise BadInputError(f"{key}: method {self.method} removes whole units; leave it out, units says which.")
         if self.sparsity is None:
             self.sparsity = 0.2
         super().__post_init__()
-        defaults = PruneConfig()
-        for key in ("criterion", "update", "reconstruct", "pattern", "targets", "ignore", "min_keep_ratio"):
-            if getattr(self, key) != getattr(defaults, key):
-                raise BadInputError(f"{key}: method {self.method} removes whole units; leave it out, units says which.")
         self.units = list(self.units or ["mlp"])
         for unit in self.units:
             if unit not in UNITS:
@@ -183,6 +188,10 @@ class StructuredConfig(PruneConfig):
                 f"allocation: {self.allocation} gives every block its own width, which a stock config cannot say; set "
                 "layout to pad or leave allocation out."
             )
+        if self.allocation.endswith(".json"):
+            raise BadInputError(f"allocation: {self.allocation} holds densities of zeros; name a rule, as in owl.")
+        if self.searches_budget and ("mlp" not in self.units or len(self.units) < 2):
+            raise BadInputError("budget: search splits between mlp and other units; name both in units.")
         if self.layout == "pad" and self.units != ["mlp"]:
             raise BadInputError("layout: pad fills MLPs up with zeros; set units to mlp.")
 

@@ -37,6 +37,7 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
         key: coerce(key, value, known[key]) for key, value in values.items() if key not in field_types(main)
     }
     if isinstance(config, StructuredConfig):
+        make_allocation(config)
         return config
     # The parts check their own values.
     make_solver(config)
@@ -233,9 +234,9 @@ def needs_text(config: PruneConfig) -> bool:
     """Whether anything of the run looks at calibration text."""
     if isinstance(config, StructuredConfig):
         reducer = config.make_reducer()
-        return bool(
-            reducer.statistics or reducer.needs_gradients or "depth" in (config.units or []) or config.searches_budget
-        )
+        rule = make_allocation(config)
+        shared = bool(rule and rule.needs_text) or "depth" in (config.units or []) or config.searches_budget
+        return bool(reducer.statistics or reducer.needs_gradients or shared)
     allocation = make_allocation(config)
     return bool(
         make_solver(config).statistics or (allocation and allocation.needs_text) or config.reconstruct != "none"

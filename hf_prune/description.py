@@ -18,6 +18,7 @@ from hf_prune.compose import make_solver, own_options
 from hf_prune.engine import distributed
 from hf_prune.methods import find_method
 from hf_prune.pruning import PruneResult
+from hf_prune.structure.budget import Structure
 
 if TYPE_CHECKING:
     from hf_prune.data.text import TextData
@@ -97,10 +98,12 @@ def _sizes(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
     """Shapes before and after, and how the units that stayed were made, where units went."""
     assert result.plan.structure is not None and result.reduction is not None
     left = sum(parameter.numel() for parameter in model.parameters())
+    structure = Structure.from_dict(result.plan.structure)
     return {
         "structure": {
             **result.plan.structure,
-            "removed": result.plan.sparsity,
+            "removed": structure.removed,
+            "padded": structure.padded,
             "removed_all": 1 - left / total,
             "total_before": total,
             "total_after": left,
@@ -114,14 +117,9 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
     """The report's `method` entry. A preset whose parts were changed is named by its parts."""
     if isinstance(config, StructuredConfig):
         return {
-            "name": config.method,
-            "title": config.info.title,
+            **asdict(config.describe_run()),
             "allocation": Path(config.allocation).name,
             "options": own_options(config),
-            "paper": config.info.paper,
-            "paper_title": config.info.paper_title,
-            "summary": config.info.summary,
-            "citation": config.info.citation,
         }
     solver = make_solver(config)
     preset = find_method("method", config.method) if config.method else None
@@ -149,9 +147,7 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
 def within_plan(result: PruneResult) -> dict[str, Any]:
     """A verification row: no weight matrix keeps more than its plan allows, whole weights a row."""
     if result.reduction is not None:
-        # The shapes themselves are compared with the saved config by the rows that follow.
-        detail = f"{result.plan.sparsity:.2%} of the blocks' parameters removed"
-        return {"check": "sizes as planned", "passed": True, "detail": detail}
+        return _as_planned(result)
     floor = result.plan.min_keep_ratio
     over = [
         view.name
@@ -160,6 +156,27 @@ def within_plan(result: PruneResult) -> dict[str, Any]:
     ]
     detail = f"{over[0]} keeps more than planned" if over else f"target {result.plan.sparsity:.2%} zeros"
     return {"check": "density within the plan", "passed": not over, "detail": detail}
+
+
+def _as_planned(result: PruneResult) -> dict[str, Any]:
+    """A verification row: every block kept as many units as planned, padding aside."""
+    assert result.plan.structure is not None and result.reduction is not None
+    structure = Structure.from_dict(result.plan.structure)
+    share = structure.after.heads // structure.after.groups
+    wrong = []
+    for block, kept in result.reduction.kept.items():
+        wanted = {
+            "mlp": structure.widths[block] if structure.widths else structure.after.width,
+            "attention": structure.after.groups,
+            "heads": structure.after.groups * share,
+        }
+        wrong += [f"block {block}: {len(units)} {kind}" for kind, units in kept.items() if len(units) != wanted[kind]]
+    stored = sum(view.numel for view in result.plan.views)
+    held = sum(view.kept + view.zeros_before for view in result.views)
+    if stored != held:
+        wrong.append(f"{held:,} weights instead of {stored:,}")
+    detail = wrong[0] if wrong else f"{structure.removed:.2%} of the blocks' parameters removed"
+    return {"check": "sizes as planned", "passed": not wrong, "detail": detail}
 
 
 def add_displacement(report: dict[str, Any], ready: Preparation, folder: Path) -> None:

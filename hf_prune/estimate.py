@@ -139,6 +139,9 @@ def estimate_reduction(
     reducer, structure = config.make_reducer(), plan.structure
     weights = sum(parameter.numel() for parameter in model.parameters())
     removed = structure["parameters_before"] - structure["parameters_after"]
+    if config.layout == "pad":
+        # Zeros up to the widest block, which may be as wide as before.
+        removed = 0
     size = _BYTES.get(dtype if dtype != "auto" else str(model.config.dtype or "float32").removeprefix("torch."), 4)
     per_token = _flops_per_token(model, min(seq_length, TOKENS_PER_FORWARD))
     width, kept, tokens = structure["before"]["width"], structure["after"]["width"], samples * seq_length
@@ -157,7 +160,11 @@ def estimate_reduction(
     memory = weights * size * (2 if reducer.needs_gradients else 1) + 2 * tokens * hidden * size
     memory += 4 * 8 * width**2 if "gram" in reducer.statistics else 0
     memory += 3 * 8 * width * kept if reducer.transports else 0
-    memory += 5 * 4 * (structure["parameters_before"] // blocks)
+    memory += 5 * 4 * (structure["parameters_before"] // blocks) + (4 * weights if reducer.needs_gradients else 0)
+    if config.searches_budget:
+        # Each candidate on a copy of the model, with the held-out windows to score it.
+        flops += (flops + samples / 8 * seq_length * per_token) * (1 + 3 * (len(config.units) - 1))
+        memory += weights * size
     return Estimate(
         flops_per_token=per_token,
         nonzero_flops_per_token=per_token - 2 * removed,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
+from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, output_folder, save_model
 from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
 from hf_prune.checkpoint.verify import verify_folder
@@ -149,11 +152,10 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
                 add_displacement(report, ready, folder)
         if ready.recipe.evaluation.eval_efficiency:
             with watch.phase("efficiency"):
-                try:
-                    report["efficiency"] = efficiency(ready, folder)
-                except RunError as error:
-                    # A verified model is not thrown away for want of a measurement.
-                    logger.warning("Sizes and speeds were not measured: %s", error)
+                revision = ready.source.revision or ready.recipe.model.revision
+                revisions = {"dense": revision} if revision else None
+                models: dict[str, str | Path] = {"dense": ready.source.path, "pruned": folder}
+                report |= efficiency(models, ready.recipe.model, ready.device, revisions)
         (folder / "plots").mkdir()
         if result.reduction is None:
             plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
@@ -166,16 +168,28 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
         push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)
 
 
-def efficiency(ready: Preparation, folder: Path) -> dict[str, Any]:
-    """Dense and pruned, interleaved in one run, each loaded from where a user would load it."""
-    revision = ready.source.revision or ready.recipe.model.revision
-    return measure_efficiency(
-        {"dense": ready.source.path, "pruned": folder},
-        dtype=ready.recipe.model.dtype,
-        device=str(ready.device),
-        revisions={"dense": revision} if revision else None,
-        trust_remote_code=ready.recipe.model.trust_remote_code,
-    )
+def efficiency(
+    models: Mapping[str, str | Path],
+    arguments: ModelArguments,
+    device: torch.device,
+    revisions: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """The report's `efficiency` entry, models interleaved in one run, each loaded from where a user would load it.
+
+    Nothing where measuring fails: what was made and measured before is not thrown away for want of it.
+    """
+    try:
+        measured = measure_efficiency(
+            models,
+            dtype=arguments.dtype,
+            device=str(device),
+            revisions=revisions,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except RunError as error:
+        logger.warning("Sizes and speeds were not measured: %s", error)
+        return {}
+    return {"efficiency": measured}
 
 
 def evaluate(recipe: Recipe, baseline: str | None = None, baseline_revision: str | None = None) -> dict[str, Any]:
@@ -203,15 +217,7 @@ def evaluate(recipe: Recipe, baseline: str | None = None, baseline_revision: str
     assert evaluation is not None
     report: dict[str, Any] = {"evaluation": evaluation.report(**measured)}
     if recipe.evaluation.eval_efficiency and distributed.rank() == 0:
-        try:
-            report["efficiency"] = measure_efficiency(
-                {name: source.path for name, source in sources.items()},
-                dtype=recipe.model.dtype,
-                device=str(device),
-                revisions={name: source.revision for name, source in sources.items() if source.revision} or None,
-                trust_remote_code=recipe.model.trust_remote_code,
-            )
-        except RunError as error:
-            # What was measured of the quality is not thrown away.
-            logger.warning("Sizes and speeds were not measured: %s", error)
+        revisions = {name: source.revision for name, source in sources.items() if source.revision} or None
+        paths = {name: source.path for name, source in sources.items()}
+        report |= efficiency(paths, recipe.model, device, revisions)
     return report

@@ -101,7 +101,8 @@ def with_final_plan(ready: Preparation) -> Preparation:
     revision = ready.source.revision or ready.recipe.model.revision
     input_ids = None
     rule = make_allocation(ready.config)
-    if rule is not None and rule.needs_text:
+    searches = isinstance(ready.config, StructuredConfig) and ready.config.searches_budget
+    if searches or (rule is not None and rule.needs_text):
         tokenizer = load_tokenizer(ready.source.path, ready.recipe.model, revision)
         _, input_ids = load_calibration(ready.recipe.data, tokenizer, ready.model_config)
     model = load_model(ready.source.path, ready.recipe.model, ready.device, revision)

@@ -19,7 +19,7 @@ from hf_prune.engine.walk import ViewResult, walk
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reconstruction.block import BlockOutcome
-from hf_prune.reduction import as_sparsity, mlp_views, plan_reduction, reduce, search_budget
+from hf_prune.reduction import as_sparsity, budget_candidates, mlp_views, plan_reduction, reduce, search_budget
 from hf_prune.structure.walk import ReduceResult
 from hf_prune.weights import WeightView
 
@@ -78,7 +78,9 @@ def plan_pruning(
             by_view, _ = _densities(model, inner, views, input_ids, statistics_folder)
             densities = _by_block(views, by_view)
         shares = None
-        if config.searches_budget and input_ids is not None:
+        if config.searches_budget:
+            if input_ids is None:
+                raise BadInputError("dataset_name: budget search needs calibration text; name a dataset.")
             shares = search_budget(model, config, input_ids)
         return plan_reduction(model, config, base_model, densities, shares)
     views, skipped = select_views(model, config.targets, config.ignore)
@@ -140,8 +142,10 @@ def provisional_plan(model: nn.Module, config: PruneConfig, base_model: str = ""
     final = rule is None or not rule.needs_weights
     plain: dict[str, Any] = {}
     if isinstance(config, StructuredConfig):
-        plain = {"layout": "shrink", "budget": None}
-        final = final and not config.searches_budget
+        plain = {"layout": "shrink"}
+        if config.searches_budget:
+            # The first candidate: all for the MLPs.
+            return plan_reduction(model, config, base_model, shares=budget_candidates(config)[0]), False
     own = config if final else replace(config, allocation="uniform", **plain)
     plan = plan_pruning(model, own, base_model)
     return replace(plan, allocation=Path(config.allocation).name), final

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.arguments import PruneConfig, StructuredConfig
+from hf_prune.engine import distributed
 from hf_prune.engine.walk import ViewResult
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.plan import Plan, ViewPlan
 from hf_prune.structure.budget import Structure, plan_structure
 from hf_prune.structure.families import find_family
-from hf_prune.structure.groups import MLP
+from hf_prune.structure.groups import MLP, block_shape
 from hf_prune.structure.stock import check_stock, set_sizes
+from hf_prune.structure.transport import check_installed
 from hf_prune.structure.walk import ReduceResult, reduce_model
 from hf_prune.weights import WeightView, find_blocks, find_views
 
@@ -45,6 +47,9 @@ def plan_reduction(
     """
     structure = plan_structure(model, config, shares)
     check_stock(model, structure)
+    reducer = config.make_reducer()
+    if reducer.transports and reducer.solver(structure.before.width) != "nearest":
+        check_installed()
     if config.layout == "pad" and densities is not None:
         structure = _padded(structure, densities, config.round_to)
     views = [
@@ -55,7 +60,7 @@ def plan_reduction(
     return Plan(
         base_model=base_model,
         architecture=type(model).__name__,
-        sparsity=structure.removed,
+        sparsity=structure.removed + structure.padded,
         pattern="structured",
         allocation=config.allocation,
         min_keep_ratio=0.0,
@@ -70,16 +75,19 @@ def reduce(
     """Make `model` as small as its plan says, in place."""
     if plan.structure is None:
         raise BadInputError(f"method: {config.method} makes a model smaller, and the plan is one of zeros; plan anew.")
+    structure = Structure.from_dict(plan.structure)
+    if (block_shape(model), len(find_blocks(model)[1])) != (structure.before, structure.blocks):
+        raise BadInputError("plan: it was made for blocks of other sizes than this model's; plan anew.")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise BadInputError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
     _check_unshared(model)
-    result = reduce_model(model, Structure.from_dict(plan.structure), config.make_reducer(seed), input_ids)
+    result = reduce_model(model, structure, config.make_reducer(seed), input_ids)
     live = {view.name: view for view in find_views(model)}
     views = []
     for view in plan.views:
-        own = live[view.name].count_nonzero()
-        views.append(ViewResult(view.name, own, view.numel - own))
+        own, size = live[view.name].count_nonzero(), live[view.name].parameter.numel()
+        views.append(ViewResult(view.name, own, size - own))
     return views, result
 
 
@@ -90,35 +98,41 @@ def search_budget(model: nn.Module, config: StructuredConfig, input_ids: Tensor)
     carried out on a copy of the model with the other windows: as many prunings, and a second model's memory.
 
     Args:
-        input_ids: int64 [samples, tokens]; an eighth, one window at least, is held out.
+        input_ids: int64 [samples, tokens], two windows or more; an eighth, one window at least, is held out.
+
+    Raises:
+        BadInputError: there is one window only, or no candidate fits.
     """
+    if len(input_ids) < 2:
+        raise BadInputError("num_calibration_samples: budget search holds some windows out; use 2 or more.")
     held_out = max(len(input_ids) // 8, 1)
-    scores: dict[str, tuple[float, dict[str, float]]] = {}
-    for shares in _candidates(config):
+    costs: dict[str, float] = {}
+    shares_of: dict[str, dict[str, float]] = {}
+    for shares in budget_candidates(config):
         try:
             plan = plan_reduction(model, config, shares=shares)
         except BadInputError as error:
-            logger.info("budget: %s is left out (%s)", _written(shares), error)
+            logger.info("budget: [%s] is left out (%s)", _written(shares), error)
             continue
         # Coarse units make several shares one and the same structure.
         key = json.dumps(plan.structure)
-        if key in scores:
+        if key in costs:
             continue
-        trial = copy.deepcopy(model)
+        trial: Any = copy.deepcopy(model)
         reduce(trial, config, plan, input_ids[held_out:])
-        cost = float(window_nll(trial, input_ids[:held_out], description="trying").mean())  # type: ignore[arg-type]
-        logger.info("budget: [%s] gives %.4f nats a token on %d held-out windows", _written(shares), cost, held_out)
-        scores[key] = (cost, shares)
-    if not scores:
+        costs[key] = float(window_nll(trial, input_ids[:held_out], description="trying").mean())
+        shares_of[key] = shares
+        del trial
+        logger.info("budget: [%s] gives %.4f nats a token on %d windows", _written(shares), costs[key], held_out)
+    if not costs:
         raise BadInputError(f"budget: no split over {', '.join(config.units or [])} fits; lower sparsity.")
-    return min(scores.values(), key=lambda scored: scored[0])[1]
+    # One process decides: the others may differ by rounding.
+    return distributed.gather(shares_of[min(costs, key=costs.__getitem__)])[0]
 
 
-def _candidates(config: StructuredConfig) -> list[dict[str, float]]:
-    """None to three quarters of the budget for the coarse units, evenly, and the rest for the MLPs."""
+def budget_candidates(config: StructuredConfig) -> list[dict[str, float]]:
+    """All for the MLPs first, then a quarter to three quarters of the budget for each of the coarse units."""
     coarse = [unit for unit in config.units or [] if unit != MLP]
-    if MLP not in (config.units or []) or not coarse:
-        raise BadInputError("budget: search splits between mlp and other units; name both in units.")
     return [
         {**{unit: part if unit == chosen else 0.0 for unit in coarse}, MLP: 1 - part}
         for chosen in coarse
@@ -168,19 +182,22 @@ def as_sparsity(config: StructuredConfig, model: nn.Module) -> PruneConfig:
 
 
 def _padded(structure: Structure, densities: Sequence[float], round_to: int) -> Structure:
-    """Widths in proportion to densities that add up to the budget; what rounding leaves goes by largest remainder."""
-    total = structure.after.width * structure.blocks // round_to
-    scale = total / sum(densities)
+    """Widths in proportion to densities that add up to the budget, multiples between one and all that there are."""
     most = structure.before.width // round_to
-    exact = [min(max(density * scale, 1.0), most) for density in densities]
-    units = [int(value) for value in exact]
-    order = sorted(range(len(exact)), key=lambda block: units[block] - exact[block])
-    while sum(units) < total:
-        open_blocks = [block for block in order if units[block] < most]
-        for block in open_blocks[: total - sum(units)]:
-            units[block] += 1
+    total = min(structure.after.width * structure.blocks // round_to, most * structure.blocks)
+    scale = total / sum(densities)
+    exact = [density * scale for density in densities]
+    units = [min(max(int(value), 1), most) for value in exact]
+    while sum(units) != total:
+        step = 1 if sum(units) < total else -1
+        able = [block for block in range(len(units)) if 1 <= units[block] + step <= most]
+        # Where rounding and the limits have taken most from, or given most to.
+        chosen = max(able, key=lambda block: step * (exact[block] - units[block]))
+        units[chosen] += step
     widths = tuple(unit * round_to for unit in units)
-    return replace(structure, after=replace(structure.after, width=max(widths)), widths=widths)
+    widest = replace(structure.after, width=max(widths))
+    stored = structure.parameters_after + structure.blocks * structure.neuron * (max(widths) - structure.after.width)
+    return replace(structure, after=widest, widths=widths, parameters_after=stored)
 
 
 def _smaller_skeleton(model: nn.Module, structure: Structure) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_prune.arguments import SECTIONS, PruneConfig
+from hf_prune.arguments import SECTIONS, StructuredConfig
 from hf_prune.bench.grid import Grid, make_grid
 from hf_prune.bench.runner import Results
 from hf_prune.bench.summary import correlations, summarise
@@ -76,7 +76,7 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
 
 def _is_list(key: str) -> bool:
     """Whether a recipe key takes a list anyway."""
-    for section in (*SECTIONS.values(), PruneConfig):
+    for section in (*SECTIONS.values(), StructuredConfig):
         kind = field_types(section).get(key)
         options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         if any(typing.get_origin(option) is list for option in options):

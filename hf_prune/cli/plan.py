@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_prune.arguments import StructuredConfig
 from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, take_text
 from hf_prune.errors import BadInputError
 from hf_prune.fields import coerce
@@ -31,7 +32,8 @@ def main(arguments: list[str]) -> None:
     quiet_libraries()
     ready = prepare(recipe)
     rule = make_allocation(ready.config)
-    learns = rule is not None and rule.learns
+    searches = isinstance(ready.config, StructuredConfig) and ready.config.searches_budget
+    learns = searches or (rule is not None and rule.learns)
     if recipe.output.output_dir:
         check_feasible(ready)
     if not ready.plan_is_final and (save or not learns):
@@ -40,7 +42,8 @@ def main(arguments: list[str]) -> None:
     out = console()
     out.print(plan_table(ready.plan.to_dict(), verbose=verbose))
     if not ready.plan_is_final and not save:
-        out.print("These densities are uniform: pruning will learn them, and --save PLAN.json learns them now.")
+        now = "sizes are the first to be tried" if searches else "densities are uniform"
+        out.print(f"These {now}: pruning will find better ones, and --save PLAN.json finds them now.")
     predicted = ready.estimate
     out.print(
         f"FLOPs a token: {flops(predicted.flops_per_token)} dense, {flops(predicted.nonzero_flops_per_token)} without "
@@ -55,4 +58,5 @@ def main(arguments: list[str]) -> None:
             ready.plan.save(save)
         except OSError as error:
             raise BadInputError(f"save: {save} cannot be written ({error.strerror}); choose another file.") from None
-        out.print(f"Saved to {save}; `allocation: {save}` uses it.", markup=False)
+        use = "" if ready.plan.structure else f"; `allocation: {save}` uses it"
+        out.print(f"Saved to {save}{use}.", markup=False)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.engine import distributed
+from hf_prune.errors import RunError
 from hf_prune.progress import progress
 from hf_prune.weights import find_blocks, find_views
 
@@ -17,10 +18,15 @@ def loss_gradients(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
 
     Args:
         input_ids: int64 [samples, tokens], the same on every process; each takes its share.
+
+    Raises:
+        RunError: a gradient is not finite.
     """
     last = len(find_blocks(model)[1])
     wanted = {view.parameter_name: view.parameter for view in find_views(model) if view.block < last}
     asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # A window's gradient in the model's dtype; the sum over windows would lose what is small in it.
+    totals = {name: torch.zeros(parameter.shape, dtype=torch.float32) for name, parameter in wanted.items()}
     device = next(model.parameters()).device
     own = input_ids[distributed.rank() :: distributed.world_size()]
     training = model.training
@@ -29,20 +35,21 @@ def loss_gradients(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
         model.requires_grad_(False)
         for parameter in wanted.values():
             parameter.requires_grad_(True)
-            parameter.grad = None
         for window in progress(own, "gradients", total=len(own)):
             ids = window[None].to(device)
             with torch.enable_grad():
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        gradients = {}
-        for name, parameter in wanted.items():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            total = gradient.float().cpu()
-            distributed.sum_everywhere(total)
-            gradients[name] = total
-        return gradients
+            for name, parameter in wanted.items():
+                if parameter.grad is not None:
+                    totals[name] += parameter.grad.float().cpu()
+                    parameter.grad = None
     finally:
         model.train(training)
         for parameter, was in asked:
             parameter.grad = None
             parameter.requires_grad_(was)
+    for name, total in totals.items():
+        distributed.sum_everywhere(total)
+        if not bool(torch.isfinite(total).all()):
+            raise RunError(f"{name}: its gradients hold NaN or Inf; use dtype bfloat16 or float32.")
+    return totals

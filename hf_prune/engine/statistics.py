@@ -43,7 +43,7 @@ class Statistics:
         self._derived: dict[Hashable, Any] = {}
         for kind in sorted(self.kinds):
             shape = (width, width) if kind == "gram" else (width,)
-            self._totals[kind] = torch.zeros(shape, dtype=_accumulation_dtype(device), device=device)
+            self._totals[kind] = torch.zeros(shape, dtype=accumulation_dtype(device), device=device)
 
     @classmethod
     def restore(cls, totals: dict[str, Tensor], count: int, width: int, device: torch.device) -> Statistics:
@@ -139,6 +139,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
         total[start:stop, start:] += rows[:, start:stop].T @ rows[:, start:]
 
 
-def _accumulation_dtype(device: torch.device) -> torch.dtype:
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """What sums over tokens are kept in."""
     # Apple's GPUs have no float64.
     return torch.float32 if device.type == "mps" else torch.float64

@@ -84,6 +84,8 @@ def _title(report: dict[str, Any]) -> str:
     target = number(dig(report, "sparsity", "target"))
     pattern, method = findings.pattern_of(report), findings.method_title(report)
     removed = number(dig(report, "structure", "removed"))
+    if number(dig(report, "structure", "padded")):
+        return f"{base} with MLPs of their own widths, padded with zeros" + (f", by {method}" if method else "")
     if removed is not None:
         return f"{base} with blocks {100 * removed:.0f} % smaller" + (f" by {method}" if method else "")
     amount = f" to {100 * target:g} % zeros" if target else ""
@@ -128,6 +130,7 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
         ("Settings", ", ".join(settings)),
         ("Calibration", findings.calibration(report)),
         ("Weights that were kept", findings.displacement(report)),
+        ("Fused", findings.fused(report)),
         ("Seed", f"{seed:.0f}" if seed is not None else ""),
         ("Weights saved in", code(report["dtype"]) if report.get("dtype") else ""),
         ("Cost", findings.spent(report)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hf_prune.arguments import StructuredConfig
 from hf_prune.errors import BadInputError
@@ -12,6 +12,33 @@ from hf_prune.structure.importance import IMPORTANCES
 from hf_prune.structure.reduction import FUSIONS, Reducer
 from hf_prune.structure.transport import COSTS, MASSES, SOLVERS, TARGETS
 
+# importance -> what it is, and whose.
+_RANKINGS: dict[str, tuple[str, str | None, str | None]] = {
+    "l1": ("the sum of their weights' magnitudes", None, None),
+    "product": ("the product of their layers' norms", None, None),
+    "random": ("chance", None, None),
+    "taylor": (
+        "first-order Taylor scores",
+        "https://arxiv.org/abs/2305.11627",
+        "LLM-Pruner: On the Structural Pruning of Large Language Models",
+    ),
+    "activation": ("the norm of their activations", None, None),
+    "wanda": (
+        "Wanda scores of their columns",
+        "https://arxiv.org/abs/2306.11695",
+        "A Simple and Effective Pruning Approach for Large Language Models",
+    ),
+    "variance": (
+        "fluctuation scores",
+        "https://arxiv.org/abs/2312.11983",
+        "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+    ),
+    "output": (
+        "the output error that the others cannot make up for",
+        "https://arxiv.org/abs/2302.04089",
+        "ZipLM: Inference-Aware Structured Pruning of Language Models",
+    ),
+}
 CHOICES = {
     "fusion": FUSIONS,
     "importance": tuple(IMPORTANCES),
@@ -35,8 +62,8 @@ class IntraFusionConfig(StructuredConfig):
     Args:
         fusion: `none` drops units; `ot` fuses them by optimal transport (the paper); `ot+refit` then fits the consumer
             to the dense outputs on calibration text; `refit` drops, then fits.
-        importance: which units stay: `l1` (the paper's default), `random`, `taylor`, `activation`, `wanda`,
-            `variance`, or `output`, which removes the unit whose loss the others can make up for best.
+        importance: which units stay: `l1` (the paper's default), `product` of norms, `random`, `taylor`, `activation`,
+            `wanda`, `variance`, or `output`, which removes the unit whose loss the others can make up for best.
         fusion_target: what units are fused towards: the `top` units (the paper's default) or `kmeans` centres.
         fusion_cost: distances between units by their `weights` (L1 between normalised features, the paper) or by their
             `activations` on calibration text.
@@ -61,7 +88,7 @@ class IntraFusionConfig(StructuredConfig):
     info = MethodInfo(
         name="intra_fusion",
         title="Intra-Fusion",
-        summary="structured: fuses neurons, heads and blocks into fewer by optimal transport; a smaller, faster model",
+        summary="structured: fuses units into fewer by optimal transport, for a smaller and faster stock model",
         paper="https://arxiv.org/abs/2402.07839",
         paper_title="Towards Meta-Pruning via Optimal Transport",
         citation="""@inproceedings{theus2024intrafusion,
@@ -80,8 +107,26 @@ class IntraFusionConfig(StructuredConfig):
                 raise BadInputError(f"{key}: {getattr(self, key)!r} is unknown; choose {', '.join(allowed)}.")
         if self.damping <= 0:
             raise BadInputError(f"damping: {self.damping} leaves a singular matrix; use a small positive share.")
+        if self.importance == "output" and "importance" in (self.source_mass, self.target_mass):
+            raise BadInputError("importance: output ranks units and gives no masses; set both masses to uniform.")
         if self.fusion_target == "kmeans" and self.fusion_cost == "activations":
             raise BadInputError("fusion_target: kmeans finds centres of weights; set fusion_cost to weights.")
+
+    def describe_run(self) -> MethodInfo:
+        """What this choice of options is: the paper's method only where units are fused."""
+        depth = "; blocks of least influence go whole (ShortGPT)" if "depth" in (self.units or []) else ""
+        refit = ", then fits what consumes them to the dense outputs" if self.fusion.endswith("refit") else ""
+        if self.fusion.startswith("ot"):
+            summary = f"fuses the units that go into those that stay by optimal transport{refit}{depth}"
+            return replace(self.info, summary=summary)
+        title, paper, paper_title = _RANKINGS[self.importance]
+        return MethodInfo(
+            name=f"structured-{self.importance}" + ("-refit" if refit else ""),
+            title=f"structured pruning ({title}{', least-squares refit' if refit else ''})",
+            summary=f"removes the units that matter least by {title}{refit}{depth}",
+            paper=paper,
+            paper_title=paper_title,
+        )
 
     def make_reducer(self, seed: int = 0) -> Reducer:
         """The method's arithmetic for one group."""

@@ -74,8 +74,9 @@ def _perplexity_clause(report: dict[str, Any]) -> str:
 def _summary_of_sizes(report: dict[str, Any], name: str) -> str:
     by_method = f" by {inline(method_title(report))}" if method_title(report) else ""
     removed, overall = (number(dig(report, "structure", key)) for key in ("removed", "removed_all"))
+    padded = number(dig(report, "structure", "padded"))
     share = f"{percent(removed)} of its blocks' parameters" if removed is not None else "units"
-    sentence = f"{name} with {share} removed{by_method}"
+    sentence = f"{name} with {share} removed" + (f" and {percent(padded)} made zero" if padded else "") + by_method
     sentence += f" ({percent(overall)} of all parameters)" if overall is not None else ""
     return f"{sentence}: {sizes(report)}"
 
@@ -242,9 +243,9 @@ def _calibration_limits(report: dict[str, Any]) -> list[str]:
     text, evaluation = report.get("calibration"), report.get("evaluation")
     if not calibration(report):
         return []
-    what = "units that stayed" if report.get("structure") else "zeros"
     name = short_name(report["calibration"])
-    sentences = [f"The {what} were chosen on {name}; text unlike it may have suffered more."]
+    what = "This model was fitted to" if report.get("structure") else "The zeros were chosen on"
+    sentences = [f"{what} {name}; text unlike it may have suffered more."]
     same = isinstance(evaluation, dict) and dig(text, "dataset") and dig(text, "dataset") == evaluation.get("dataset")
     if same and number(dig(evaluation, "pruned", "perplexity")) is not None:
         sentences.append("Calibration and evaluation text come from the same source, which flatters the figures above.")
@@ -278,6 +279,16 @@ def displacement(report: dict[str, Any]) -> str:
     return f"{percent(changed)} of them changed, by {percent(moved)} of their norm"
 
 
+def fused(report: dict[str, Any]) -> str:
+    """How units were fused and what that took, or '' where none were."""
+    structure = report.get("structure") or {}
+    seconds, share = number(structure.get("solver_seconds")), number(structure.get("fused"))
+    if not structure.get("solver") or seconds is None or share is None:
+        return ""
+    solvers = ", ".join(code(solver) for solver in structure["solver"])
+    return f"{percent(share)} of the units that stayed took others in, by {solvers} in {duration(seconds)}"
+
+
 def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:
     """What to do with the folder: load it, look into it, push it; what to try where the cost was high."""
     place = one_line(folder)
@@ -297,7 +308,9 @@ def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:
 def _target(report: dict[str, Any]) -> float | None:
     """The share that was to go: zeros of the pruned weights, or parameters of the blocks."""
     places = (("sparsity", "target"), ("sparsity", "achieved_pruned"), ("structure", "removed"))
-    return next((value for place in places if (value := number(dig(report, *place)))), None)
+    value = next((value for place in places if (value := number(dig(report, *place))) is not None), None)
+    padded = number(dig(report, "structure", "padded"))
+    return value + padded if value is not None and padded else value
 
 
 def repo_name(report: dict[str, Any]) -> str:

@@ -20,7 +20,8 @@ class Structure:
     Attributes:
         before, after: of a block; with `widths` the after width is that of the widest.
         blocks, blocks_removed: how many there were and how many go.
-        parameters_before, parameters_after: of all blocks, whatever is zero counted.
+        parameters_before, parameters_after: of all blocks, as they are stored: padding counted.
+        neuron: parameters that go with one MLP neuron.
         widths: MLP width of every block where they differ (`layout: pad`), without the padding.
     """
 
@@ -30,12 +31,19 @@ class Structure:
     blocks_removed: int
     parameters_before: int
     parameters_after: int
+    neuron: int
     widths: tuple[int, ...] | None = None
 
     @property
     def removed(self) -> float:
-        """Share of the blocks' parameters that is removed; what is padded with zeros counts as removed."""
+        """Share of the blocks' parameters that is not stored any more."""
         return 1 - self.parameters_after / self.parameters_before
+
+    @property
+    def padded(self) -> float:
+        """Share of the blocks' parameters, as they were, that zeros have taken the place of."""
+        zeros = sum(self.after.width - width for width in self.widths or ())
+        return zeros * self.neuron / self.parameters_before
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -85,8 +93,8 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
             raise BadInputError(f"units: there is one unit of {kind} a block, which cannot go; choose other units.")
         gone = round(shares[kind] * goal / (left * unit[kind]))
         if MLP in shares and left * gone * unit[kind] > rest:
-            # The MLP takes what is too little for one more of these.
-            gone -= 1
+            # The MLP takes what is too little for one more of these; depth may have taken more than its share.
+            gone = max(gone - 1, 0)
         if gone >= have:
             raise BadInputError(
                 f"sparsity: {config.sparsity} would take all {have} units of {kind}; lower it or give {kind} a smaller "
@@ -99,8 +107,11 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
         else:
             after = replace(after, heads=before.groups * (have - gone))
     if MLP in shares:
-        exact = before.width - rest / (left * unit[MLP])
-        width = min(round(exact / config.round_to) * config.round_to, before.width)
+        exact = before.width - max(rest, 0) / (left * unit[MLP])
+        width = round(exact / config.round_to) * config.round_to
+        if width >= before.width:
+            # Nothing goes, or the widest multiple below does where the width is none.
+            width = before.width if exact > before.width - 0.5 else before.width // config.round_to * config.round_to
         if width < 1:
             raise BadInputError(
                 f"sparsity: {config.sparsity} would leave the MLPs empty; lower it, or add attention or depth to units."
@@ -109,7 +120,13 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
     gone = unit[MLP] * (before.width - after.width) + unit[ATTENTION] * (before.groups - after.groups)
     if shares.get(HEADS):
         gone += unit[HEADS] * (before.heads - after.heads) // before.groups
-    return Structure(before, after, len(blocks), depth, total, left * (size - gone))
+    if config.sparsity > 0 and not gone and not depth:
+        least = min((unit[kind] * left for kind in shares if kind != DEPTH), default=size)
+        raise BadInputError(
+            f"sparsity: {config.sparsity} is less than half a unit of {', '.join(shares)}, nothing would go; the "
+            f"smallest step is {least * (config.round_to if MLP in shares else 1) / total:.2g}."
+        )
+    return Structure(before, after, len(blocks), depth, total, left * (size - gone), unit[MLP])
 
 
 def _shares(config: StructuredConfig, shape: Shape, unit: dict[str, int]) -> dict[str, float]:
@@ -135,6 +152,6 @@ def _given(config: StructuredConfig) -> dict[str, float]:
             raise BadInputError(f"budget: {entry!r} is no share; write [mlp=0.8, depth=0.2], or search.") from None
     if set(shares) != set(config.units or []):
         raise BadInputError(f"budget: it names {', '.join(shares)}, and units are {', '.join(config.units or [])}.")
-    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+    if any(not share >= 0 for share in shares.values()) or not abs(sum(shares.values()) - 1) <= 1e-6:
         raise BadInputError(f"budget: the shares add up to {sum(shares.values()):g}; they must make 1.")
     return shares

@@ -26,28 +26,35 @@ def block_influence(model: nn.Module, input_ids: Tensor) -> Tensor:
         influence = torch.zeros(len(runner.blocks), dtype=torch.float64)
         tokens = torch.zeros(1, dtype=torch.float64)
         stream = Stream(runner, input_ids)
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
         for index in progress(range(len(runner.blocks)), "measuring blocks", total=len(runner.blocks)):
-            before: list[Tensor] = [
-                embeddings(chunk.to(runner.device)) if states is None else states
-                for chunk, states in zip(stream.chunks, stream.hidden, strict=True)
-            ]
-            stream.advance(index)
+            before = _advance_and_see(stream, index)
             for old, new in zip(before, stream.hidden, strict=True):
                 assert new is not None
                 cosine = torch.nn.functional.cosine_similarity(old.float(), new.float(), dim=-1)
-                influence[index] += float((1 - cosine).double().sum())
+                influence[index] += float((1 - cosine).sum())
                 tokens += cosine.numel() if index == 0 else 0
     distributed.sum_everywhere(influence)
     distributed.sum_everywhere(tokens)
     return influence / tokens
 
 
-def remove_blocks(model: nn.Module, count: int, input_ids: Tensor) -> tuple[list[int], float]:
-    """Remove the `count` blocks of least influence in place, config included; (their numbers, forward passes taken).
+def _advance_and_see(stream: Stream, index: int) -> list[Tensor]:
+    """Move past a block; what it was handed, a tensor for each of the stream's chunks."""
+    seen: list[Tensor] = []
 
-    The first block's influence is measured from the embeddings as they are looked up, before scaling or positions.
-    """
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = stream.runner.blocks[index].register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        stream.advance(index)
+    finally:
+        handle.remove()
+    return seen
+
+
+def remove_blocks(model: nn.Module, count: int, input_ids: Tensor) -> tuple[list[int], float]:
+    """Remove the `count` blocks of least influence in place, config included; (their numbers, forward passes taken)."""
     influence = block_influence(model, input_ids)
     gone = sorted(influence.argsort(stable=True)[:count].tolist())
     blocks = find_blocks(model)[1]

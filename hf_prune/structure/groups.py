@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.errors import BadInputError
 from hf_prune.structure.families import Coupling, Family, find_family
 from hf_prune.structure.fusion import Fusion
 from hf_prune.weights import WeightView, find_blocks, linear_layers
 
 MLP, ATTENTION, HEADS, DEPTH = "mlp", "attention", "heads", "depth"
-KINDS = (MLP, ATTENTION, HEADS, DEPTH)
 # Rows that positions turn and that only make sense as a whole head: averages of two heads' queries are neither's.
 MATCHING = frozenset({"query", "key", "query_key_value"})
 
@@ -98,7 +98,7 @@ def block_shape(model: nn.Module) -> Shape:
     """The sizes of a model's blocks, from its config and, where that leaves them open, its first block's layers."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     family = find_family(config.model_type)
-    layers = dict(_layers(model, 0))
+    layers = _layers(model, 0)
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_size = layers[family.attention.consumer].shape[1] // heads
@@ -115,7 +115,7 @@ def find_groups(model: nn.Module, block: int, kind: str, shape: Shape) -> list[G
         BadInputError: the family is not described.
     """
     family = find_family(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
-    layers = dict(_layers(model, block))
+    layers = _layers(model, block)
     coupling = family.mlp if kind == MLP else family.attention
     gain = _gain(find_blocks(model)[1][block], coupling, family, layers)
     share = shape.heads // shape.groups
@@ -213,19 +213,34 @@ def _heads_of(stretch: Stretch, number: int, share: int, head_size: int) -> Stre
     )
 
 
-def _layers(model: nn.Module, block: int) -> list[tuple[str, WeightView]]:
-    """The linear layers of one block by their name inside it."""
+def _layers(model: nn.Module, block: int) -> dict[str, WeightView]:
+    """The linear layers of one block by their name inside it.
+
+    Raises:
+        BadInputError: a layer that the family's description names is not there.
+    """
     prefix, blocks = find_blocks(model)
-    return [
-        (name, WeightView(f"{prefix}.{block}.{name}", block, layer, transposed))
+    layers = {
+        name: WeightView(f"{prefix}.{block}.{name}", block, layer, transposed)
         for name, layer, transposed in linear_layers(blocks[block])
-    ]
+    }
+    model_type = model.config.get_text_config().model_type  # type: ignore[union-attr, operator]
+    family = find_family(model_type)
+    for coupling in (family.mlp, family.attention):
+        for name in (*coupling.producers, coupling.consumer):
+            if name not in layers:
+                raise BadInputError(
+                    f"model_name_or_path: {prefix}.{block} has no layer {name}, which a {model_type} should have by "
+                    "hf_prune/structure/families.py; describe this model there."
+                )
+    return layers
 
 
 def _gain(block: nn.Module, coupling: Coupling, family: Family, layers: dict[str, WeightView]) -> Tensor:
     """The normalisation's gain; ones where it has none."""
     norm = block.get_submodule(coupling.norm)
     weight = getattr(norm, "weight", None)
-    if weight is None:
+    if weight is None or getattr(block, "do_layer_norm_before", True) is False:
+        # OPT-350m normalises behind.
         return torch.ones(layers[next(iter(coupling.producers))].shape[1])
     return weight.detach().float() + family.gain_offset

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_prune.engine.statistics import Statistics
 from hf_prune.structure.groups import MATCHING, Group, Stretch
+from hf_prune.structure.refit import factor
 
 # What each needs to know of the consumer's inputs.
 IMPORTANCES: dict[str, frozenset[str]] = {
@@ -113,7 +114,7 @@ def least_output_error(group: Group, gram: Tensor, count: int) -> Tensor:
     """
     size, start = group.consumer.size, group.consumer.offset
     stop = group.consumer.stop
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    inverse = torch.cholesky_inverse(factor(gram))
     weight = group.consumer.view.read().to(inverse)
     alive = torch.ones(group.units, dtype=torch.bool, device=gram.device)
     step = max(int(_STEP * group.units), 1)

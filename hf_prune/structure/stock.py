@@ -11,11 +11,13 @@ from torch import nn
 from hf_prune.errors import BadInputError
 from hf_prune.structure.budget import Structure
 from hf_prune.structure.families import find_family
-from hf_prune.structure.groups import Shape, block_shape
+from hf_prune.structure.groups import ATTENTION, Shape, block_shape, find_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# What a config says block by block, where it does.
+_BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 # What attention and MLP modules remember of their sizes, where they do.
 _REMEMBERED = {
     "num_heads": "heads",
@@ -38,9 +40,9 @@ def set_sizes(config: Any, shape: Shape, kept_blocks: list[int] | None = None) -
     if getattr(config, "num_key_value_heads", None) is not None:
         config.num_key_value_heads = shape.groups
     if kept_blocks is not None:
-        for name, value in list(vars(config).items()):
-            # layer_types and whatever else a family says block by block.
-            if isinstance(value, list) and len(value) == config.num_hidden_layers and name != "architectures":
+        for name in _BY_BLOCK:
+            value = getattr(config, name, None)
+            if isinstance(value, list) and len(value) == config.num_hidden_layers:
                 setattr(config, name, [value[block] for block in kept_blocks])
         config.num_hidden_layers = len(kept_blocks)
 
@@ -67,6 +69,9 @@ def check_stock(model: nn.Module, structure: Structure) -> None:
     Raises:
         BadInputError: the family's config does not accept the sizes; says which it does.
     """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if structure.blocks_removed and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise BadInputError("units: this model scales attention by a block's number, which depth changes; take mlp.")
     if _accepts(model, structure.after):
         return
     before, after = structure.before, structure.after
@@ -115,8 +120,6 @@ def _accepts(model: nn.Module, shape: Shape) -> bool:
 
 def _heads_fit(built: nn.Module, shape: Shape) -> bool:
     """Whether keys and values are as wide as the groups say: `block_shape` has only looked at the output's side."""
-    from hf_prune.structure.groups import ATTENTION, find_groups
-
     group = find_groups(built, 0, ATTENTION, shape)[0]
     wanted: dict[str, int] = {}
     for stretch in group.producers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ TARGETS = ("top", "kmeans")
 MOST_EXACT = 4096
 # Entropy of `sinkhorn`, as a share of the mean cost.
 _ENTROPY = 0.05
+# Targets that a unit of `sinkhorn` goes to at most.
+_SPREAD = 8
 
 
 def features(group: Group) -> Tensor:
@@ -95,14 +98,21 @@ def transport(cost: Tensor, source: Tensor, target: Tensor, solver: str) -> Tens
         plan = torch.zeros_like(cost)
         plan[torch.arange(len(cost), device=cost.device), cost.argmin(dim=1)] = source.to(cost)
         return plan
-    try:
-        import ot
-    except ImportError:
-        raise BadInputError("fusion_solver: optimal transport needs POT; run `pip install hf_prune[fusion]`.") from None
+    check_installed()
+    import ot
+
     if solver == "emd":
         own = (source.double().cpu().numpy(), target.double().cpu().numpy(), cost.double().cpu().numpy())
         plan = ot.emd(*(part / part.sum() for part in own[:2]), own[2], numItermax=10_000_000)
         return torch.from_numpy(plan).to(cost)
     plan = ot.bregman.sinkhorn_log(source.to(cost), target.to(cost), cost, reg=_ENTROPY * float(cost.mean()))
-    # What is far below a unit's mass is noise of the entropy, and every entry costs time.
-    return torch.where(plan < 1e-3 * plan.max(dim=1, keepdim=True).values, torch.zeros_like(plan), plan)
+    # Entropy spreads every unit over all targets: the most of it stays, so that a unit costs a few rows and no matrix.
+    most, where = plan.topk(min(_SPREAD, plan.shape[1]), dim=1)
+    most *= plan.sum(dim=1, keepdim=True) / most.sum(dim=1, keepdim=True)
+    return torch.zeros_like(plan).scatter_(1, where, most)
+
+
+def check_installed() -> None:
+    """Raise BadInputError, with the command, where POT is missing."""
+    if find_spec("ot") is None:
+        raise BadInputError("fusion: optimal transport needs POT; run `pip install hf_prune[fusion]`.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_prune.engine import distributed
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.engine.gradients import loss_gradients
-from hf_prune.engine.statistics import Statistics, add_gram, check_finite
+from hf_prune.engine.statistics import Statistics, accumulation_dtype, add_gram, check_finite
 from hf_prune.engine.stream import Stream
 from hf_prune.errors import BadInputError
 from hf_prune.progress import progress
@@ -73,7 +73,10 @@ def reduce_model(model: nn.Module, structure: Structure, reducer: Reducer, input
         assert input_ids is not None
         result.removed_blocks, passes = remove_blocks(model, structure.blocks_removed, input_ids)
         result.forward_passes += passes
-    gradients = loss_gradients(model, input_ids) if reducer.needs_gradients and input_ids is not None else None
+    gradients = None
+    if reducer.needs_gradients and input_ids is not None:
+        gradients = loss_gradients(model, input_ids)
+        result.forward_passes += 1
     blocks = find_blocks(model)[1]
     # Modules that ask their config in a forward must not see sizes that other blocks do not have yet.
     smaller = copy.deepcopy(config)
@@ -134,11 +137,18 @@ class _Block:
         statistics = self._observe(groups)
         start = perf_counter()
         # Decided once: processes must not disagree over a tie.
-        own = None
+        own: list[Fusion] | Exception = []
         if distributed.rank() == 0:
             evidence = Evidence(statistics, self.gradients, self.reducer.seed)
-            own = [self.reducer.reduce(group, count, evidence) for group in groups]
-        fusions: list[Fusion] = [fusion.to(view.parameter.device) for fusion in distributed.gather(own)[0]]
+            try:
+                own = [self.reducer.reduce(group, count, evidence) for group in groups]
+            except Exception as error:
+                # All processes fail together, where one would leave the others waiting.
+                own = error
+        decided = distributed.gather(own)[0]
+        if isinstance(decided, Exception):
+            raise decided
+        fusions: list[Fusion] = [fusion.to(view.parameter.device) for fusion in decided]
         fused = any(len(fusion.source) > len(fusion.kept) for fusion in fusions)
         if fused:
             self.result.solver_seconds += perf_counter() - start
@@ -186,8 +196,9 @@ class _Block:
         view = groups[0].consumer.view
         name = view.name.split(f".{self.index}.", 1)[1]
         inner = view.read()
-        gram = torch.zeros(inner.shape[1], inner.shape[1], dtype=torch.float64, device=inner.device)
-        residual = torch.zeros(inner.shape[1], inner.shape[0], dtype=torch.float64, device=inner.device)
+        dtype = accumulation_dtype(inner.device)
+        gram = torch.zeros(inner.shape[1], inner.shape[1], dtype=dtype, device=inner.device)
+        residual = torch.zeros(inner.shape[1], inner.shape[0], dtype=dtype, device=inner.device)
         block = self.runner.blocks[self.index]
         now = _with(shape, kind, count)
         config = copy.deepcopy(self.runner.model.config.get_text_config())  # type: ignore[union-attr, operator]

@@ -6,16 +6,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_prune.cli import main
-from hf_prune.compose import make_config
+from hf_prune.compose import make_config, needs_text
 from hf_prune.engine.statistics import Statistics
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.pruning import plan_pruning, prune
+from hf_prune.reduction import _padded, search_budget
+from hf_prune.structure.budget import plan_structure
 from hf_prune.structure.depth import block_influence
 from hf_prune.structure.groups import MLP, block_shape, find_groups
 from hf_prune.structure.importance import Evidence, importance, least_output_error, most_important
@@ -94,29 +96,55 @@ def test_a_refusal_says_which_head_counts_are_possible():
 @given(
     sparsity=st.floats(0.02, 0.55),
     round_to=st.sampled_from([1, 2, 8]),
-    units=st.sampled_from([["mlp"], ["mlp", "attention"], ["mlp", "heads"], ["mlp", "depth"]]),
+    units=st.sampled_from(
+        [["mlp"], ["mlp", "attention"], ["mlp", "heads"], ["mlp", "depth"], ["mlp", "heads", "depth"]]
+    ),
 )
+@example(sparsity=0.2, round_to=1, units=["mlp", "attention", "depth"])
 @settings(max_examples=40, deadline=None)
 def test_any_budget_is_met_within_one_unit(sparsity, round_to, units):
     model = tiny_model("llama")
     config = make_config({"method": "intra_fusion", "sparsity": sparsity, "round_to": round_to, "units": units})
     try:
         structure = plan_pruning(model, config).structure
-    except BadInputError:
-        # Nothing left of the MLPs: more than they hold was asked of them.
-        assert sparsity > 0.4
+    except BadInputError as error:
+        # More was asked of the MLPs than they hold, or less than half a step of all units.
+        assert sparsity > 0.4 or "nothing would go" in str(error)
         return
-    shape = block_shape(model)
-    neuron = find_groups(model, 0, MLP, shape)[0].parameters_of_a_unit()
+    before, after = structure["before"], structure["after"]
+    assert all(0 < after[key] <= before[key] for key in before)
+    neuron = find_groups(model, 0, MLP, block_shape(model))[0].parameters_of_a_unit()
     left = structure["blocks"] - structure["blocks_removed"]
     removed = structure["parameters_before"] - structure["parameters_after"]
     off = abs(removed - sparsity * structure["parameters_before"])
     # Whole blocks that overshoot leave the MLPs nothing to make up with.
-    slack = (
-        structure["parameters_before"] / structure["blocks"] / 2 if structure["after"]["width"] == shape.width else 0
-    )
+    slack = structure["parameters_before"] / structure["blocks"] / 2 if after["width"] == before["width"] else 0
     assert off <= left * neuron * round_to / 2 + slack + 1
-    assert structure["after"]["width"] % round_to == 0
+    assert after["width"] % round_to == 0
+
+
+@given(
+    densities=st.lists(st.floats(0.01, 1), min_size=3, max_size=3),
+    sparsity=st.floats(0.02, 0.5),
+    round_to=st.sampled_from([1, 5, 8]),
+)
+@settings(max_examples=60, deadline=None)
+def test_padded_widths_add_up_to_the_budget(densities, sparsity, round_to):
+    model = tiny_model("llama")
+    options = {"layout": "pad", "allocation": "erk", "sparsity": sparsity, "round_to": round_to}
+    config = make_config({"method": "intra_fusion", **options})
+    try:
+        uniform = plan_structure(model, config)
+    except BadInputError:
+        return
+    structure = _padded(uniform, densities, round_to)
+    assert all(1 <= width <= 48 and width % round_to == 0 for width in structure.widths)
+    assert sum(structure.widths) == min(uniform.after.width * 3 // round_to, 3 * (48 // round_to)) * round_to
+    # What is stored is as wide as the widest; zeros fill it up.
+    assert structure.parameters_after == uniform.parameters_before - 3 * 96 * (48 - max(structure.widths))
+    assert structure.padded == pytest.approx(
+        96 * sum(max(structure.widths) - width for width in structure.widths) / uniform.parameters_before
+    )
 
 
 def weights(seed=0, rows=6, columns=10, tokens=40):
@@ -282,6 +310,8 @@ def test_padding_gives_blocks_their_own_widths_and_a_stock_shape(tmp_path):
     widths = result.plan.structure["widths"]
     assert widths[0] < widths[1] <= widths[2]
     assert sum(widths) == 3 * 28  # what shrinking all alike would leave
+    stored = sum(p.numel() for block in model.model.layers for p in block.parameters())
+    assert result.plan.structure["parameters_after"] == stored
     for block, width in enumerate(widths):
         columns = model.model.layers[block].mlp.down_proj.weight
         assert columns.shape[1] == max(widths) == model.config.intermediate_size
@@ -290,6 +320,13 @@ def test_padding_gives_blocks_their_own_widths_and_a_stock_shape(tmp_path):
     ids = tiny_ids(1, 16)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_an_allocation_that_looks_at_text_can_share_widths_out():
+    config = make_config({"method": "intra_fusion", "layout": "pad", "allocation": "owl", "sparsity": 0.25})
+    assert needs_text(config)
+    result = prune(tiny_model("llama"), config, input_ids=tiny_ids(8, 32))
+    assert sum(result.plan.structure["widths"]) == 3 * 28
 
 
 def test_refitting_lowers_the_output_error_of_the_first_block():
@@ -307,15 +344,54 @@ def test_refitting_lowers_the_output_error_of_the_first_block():
 
 
 def test_the_searched_budget_is_the_cheapest_of_those_tried():
-    """A model whose last block does nothing but whose neurons all matter: depth alone costs nothing."""
+    """Blocks 0 and 1 live by their attention: only taking neurons costs nothing, which is not the default split."""
     model = tiny_model("llama")
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        model.model.layers[2].get_submodule(name).weight.data.zero_()
-    for block in model.model.layers[:2]:
-        block.mlp.down_proj.weight.data *= 20
-    options = {"units": ["mlp", "depth"], "budget": ["search"], "sparsity": 0.45, "fusion": "none"}
-    result = prune(model, make_config({"method": "intra_fusion", **options}), input_ids=tiny_ids(8, 32))
-    assert result.reduction.removed_blocks == [2]
+    for block in model.model.layers:
+        block.mlp.down_proj.weight.data.zero_()
+        block.self_attn.o_proj.weight.data *= 20
+    config = make_config(
+        {
+            "method": "intra_fusion",
+            "units": ["mlp", "attention"],
+            "budget": ["search"],
+            "sparsity": 0.4,
+            "fusion": "none",
+        }
+    )
+    ids = tiny_ids(8, 32)
+    assert search_budget(model, config, ids) == {"attention": 0.0, "mlp": 1.0}
+    plain = make_config({"method": "intra_fusion", "units": ["mlp", "attention"], "sparsity": 0.4, "fusion": "none"})
+    assert plan_pruning(model, plain).structure["after"]["groups"] == 1
+    result = prune(model, config, input_ids=ids)
+    assert result.plan.structure["after"]["groups"] == 2
+
+
+def test_a_block_that_does_nothing_has_no_influence_even_behind_positions():
+    model, ids = tiny_model("gpt2"), tiny_ids(4, 16)
+    first = model.transformer.h[0]
+    for layer in (first.attn.c_proj, first.mlp.c_proj):
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+    influence = block_influence(model, ids)
+    assert abs(float(influence[0])) < 1e-5 and float(influence[1:].min()) > 1e-3
+
+
+def test_removing_blocks_leaves_lists_that_are_not_theirs():
+    model = tiny_model("qwen3")
+    model.config.eos_token_id = [1, 2, 3]
+    prune(
+        model, make_config({"method": "intra_fusion", "units": ["depth"], "sparsity": 0.33}), input_ids=tiny_ids(4, 16)
+    )
+    assert model.config.eos_token_id == [1, 2, 3] and len(model.config.layer_types) == 2
+
+
+def test_gradients_that_overflow_are_said():
+    from hf_prune.engine.gradients import loss_gradients
+
+    model = tiny_model("llama")
+    model.model.norm.weight.data *= float("inf")
+    with pytest.raises(RunError, match="gradients hold NaN or Inf"):
+        loss_gradients(model, tiny_ids(2, 16))
 
 
 @pytest.mark.parametrize(
@@ -330,6 +406,12 @@ def test_the_searched_budget_is_the_cheapest_of_those_tried():
         ({"pattern": "2:4", "sparsity": 0.5}, "removes whole units"),
         ({"allocation": "erk"}, "layout to pad"),
         ({"fusion": "melt"}, "fusion: 'melt' is unknown"),
+        ({"units": ["depth"], "sparsity": 0.1}, "nothing would go"),
+        ({"layout": "pad", "allocation": "plan.json"}, "holds densities of zeros"),
+        ({"budget": ["search"]}, "name both in units"),
+        ({"budget": ["mlp=nan"]}, "must make 1"),
+        ({"propagate": False}, "removes whole units"),
+        ({"importance": "output", "source_mass": "importance"}, "gives no masses"),
         ({"fusion_target": "kmeans", "fusion_cost": "activations"}, "centres of weights"),
     ],
 )
