@@ -50,9 +50,10 @@ def test_sinkhorn_comes_close_to_the_least_cost():
     every = unit_features([drawn(60, 1, 12), drawn(60, 1, 5, seed=1)])
     cost, source, target = weight_cost(every, every[:25]), masses(60, 2), masses(25, 3)
     plan = transport(cost, source, target, "sinkhorn")
-    # The small entries that were left out are mass that is missing.
+    # All of a unit's mass goes to its few best targets, which shifts theirs a little.
+    assert int((plan > 0).sum(dim=1).max()) <= 8
     assert torch.allclose(plan.sum(dim=1), source, atol=1e-3)
-    assert torch.allclose(plan.sum(dim=0), target, atol=1e-3)
+    assert torch.allclose(plan.sum(dim=0), target, atol=3e-3)
     least = least_cost(cost, source, target)
     assert least < float((plan * cost).sum()) < 1.1 * least
 
