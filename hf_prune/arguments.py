@@ -166,7 +166,9 @@ class StructuredConfig(PruneConfig):
 
     def __post_init__(self) -> None:
         defaults = PruneConfig()
-        unused = ("criterion", "update", "reconstruct", "pattern", "targets", "ignore", "min_keep_ratio", "propagate")
+        if self.reconstruct == "linear":
+            raise BadInputError(f"reconstruct: linear refits zeros; with method {self.method} set fusion to refit.")
+        unused = ("criterion", "update", "pattern", "targets", "ignore", "min_keep_ratio", "propagate")
         for key in unused:
             if getattr(self, key) != getattr(defaults, key):
                 raise BadInputError(f"{key}: method {self.method} removes whole units; leave it out, units says which.")

@@ -38,6 +38,7 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
     }
     if isinstance(config, StructuredConfig):
         make_allocation(config)
+        make_block_reconstruction(config)
         return config
     # The parts check their own values.
     make_solver(config)
@@ -236,7 +237,7 @@ def needs_text(config: PruneConfig) -> bool:
         reducer = config.make_reducer()
         rule = make_allocation(config)
         shared = bool(rule and rule.needs_text) or "depth" in (config.units or []) or config.searches_budget
-        return bool(reducer.statistics or reducer.needs_gradients or shared)
+        return bool(reducer.statistics or reducer.needs_gradients or shared or config.reconstruct != "none")
     allocation = make_allocation(config)
     return bool(
         make_solver(config).statistics or (allocation and allocation.needs_text) or config.reconstruct != "none"

@@ -90,8 +90,12 @@ def _zeros(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
             }
             for view in plan.views
         ],
-        "reconstruction": [{"block": block, **asdict(outcome)} for block, outcome in result.reconstruction.items()],
+        "reconstruction": _reconstruction(result),
     }
+
+
+def _reconstruction(result: PruneResult) -> list[dict[str, Any]]:
+    return [{"block": block, **asdict(outcome)} for block, outcome in result.reconstruction.items()]
 
 
 def _sizes(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
@@ -99,7 +103,9 @@ def _sizes(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
     assert result.plan.structure is not None and result.reduction is not None
     left = sum(parameter.numel() for parameter in model.parameters())
     structure = Structure.from_dict(result.plan.structure)
+    apart = ("kept", "reconstruction", "forward_passes")
     return {
+        "reconstruction": _reconstruction(result),
         "structure": {
             **result.plan.structure,
             "removed": structure.removed,
@@ -108,7 +114,7 @@ def _sizes(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
             "total_before": total,
             "total_after": left,
             # Which units stayed is long, and follows from the recipe.
-            **{key: value for key, value in asdict(result.reduction).items() if key != "kept"},
+            **{key: value for key, value in asdict(result.reduction).items() if key not in apart},
         },
     }
 
@@ -118,6 +124,7 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
     if isinstance(config, StructuredConfig):
         return {
             **asdict(config.describe_run()),
+            "reconstruct": config.reconstruct,
             "allocation": Path(config.allocation).name,
             "options": own_options(config),
         }

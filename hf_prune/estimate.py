@@ -154,6 +154,8 @@ def estimate_reduction(
             flops += blocks * (1.2 * tokens * width**2 + 2 * width**3)
         if reducer.needs_gradients:
             flops += 3 * tokens * per_token
+        if config.reconstruct == "block":
+            flops += (1 + 3 * float(config.options.get("reconstruct_passes", 8))) * tokens * per_token
     if reducer.transports:
         # Distances between all and the kept units, over three layers' weights.
         flops += blocks * 9.0 * width * kept * hidden

@@ -187,10 +187,10 @@ def prune(
         _, input_ids = load_calibration(arguments, tokenizer, model.config)
     name = getattr(model.config, "_name_or_path", "")
     plan = plan or plan_pruning(model, config, name, input_ids, statistics_folder)
-    if isinstance(config, StructuredConfig):
-        smaller, reduction = reduce(model, config, plan, input_ids, arguments.seed)
-        return PruneResult(plan, smaller, reduction.forward_passes, reduction=reduction)
     reconstruction = make_block_reconstruction(config)
+    if isinstance(config, StructuredConfig):
+        smaller, reduction = reduce(model, config, plan, input_ids, arguments.seed, reconstruction)
+        return PruneResult(plan, smaller, reduction.forward_passes, reduction.reconstruction, reduction)
     result = walk(
         model,
         plan,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_prune.arguments import PruneConfig, StructuredConfig
 from hf_prune.engine import distributed
-from hf_prune.engine.walk import ViewResult
+from hf_prune.engine.walk import BlockUpdater, ViewResult
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.plan import Plan, ViewPlan
@@ -70,9 +70,14 @@ def plan_reduction(
 
 
 def reduce(
-    model: nn.Module, config: StructuredConfig, plan: Plan, input_ids: Tensor | None, seed: int = 0
+    model: nn.Module,
+    config: StructuredConfig,
+    plan: Plan,
+    input_ids: Tensor | None,
+    seed: int = 0,
+    reconstruction: BlockUpdater | None = None,
 ) -> tuple[list[ViewResult], ReduceResult]:
-    """Make `model` as small as its plan says, in place."""
+    """Make `model` as small as its plan says, in place, and train each block where there is a reconstruction."""
     if plan.structure is None:
         raise BadInputError(f"method: {config.method} makes a model smaller, and the plan is one of zeros; plan anew.")
     structure = Structure.from_dict(plan.structure)
@@ -82,7 +87,7 @@ def reduce(
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise BadInputError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
     _check_unshared(model)
-    result = reduce_model(model, structure, config.make_reducer(seed), input_ids)
+    result = reduce_model(model, structure, config.make_reducer(seed), input_ids, reconstruction)
     live = {view.name: view for view in find_views(model)}
     views = []
     for view in plan.views:

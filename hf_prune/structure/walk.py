@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.engine import distributed
+from hf_prune.engine.block_training import train_block
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.engine.gradients import loss_gradients
 from hf_prune.engine.statistics import Statistics, accumulation_dtype, add_gram, check_finite
 from hf_prune.engine.stream import Stream
+from hf_prune.engine.walk import BlockUpdater
 from hf_prune.errors import BadInputError
 from hf_prune.progress import progress
 from hf_prune.structure.budget import Structure
@@ -26,7 +29,7 @@ from hf_prune.structure.importance import Evidence
 from hf_prune.structure.reduction import Reducer, consumer_columns
 from hf_prune.structure.refit import damped, refit_kept, refit_new
 from hf_prune.structure.stock import set_remembered, set_sizes
-from hf_prune.weights import find_blocks
+from hf_prune.weights import WeightView, find_blocks, find_views
 
 
 @dataclass
@@ -41,6 +44,7 @@ class ReduceResult:
         solver: the transport solvers that ran.
         solver_seconds: spent in transports (costs included).
         forward_passes: over the calibration set.
+        reconstruction: outcome of each block's training by its number, where there was one.
     """
 
     removed_blocks: list[int] = field(default_factory=list)
@@ -49,9 +53,16 @@ class ReduceResult:
     solver: list[str] = field(default_factory=list)
     solver_seconds: float = 0.0
     forward_passes: float = 0.0
+    reconstruction: dict[int, Any] = field(default_factory=dict)
 
 
-def reduce_model(model: nn.Module, structure: Structure, reducer: Reducer, input_ids: Tensor | None) -> ReduceResult:
+def reduce_model(
+    model: nn.Module,
+    structure: Structure,
+    reducer: Reducer,
+    input_ids: Tensor | None,
+    reconstruction: BlockUpdater | None = None,
+) -> ReduceResult:
     """Make `model` smaller in place, config included; it is usable at once and saves as a stock model.
 
     Attention goes before the MLP, so that the MLP is decided on what the smaller attention hands over, and each block
@@ -59,13 +70,15 @@ def reduce_model(model: nn.Module, structure: Structure, reducer: Reducer, input
 
     Args:
         input_ids: int64 [samples, tokens], the same on every process; None for a reducer that looks at no text.
+        reconstruction: trains each block once it is smaller.
 
     Raises:
         BadInputError: text is needed and missing.
         RunError: a layer saw no tokens, or its inputs overflowed.
     """
     result = ReduceResult()
-    needs_text = bool(reducer.statistics) or reducer.needs_gradients or structure.blocks_removed > 0
+    streams = bool(reducer.statistics) or reconstruction is not None
+    needs_text = streams or reducer.needs_gradients or structure.blocks_removed > 0
     if needs_text and input_ids is None:
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -82,15 +95,27 @@ def reduce_model(model: nn.Module, structure: Structure, reducer: Reducer, input
     smaller = copy.deepcopy(config)
     set_sizes(smaller, structure.after)
     with BlockRunner(model) as runner:
-        stream = Stream(runner, input_ids) if reducer.statistics and input_ids is not None else None
+        stream = Stream(runner, input_ids) if streams and input_ids is not None else None
+        dense = None
+        if reconstruction is not None and reconstruction.reconstruct_target == "model" and input_ids is not None:
+            dense = Stream(runner, input_ids)
         shares: list[float] = []
         for index in progress(range(len(blocks)), "reducing blocks", total=len(blocks)):
             worker = _Block(runner, stream, index, reducer, gradients, result)
+            targets: list[Tensor | None] = []
+            if dense is not None:
+                dense.advance(index)
+                targets = dense.hidden
+            elif reconstruction is not None and stream is not None:
+                targets = [runner.run(index, *own) for own in zip(stream.chunks, stream.hidden, strict=True)]
+                stream.forward_passes += 1 / len(blocks)
             shares += worker.reduce(structure, smaller)
+            if reconstruction is not None and stream is not None:
+                result.reconstruction[index] = train_block(stream, index, worker.trained(), targets, reconstruction)
             if stream is not None and index + 1 < len(blocks):
                 stream.advance(index)
         if stream is not None:
-            result.forward_passes += stream.forward_passes
+            result.forward_passes += stream.forward_passes + (dense.forward_passes if dense else 0.0)
     result.fused = sum(shares) / len(shares) if shares else 0.0
     set_sizes(config, structure.after)
     for block in blocks:
@@ -108,6 +133,12 @@ class _Block:
     reducer: Reducer
     gradients: dict[str, Tensor] | None
     result: ReduceResult
+    error: float = 0.0
+
+    def trained(self) -> list[tuple[WeightView, float]]:
+        """The block's weights, each with how far a step may move it: as in a walk, by its consumer's output error."""
+        own = [view for view in find_views(self.runner.model) if view.block == self.index]
+        return [(view, math.sqrt(self.error * float(view.read().square().mean()))) for view in own]
 
     def reduce(self, structure: Structure, smaller: Any) -> list[float]:
         """Bring the block to its planned sizes; the share of fused units of each kind."""
@@ -134,7 +165,8 @@ class _Block:
         """Reduce one kind of unit; the share of new units that several old ones went into."""
         groups = find_groups(self.runner.model, self.index, kind, shape)
         view = groups[0].consumer.view
-        statistics = self._observe(groups)
+        statistics = self._observe(groups) if self.reducer.statistics else None
+        before = self._outputs(view)
         start = perf_counter()
         # Decided once: processes must not disagree over a tie.
         own: list[Fusion] | Exception = []
@@ -165,10 +197,32 @@ class _Block:
                 new = refit_kept(weight, damped(statistics.gram, self.reducer.damping), columns)
             distributed.send_from(new, 0)
             set_weight(view, new)
+        self._note_error(before, kind, shape, count, view)
         offsets = [number * group.units for number, group in enumerate(groups)]
         kept = [int(unit) + at for fusion, at in zip(fusions, offsets, strict=True) for unit in fusion.kept]
         self.result.kept.setdefault(self.index, {})[kind] = kept
         return float(torch.cat([torch.bincount(f.target, minlength=count) > 1 for f in fusions]).float().mean())
+
+    def _outputs(self, view: WeightView) -> Tensor | None:
+        """What a layer of this block puts out for the first chunk, float32 [tokens, out]."""
+        if self.stream is None:
+            return None
+        seen = self._inputs(view.module, self.stream.chunks[0], self.stream.hidden[0])
+        return seen @ view.read().T
+
+    def _note_error(self, before: Tensor | None, kind: str, shape: Shape, count: int, view: WeightView) -> None:
+        """The consumer's relative output error on the processes' first chunks, the largest of the block's steps."""
+        if before is None:
+            return
+        config = copy.deepcopy(self.runner.model.config.get_text_config())  # type: ignore[union-attr, operator]
+        now = _with(shape, kind, count)
+        set_sizes(config, now)
+        set_remembered(self.runner.blocks[self.index], now, config)
+        after = self._outputs(view)
+        assert after is not None
+        sums = torch.stack([(after - before).square().sum(), before.square().sum()]).cpu().double()
+        distributed.sum_everywhere(sums)
+        self.error = max(self.error, float(sums[0] / sums[1].clamp(min=1e-30)))
 
     def _observe(self, groups: Sequence[Group]) -> Statistics | None:
         """Statistics of the consumer's inputs, whole on process 0 and empty elsewhere."""

@@ -322,6 +322,17 @@ def test_padding_gives_blocks_their_own_widths_and_a_stock_shape(tmp_path):
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("target", ["block", "model"])
+def test_training_the_smaller_blocks_never_ends_worse(target):
+    options = {"reconstruct": "block", "reconstruct_passes": 4, "reconstruct_target": target, "fusion": "none"}
+    ids = tiny_ids(16, 32)
+    _, result = reduced("llama", ids, units=["mlp", "attention"], sparsity=0.35, **options)
+    losses = [(outcome.before, outcome.after) for outcome in result.reconstruction.values()]
+    assert len(losses) == 3 and all(after <= before for before, after in losses)
+    if target == "block":
+        assert sum(after < before for before, after in losses) >= 2
+
+
 def test_an_allocation_that_looks_at_text_can_share_widths_out():
     config = make_config({"method": "intra_fusion", "layout": "pad", "allocation": "owl", "sparsity": 0.25})
     assert needs_text(config)
@@ -411,6 +422,7 @@ def test_gradients_that_overflow_are_said():
         ({"budget": ["search"]}, "name both in units"),
         ({"budget": ["mlp=nan"]}, "must make 1"),
         ({"propagate": False}, "removes whole units"),
+        ({"reconstruct": "linear"}, "set fusion to refit"),
         ({"importance": "output", "source_mass": "importance"}, "gives no masses"),
         ({"fusion_target": "kmeans", "fusion_cost": "activations"}, "centres of weights"),
     ],
