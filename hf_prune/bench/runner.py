@@ -102,6 +102,7 @@ class Bench:
         self._places: list[dict[str, str]] = []
         # Pruning may run side by side, scoring and the results' file are one at a time.
         self._turn = Lock()
+        self._left = 0
         work_folder.mkdir(parents=True, exist_ok=True)
         self.recipe = make_recipe(grid.common)
         assert self.recipe.model.model_name_or_path is not None
@@ -137,6 +138,7 @@ class Bench:
         """
         failures = []
         stop = perf_counter() + 60 * max_minutes
+        self._left = 0
         self._dense()
         for repeat in range(self.grid.repeats):
             # Who goes first changes from repeat to repeat.
@@ -158,6 +160,8 @@ class Bench:
                     if failure:
                         failures.append(failure)
                         logger.error("%s", failure)
+        if self._left:
+            logger.info("%d runs are left for another time: the same command goes on.", self._left)
         return failures
 
     def _dense(self) -> None:
@@ -168,7 +172,7 @@ class Bench:
     def _run_cell(self, cell: Cell, stop: float) -> str | None:
         """Prune in a fresh process, then score; None, or what went wrong. Nothing at all later than `stop`."""
         if perf_counter() > stop:
-            logger.info("%s %s seed %d is left for another time", cell.row, cell.setting, cell.seed)
+            self._left += 1
             return None
         name = "-".join("".join(c if c.isalnum() else "_" for c in part) for part in (cell.row, cell.setting) if part)
         place = self.folder / f"{name}-{cell.seed}-{cell.key}"

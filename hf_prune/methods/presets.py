@@ -58,6 +58,8 @@ class BestConfig(AdmmConfig):
 
     method: str | None = "best"
     allocation: str = "auto"
+    # At 60 % and less ERK's densities are too far from good ones for these steps.
+    fcpts_start: str = "uniform"
     reconstruct: str = "block"
     reconstruct_passes: float = 4
 
