@@ -179,6 +179,8 @@ def _theory(report: dict[str, Any]) -> list[str]:
     if not total or nonzero is None or nonzero >= total:
         return []
     share = percent(1 - nonzero / total, 0)
+    if 1 - nonzero / total < 0.005:
+        return []
     return [f"In theory {share} of the FLOPs per token multiply a zero and could be skipped."]
 
 
