@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_prune.allocation import Allocation
 from hf_prune.allocation.base import Work
 from hf_prune.arguments import StructuredConfig
+from hf_prune.compose import make_block_reconstruction
 from hf_prune.engine.stream import TOKENS_PER_FORWARD
 from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Solver
@@ -154,8 +155,9 @@ def estimate_reduction(
             flops += blocks * (1.2 * tokens * width**2 + 2 * width**3)
         if reducer.needs_gradients:
             flops += 3 * tokens * per_token
-        if config.reconstruct == "block":
-            flops += (1 + 3 * float(config.options.get("reconstruct_passes", 8))) * tokens * per_token
+        reconstruction = make_block_reconstruction(config)
+        if reconstruction is not None:
+            flops += (1 + 3 * reconstruction.reconstruct_passes) * tokens * per_token
     if reducer.transports:
         # Distances between all and the kept units, over three layers' weights.
         flops += blocks * 9.0 * width * kept * hidden

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.arguments import UNITS
 from hf_prune.errors import BadInputError
 from hf_prune.structure.families import Coupling, Family, find_family
 from hf_prune.structure.fusion import Fusion
 from hf_prune.weights import WeightView, find_blocks, linear_layers
 
-MLP, ATTENTION, HEADS, DEPTH = "mlp", "attention", "heads", "depth"
+MLP, ATTENTION, HEADS, DEPTH = UNITS
 # Rows that positions turn and that only make sense as a whole head: averages of two heads' queries are neither's.
 MATCHING = frozenset({"query", "key", "query_key_value"})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -91,9 +91,6 @@ def reduce_model(
         gradients = loss_gradients(model, input_ids)
         result.forward_passes += 1
     blocks = find_blocks(model)[1]
-    # Modules that ask their config in a forward must not see sizes that other blocks do not have yet.
-    smaller = copy.deepcopy(config)
-    set_sizes(smaller, structure.after)
     with BlockRunner(model) as runner:
         stream = Stream(runner, input_ids) if streams and input_ids is not None else None
         dense = None
@@ -101,7 +98,7 @@ def reduce_model(
             dense = Stream(runner, input_ids)
         shares: list[float] = []
         for index in progress(range(len(blocks)), "reducing blocks", total=len(blocks)):
-            worker = _Block(runner, stream, index, reducer, gradients, result)
+            worker = _Block(runner, stream, index, reducer, gradients, result, reconstruction is not None)
             targets: list[Tensor | None] = []
             if dense is not None:
                 dense.advance(index)
@@ -109,7 +106,7 @@ def reduce_model(
             elif reconstruction is not None and stream is not None:
                 targets = [runner.run(index, *own) for own in zip(stream.chunks, stream.hidden, strict=True)]
                 stream.forward_passes += 1 / len(blocks)
-            shares += worker.reduce(structure, smaller)
+            shares += worker.reduce(structure)
             if reconstruction is not None and stream is not None:
                 result.reconstruction[index] = train_block(stream, index, worker.trained(), targets, reconstruction)
             if stream is not None and index + 1 < len(blocks):
@@ -125,7 +122,7 @@ def reduce_model(
 
 @dataclass
 class _Block:
-    """One block's turn."""
+    """One block's turn; `measures` its consumers' output errors where it is trained afterwards."""
 
     runner: BlockRunner
     stream: Stream | None
@@ -133,6 +130,7 @@ class _Block:
     reducer: Reducer
     gradients: dict[str, Tensor] | None
     result: ReduceResult
+    measures: bool
     error: float = 0.0
 
     def trained(self) -> list[tuple[WeightView, float]]:
@@ -140,25 +138,23 @@ class _Block:
         own = [view for view in find_views(self.runner.model) if view.block == self.index]
         return [(view, math.sqrt(self.error * float(view.read().square().mean()))) for view in own]
 
-    def reduce(self, structure: Structure, smaller: Any) -> list[float]:
+    def reduce(self, structure: Structure) -> list[float]:
         """Bring the block to its planned sizes; the share of fused units of each kind."""
         before, after = structure.before, structure.after
-        shares = []
-        shape = before
+        width = structure.widths[self.index] if structure.widths else after.width
+        steps = []
         if after.groups != before.groups:
-            shares.append(self._step(ATTENTION, shape, after.groups))
-            shape = Shape(before.width, after.heads, after.groups, before.head_size)
+            steps.append((ATTENTION, after.groups))
         elif after.heads != before.heads:
-            shares.append(self._step(HEADS, shape, after.heads // after.groups))
-            shape = Shape(before.width, after.heads, after.groups, before.head_size)
-        block = self.runner.blocks[self.index]
-        if shape != before:
-            set_remembered(block, shape, smaller)
-        own = structure.widths[self.index] if structure.widths else after.width
-        if own != before.width:
-            shares.append(self._step(MLP, shape, own))
-        if own < after.width:
-            pad_units(find_groups(self.runner.model, self.index, MLP, Shape(own, *_attention(shape)))[0], after.width)
+            steps.append((HEADS, after.heads // after.groups))
+        if width != before.width:
+            steps.append((MLP, width))
+        shares, shape = [], before
+        for kind, count in steps:
+            shares.append(self._step(kind, shape, count))
+            shape = _with(shape, kind, count)
+        if width < after.width:
+            pad_units(find_groups(self.runner.model, self.index, MLP, shape)[0], after.width)
         return shares
 
     def _step(self, kind: str, shape: Shape, count: int) -> float:
@@ -166,7 +162,7 @@ class _Block:
         groups = find_groups(self.runner.model, self.index, kind, shape)
         view = groups[0].consumer.view
         statistics = self._observe(groups) if self.reducer.statistics else None
-        before = self._outputs(view)
+        before = self._outputs(view) if self.measures else None
         start = perf_counter()
         # Decided once: processes must not disagree over a tie.
         own: list[Fusion] | Exception = []
@@ -188,8 +184,9 @@ class _Block:
         weight = view.read()
         dense = copy.deepcopy(self.runner.blocks[self.index]) if self.reducer.refits and fused else None
         rewrite(groups, fusions)
+        self._remember(_with(shape, kind, count))
         if dense is not None:
-            self._refit_new(groups, dense, kind, shape, count, weight)
+            self._refit_new(view, dense, weight)
         elif self.reducer.refits:
             columns = torch.cat([consumer_columns(g, f.kept) for g, f in zip(groups, fusions, strict=True)])
             new = torch.empty(weight.shape[0], len(columns), device=weight.device)
@@ -197,30 +194,28 @@ class _Block:
                 new = refit_kept(weight, damped(statistics.gram, self.reducer.damping), columns)
             distributed.send_from(new, 0)
             set_weight(view, new)
-        self._note_error(before, kind, shape, count, view)
+        if before is not None:
+            self._note_error(before, view)
         offsets = [number * group.units for number, group in enumerate(groups)]
         kept = [int(unit) + at for fusion, at in zip(fusions, offsets, strict=True) for unit in fusion.kept]
         self.result.kept.setdefault(self.index, {})[kind] = kept
         return float(torch.cat([torch.bincount(f.target, minlength=count) > 1 for f in fusions]).float().mean())
 
-    def _outputs(self, view: WeightView) -> Tensor | None:
-        """What a layer of this block puts out for the first chunk, float32 [tokens, out]."""
-        if self.stream is None:
-            return None
-        seen = self._inputs(view.module, self.stream.chunks[0], self.stream.hidden[0])
-        return seen @ view.read().T
-
-    def _note_error(self, before: Tensor | None, kind: str, shape: Shape, count: int, view: WeightView) -> None:
-        """The consumer's relative output error on the processes' first chunks, the largest of the block's steps."""
-        if before is None:
-            return
+    def _remember(self, shape: Shape) -> None:
+        """Modules that ask their config in a forward must not see sizes that other blocks do not have yet."""
         config = copy.deepcopy(self.runner.model.config.get_text_config())  # type: ignore[union-attr, operator]
-        now = _with(shape, kind, count)
-        set_sizes(config, now)
-        set_remembered(self.runner.blocks[self.index], now, config)
-        after = self._outputs(view)
-        assert after is not None
-        sums = torch.stack([(after - before).square().sum(), before.square().sum()]).cpu().double()
+        set_sizes(config, shape)
+        set_remembered(self.runner.blocks[self.index], shape, config)
+
+    def _outputs(self, view: WeightView) -> Tensor:
+        """What a layer of this block puts out for the first chunk, float32 [tokens, out]."""
+        assert self.stream is not None
+        return self._inputs(view.module, self.stream.chunks[0], self.stream.hidden[0]) @ view.read().T
+
+    def _note_error(self, before: Tensor, view: WeightView) -> None:
+        """The consumer's relative output error on the processes' first chunks, the largest of the block's steps."""
+        change = (self._outputs(view) - before).square().sum()
+        sums = torch.stack([change, before.square().sum()]).cpu().double()
         distributed.sum_everywhere(sums)
         self.error = max(self.error, float(sums[0] / sums[1].clamp(min=1e-30)))
 
@@ -237,9 +232,7 @@ class _Block:
             statistics.release()
         return statistics
 
-    def _refit_new(
-        self, groups: Sequence[Group], dense: nn.Module, kind: str, shape: Shape, count: int, weight: Tensor
-    ) -> None:
+    def _refit_new(self, view: WeightView, dense: nn.Module, weight: Tensor) -> None:
         """Fit the consumer of fused units to the dense block's outputs: both run on the same hidden states.
 
         Args:
@@ -247,17 +240,12 @@ class _Block:
             weight: float32 [out, in], the consumer's weight in it.
         """
         assert self.stream is not None
-        view = groups[0].consumer.view
         name = view.name.split(f".{self.index}.", 1)[1]
         inner = view.read()
         dtype = accumulation_dtype(inner.device)
         gram = torch.zeros(inner.shape[1], inner.shape[1], dtype=dtype, device=inner.device)
         residual = torch.zeros(inner.shape[1], inner.shape[0], dtype=dtype, device=inner.device)
         block = self.runner.blocks[self.index]
-        now = _with(shape, kind, count)
-        config = copy.deepcopy(self.runner.model.config.get_text_config())  # type: ignore[union-attr, operator]
-        set_sizes(config, now)
-        set_remembered(block, now, config)
         for chunk, states in zip(self.stream.chunks, self.stream.hidden, strict=True):
             self.runner.blocks[self.index] = dense
             before = self._inputs(dense.get_submodule(name), chunk, states)
@@ -290,15 +278,10 @@ class _Block:
         return seen[0]
 
 
-def _attention(shape: Shape) -> tuple[int, int, int]:
-    return shape.heads, shape.groups, shape.head_size
-
-
 def _with(shape: Shape, kind: str, count: int) -> Shape:
     """A block's sizes once a kind has been reduced to `count` units (a group)."""
-    share = shape.heads // shape.groups
     if kind == MLP:
-        return Shape(count, *_attention(shape))
+        return replace(shape, width=count)
     if kind == ATTENTION:
-        return Shape(shape.width, share * count, count, shape.head_size)
-    return Shape(shape.width, shape.groups * count, shape.groups, shape.head_size)
+        return replace(shape, heads=shape.heads // shape.groups * count, groups=count)
+    return replace(shape, heads=shape.groups * count)

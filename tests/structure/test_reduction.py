@@ -1,6 +1,5 @@
 """Structured pruning end to end on tiny models, its least squares and its rankings against independent arithmetic."""
 
-import itertools
 import json
 
 import numpy as np
@@ -13,15 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_prune.cli import main
 from hf_prune.compose import make_config, needs_text
-from hf_prune.engine.statistics import Statistics
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.pruning import plan_pruning, prune
 from hf_prune.reduction import _padded, search_budget
 from hf_prune.structure.budget import plan_structure
 from hf_prune.structure.depth import block_influence
 from hf_prune.structure.groups import MLP, block_shape, find_groups
-from hf_prune.structure.importance import Evidence, importance, least_output_error, most_important
-from hf_prune.structure.refit import damped, refit_kept, refit_new
 
 EVERY = [*FAMILIES, *MORE_FAMILIES]
 
@@ -145,132 +141,6 @@ def test_padded_widths_add_up_to_the_budget(densities, sparsity, round_to):
     assert structure.padded == pytest.approx(
         96 * sum(max(structure.widths) - width for width in structure.widths) / uniform.parameters_before
     )
-
-
-def weights(seed=0, rows=6, columns=10, tokens=40):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator)
-    mixed = torch.randn(columns, columns, generator=generator)
-    return weight, torch.randn(tokens, columns, generator=generator) @ mixed
-
-
-def test_the_refit_is_the_least_squares_solution():
-    weight, inputs = weights()
-    gram = damped((inputs.T @ inputs).double(), 0.01)
-    kept = torch.tensor([0, 2, 3, 7])
-    own = refit_kept(weight, gram, kept)
-    # Damping is as good as so many more, uncorrelated, tokens.
-    extra = float(gram.diagonal().mean() - (inputs.T @ inputs).diagonal().mean()) ** 0.5
-    rows = np.concatenate([inputs.double().numpy(), extra * np.eye(10)])
-    expected, *_ = np.linalg.lstsq(rows[:, kept.numpy()], rows @ weight.double().numpy().T, rcond=None)
-    assert np.allclose(own.numpy(), expected.T, atol=1e-4)
-    assert torch.allclose(refit_kept(weight, gram, torch.arange(10)), weight, atol=1e-4)
-
-
-def test_the_refit_of_fused_units_is_the_ridge_solution():
-    weight, inputs = weights(1)
-    fused = weights(2, rows=6, columns=4)[0]
-    new = torch.tanh(inputs[:, :4])
-    residual = new.T @ (inputs @ weight.T - new @ fused.T)
-    own = refit_new(fused, (new.T @ new).double(), residual, 0.05)
-    penalty = (0.05 * float((new.T @ new).diagonal().mean())) ** 0.5
-    rows = np.concatenate([new.double().numpy(), penalty * np.eye(4)])
-    wanted = np.concatenate([(inputs @ weight.T).double().numpy(), penalty * fused.double().numpy().T])
-    expected, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
-    assert np.allclose(own.numpy(), expected.T, atol=1e-4)
-
-
-def output_error(weight, gram, kept):
-    """Squared output error, damping included, of the best weights on some columns; by lstsq through a factor."""
-    rows = np.linalg.cholesky(gram.numpy()).T
-    target = rows @ weight.double().numpy().T
-    solution, *_ = np.linalg.lstsq(rows[:, kept], target, rcond=None)
-    return float(((target - rows[:, kept] @ solution) ** 2).sum())
-
-
-def test_backward_elimination_removes_what_a_brute_force_search_removes():
-    model = tiny_model("llama")
-    group = find_groups(model, 0, MLP, block_shape(model))[0]
-    inputs = torch.randn(200, 48, generator=torch.Generator().manual_seed(3)) @ weights(4, 48, 48)[0]
-    gram = damped((inputs.T @ inputs).double(), 0.01)
-    weight = group.consumer.view.read()
-    left = list(range(48))
-    while len(left) > 40:
-        # One at a time, each time the unit that the others make up for best.
-        errors = [output_error(weight, gram, [unit for unit in left if unit != gone]) for gone in left]
-        left.remove(left[int(np.argmin(errors))])
-    assert least_output_error(group, gram, 40).tolist() == left
-
-
-def test_backward_elimination_of_whole_heads_is_near_the_best_subset():
-    model = tiny_model("llama")
-    shape = block_shape(model)
-    group = find_groups(model, 0, "heads", shape)[1]
-    inputs = torch.randn(300, 32, generator=torch.Generator().manual_seed(3)) @ weights(4, 32, 32)[0]
-    gram = damped((inputs.T @ inputs).double(), 0.01)
-    weight = group.consumer.view.read()
-
-    def columns(heads):
-        others = [c for c in range(32) if not 16 <= c < 32]
-        return others + [c for head in heads for c in range(16 + 8 * head, 24 + 8 * head)]
-
-    best = min(itertools.combinations(range(2), 1), key=lambda heads: output_error(weight, gram, columns(heads)))
-    assert least_output_error(group, gram, 1).tolist() == list(best)
-
-
-def test_importances_against_plain_loops():
-    model = tiny_model("llama")
-    group = find_groups(model, 1, MLP, block_shape(model))[0]
-    mlp = model.model.layers[1].mlp
-    inputs = torch.randn(50, 48, generator=torch.Generator().manual_seed(0)) + 0.3
-    statistics = Statistics(("sum", "sum_of_squares"), 48, torch.device("cpu"))
-    statistics.add(inputs)
-    statistics.finish(lambda tensor: None)
-    down, x = mlp.down_proj.weight.detach().numpy(), inputs.double().numpy()
-    expected = {
-        "activation": [np.linalg.norm(x[:, j]) for j in range(48)],
-        "wanda": [np.linalg.norm(down[:, j]) * np.linalg.norm(x[:, j]) for j in range(48)],
-        "variance": [np.var(x[:, j]) * np.sum(down[:, j] ** 2) for j in range(48)],
-    }
-    for name, values in expected.items():
-        assert np.allclose(importance(name, group, Evidence(statistics)).numpy(), values, rtol=1e-4)
-    gate, up = mlp.gate_proj.weight.detach().numpy(), mlp.up_proj.weight.detach().numpy()
-    sums = np.array([(abs(gate[j]).sum() + abs(up[j]).sum() + abs(down[:, j]).sum()) / 3 for j in range(48)])
-    assert np.allclose(importance("l1", group, Evidence()).numpy(), sums / sums.mean(), rtol=1e-5)
-
-
-def test_the_product_of_norms_does_not_see_where_inside_a_unit_its_scale_stands():
-    model = tiny_model("llama")
-    model.model.layers[1].post_attention_layernorm.weight.data = torch.linspace(0.5, 2, 32)
-    group, mlp = find_groups(model, 1, MLP, block_shape(model))[0], model.model.layers[1].mlp
-    gain = model.model.layers[1].post_attention_layernorm.weight
-    expected = (mlp.gate_proj.weight * gain).norm(dim=1) * (mlp.up_proj.weight * gain).norm(dim=1)
-    expected = expected * mlp.down_proj.weight.norm(dim=0)
-    assert torch.allclose(importance("product", group, Evidence()), expected, rtol=1e-4)
-    # The same function, scaled otherwise inside.
-    mlp.up_proj.weight.data[5] *= 8
-    mlp.down_proj.weight.data[:, 5] /= 8
-    assert torch.allclose(importance("product", group, Evidence()), expected, rtol=1e-4)
-
-
-def test_taylor_importance_is_the_gradient_of_the_loss():
-    from hf_prune.engine.gradients import loss_gradients
-
-    model, ids = tiny_model("gpt2"), tiny_ids(3, 16)
-    gradients = loss_gradients(model, ids)
-    group = find_groups(model, 2, MLP, block_shape(model))[0]
-    scores = importance("taylor", group, Evidence(gradients=gradients))
-    for parameter in model.parameters():
-        assert parameter.grad is None and parameter.requires_grad
-    sum(model(window[None], labels=window[None]).loss for window in ids).backward()
-    mlp = model.transformer.h[2].mlp
-    expected = (mlp.c_fc.weight * mlp.c_fc.weight.grad).abs().sum(dim=0)
-    expected += (mlp.c_proj.weight * mlp.c_proj.weight.grad).abs().sum(dim=1)
-    assert torch.allclose(scores, expected, rtol=1e-3, atol=1e-7)
-
-
-def test_ties_go_to_the_earlier_unit():
-    assert most_important(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [1, 2]
 
 
 def test_block_influence_is_one_minus_the_cosine_of_hidden_states():
