@@ -156,7 +156,6 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
                 revisions = {"dense": revision} if revision else None
                 models: dict[str, str | Path] = {"dense": ready.source.path, "pruned": folder}
                 report |= efficiency(models, ready.recipe.model, ready.device, revisions)
-        (folder / "plots").mkdir()
         if result.reduction is None:
             plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
         elif result.plan.structure and result.plan.structure["widths"]:

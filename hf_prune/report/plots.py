@@ -101,6 +101,7 @@ def plot_widths(structure: dict[str, Any], path: str | Path) -> Figure:
     axes.set_xlabel("block")
     axes.set_title(f"Neurons an MLP keeps of {structure['before']['width']:,} (the line)", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return figure
 
