@@ -31,8 +31,7 @@ def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData
     """The report's entries on model, method, calibration and what was pruned; `total` parameters there were before."""
     recipe = ready.recipe
     return {
-        "format": "hf_prune_report",
-        "version": 1,
+        **environment(),
         "base_model": ready.source.base_model,
         "base_revision": ready.source.revision or recipe.model.revision,
         "base_license": ready.source.license,
@@ -52,16 +51,24 @@ def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData
             "seq_length": ready.seq_length,
             "seed": recipe.data.seed,
         },
-        **(_zeros(model, result, total) if result.reduction is None else _sizes(model, result, total)),
+        **(zeros_of(model, result, total) if result.reduction is None else _sizes(model, result, total)),
         "forward_passes": result.forward_passes,
-        "versions": {"hf_prune": hf_prune.__version__, **{name: metadata.version(name) for name in VERSIONS}},
         "seed": recipe.data.seed,
-        "num_processes": distributed.world_size(),
         "hub_model_id": recipe.output.hub_model_id,
     }
 
 
-def _zeros(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What every report begins with: its format, and what wrote it."""
+    return {
+        "format": "hf_prune_report",
+        "version": 1,
+        "versions": {"hf_prune": hf_prune.__version__, **{name: metadata.version(name) for name in VERSIONS}},
+        "num_processes": distributed.world_size(),
+    }
+
+
+def zeros_of(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
     """What became of each weight matrix where weights were set to zero."""
     plan = result.plan
     outcome = {view.name: view for view in result.views}

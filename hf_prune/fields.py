@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Mapping
@@ -69,3 +70,34 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
 
 def _is_union(annotation: Any) -> bool:
     return typing.get_origin(annotation) in (Union, types.UnionType)
+
+
+def field_lines(section: type) -> list[str]:
+    """A line of help for each field of a dataclass, from its metadata or its docstring."""
+    documented = _documented(section)
+    lines = []
+    for item in dataclasses.fields(section):
+        if item.name == "options":
+            continue
+        default = "" if item.default in (None, dataclasses.MISSING) else f" [{item.default}]"
+        help_text = item.metadata.get("help") or documented.get(item.name, "")
+        lines.append(f"  --{item.name:<24} {help_text}{default}")
+    return lines
+
+
+def _documented(section: type) -> dict[str, str]:
+    """name -> first sentence, from the Args of a docstring."""
+    described: dict[str, str] = {}
+    name = None
+    inside = False
+    for line in inspect.getdoc(section).splitlines():  # type: ignore[union-attr]
+        if line.strip() == "Args:":
+            inside = True
+        elif inside and line.startswith("    ") and not line.startswith("     "):
+            name, _, text = line.strip().partition(": ")
+            described[name] = text
+        elif inside and name and line.startswith("     "):
+            described[name] += " " + line.strip()
+        elif line.strip() and not line.startswith(" "):
+            inside = False
+    return {key: text.split(";")[0].rstrip(".").replace("`", "") for key, text in described.items()}

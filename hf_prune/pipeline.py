@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,39 +12,23 @@ from typing import Any
 import torch
 
 from hf_prune.arguments import ModelArguments
-from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, output_folder, save_model
+from hf_prune.checkpoint.folder import RECIPE_FILE
 from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
-from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.compose import needs_text
 from hf_prune.data.builtin import resolve_model
-from hf_prune.description import add_displacement, describe, within_plan
+from hf_prune.description import add_displacement, describe
 from hf_prune.engine import distributed
 from hf_prune.errors import RunError
 from hf_prune.evaluation.efficiency import measure_efficiency
 from hf_prune.evaluation.memory import PeakMemory
 from hf_prune.evaluation.quality import QualityEvaluation
-from hf_prune.hub.card import write_card
-from hf_prune.hub.push import push_folder
+from hf_prune.finish import Stopwatch, finish
 from hf_prune.preparation import Preparation, check_feasible, prepare
 from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune
 from hf_prune.recipe import Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Stopwatch:
-    """Seconds per phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside to `name`."""
-        start = perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -119,34 +101,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, report: dict, watch: Stopwatch) -> None:
-    """Save, verify, measure, describe; the folder takes its name only when all of it worked. Then push, if asked."""
-    output = ready.recipe.output
-    assert output.output_dir is not None
-    with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
-        with watch.phase("save"):
-            save_model(model, tokenizer, folder)
-            result.plan.save(folder / PLAN_FILE)
-            (folder / RECIPE_FILE).write_text(ready.recipe.text, encoding="utf-8")
-        with watch.phase("verify"):
-            kept = {view.name: view.kept for view in result.views}
-            views = [{**asdict(view), "kept": kept[view.name]} for view in result.plan.views]
-            report["verification"] = [
-                within_plan(result),
-                *verify_folder(
-                    folder,
-                    model,
-                    views,
-                    tokenizer,
-                    trust_remote_code=ready.recipe.model.trust_remote_code,
-                    release_model=True,
-                ),
-            ]
-        failed = [row for row in report["verification"] if not row["passed"]]
-        if failed:
-            raise RunError(
-                f"output_dir: the saved model failed its verification ({failed[0]['check']}: {failed[0]['detail']}); "
-                "nothing was kept, please report this."
-            )
+    """Finish the folder; displacement, sizes and speeds and plots are this run's own."""
+
+    def complete(folder: Path) -> None:
         if result.reduction is None:
             with watch.phase("compare"):
                 add_displacement(report, ready, folder)
@@ -155,16 +112,16 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
                 revision = ready.source.revision or ready.recipe.model.revision
                 revisions = {"dense": revision} if revision else None
                 models: dict[str, str | Path] = {"dense": ready.source.path, "pruned": folder}
-                report |= efficiency(models, ready.recipe.model, ready.device, revisions)
+                report.update(efficiency(models, ready.recipe.model, ready.device, revisions))
         if result.reduction is None:
             plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
         elif result.plan.structure and result.plan.structure["widths"]:
             plot_widths(report["structure"], folder / "plots" / "widths.png")
-        (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        write_card(folder, report, ready.recipe.text)
-    if output.push_to_hub:
-        assert output.hub_model_id is not None
-        push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)
+
+    recipe = ready.recipe
+    texts = {RECIPE_FILE: recipe.text}
+    trust = recipe.model.trust_remote_code
+    finish(recipe.output, model, tokenizer, result, report, texts, watch, complete, trust_remote_code=trust)
 
 
 def efficiency(

@@ -124,9 +124,14 @@ def load_recipe(path: str | Path | None, flags: Mapping[str, Any] | None = None)
     Raises:
         BadInputError: the file is missing or not flat YAML, or a value is out of range.
     """
+    return make_recipe(*read_recipe(path, flags or {}))
+
+
+def read_recipe(path: str | Path | None, flags: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The mapping of a recipe file with the flags laid over it, unchecked, and its text as it ran."""
     text = _read_text(path)
     values = parse_yaml(text, str(path))
-    return make_recipe({**values, **(flags or {})}, text=_recipe_text(text, values, dict(flags or {})))
+    return {**values, **flags}, _recipe_text(text, values, dict(flags))
 
 
 def read_values(path: str | Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:

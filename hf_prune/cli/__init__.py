@@ -14,6 +14,7 @@ from hf_prune.progress import is_main_process
 VERBS = {
     "quickstart": "prune a small real model with the embedded recipe: no Hub, no account",
     "prune": "prune, evaluate, save, verify, and push if asked: the main job",
+    "train": "prune while training: lottery tickets, round by round",
     "plan": "dry run: what would be pruned, and what it would take",
     "evaluate": "quality and efficiency of a model, beside its dense original where it is known",
     "inspect": "sparsity and pattern by layer of any checkpoint",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.arguments import SECTIONS, PruneConfig
 from hf_prune.errors import BadInputError
+from hf_prune.fields import field_lines
 from hf_prune.recipe import Recipe, load_recipe, parse_flags
 
 if TYPE_CHECKING:
@@ -73,32 +72,7 @@ def recipe_help(verb: str, text: str) -> str:
     """Usage of a verb that takes a recipe, from the dataclasses themselves."""
     lines = [f"usage: hf-prune {verb} --config RECIPE.yaml [--key value ...]", "", text, ""]
     lines.append("Keys of a recipe and flags of the same names (a flag wins):")
-    documented = _documented(PruneConfig)
     for title, section in [*SECTIONS.items(), ("pruning", PruneConfig)]:
-        lines += ["", f"{title}:"]
-        for item in dataclasses.fields(section):
-            if item.name == "options":
-                continue
-            default = "" if item.default in (None, dataclasses.MISSING) else f" [{item.default}]"
-            help_text = item.metadata.get("help") or documented.get(item.name, "")
-            lines.append(f"  --{item.name:<24} {help_text}{default}")
+        lines += ["", f"{title}:", *field_lines(section)]
     lines += ["", "A method's own keys (block_size, damping, ...) are flags as well; `hf-prune methods` lists them."]
     return "\n".join(lines) + "\n"
-
-
-def _documented(section: type) -> dict[str, str]:
-    """name -> first sentence, from the Args of a docstring."""
-    described: dict[str, str] = {}
-    name = None
-    inside = False
-    for line in inspect.getdoc(section).splitlines():  # type: ignore[union-attr]
-        if line.strip() == "Args:":
-            inside = True
-        elif inside and line.startswith("    ") and not line.startswith("     "):
-            name, _, text = line.strip().partition(": ")
-            described[name] = text
-        elif inside and name and line.startswith("     "):
-            described[name] += " " + line.strip()
-        elif line.strip() and not line.startswith(" "):
-            inside = False
-    return {key: text.split(";")[0].rstrip(".").replace("`", "") for key, text in described.items()}

@@ -62,6 +62,33 @@ def plot_sparsity_by_layer(rows: list[dict[str, Any]], path: str | Path) -> Figu
     return figure
 
 
+def plot_rounds(rounds: list[dict[str, Any]], path: str | Path) -> Figure:
+    """Draw perplexity over the share of weights left, from a report's tickets, as a PNG at `path`; controls beside."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(WIDTHS[0], 4.0), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(found["kind"] for found in rounds):
+        own = [found for found in rounds if found["kind"] == kind]
+        places = [1 - found["sparsity"] for found in own]
+        style = "o-" if kind == "ticket" else "x"
+        axes.plot(places, [found["perplexity"] for found in own], style, label=kind.replace("_", " "))
+    axes.axhline(rounds[0]["perplexity"], color="0.6", linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("weights left")
+    axes.set_ylabel("perplexity")
+    axes.legend(frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
 def plot_sensitivity(report: dict[str, Any], path: str | Path) -> Figure:
     """Draw what each part costs when it alone is pruned, from a sensitivity.json, as a PNG at `path`.
 

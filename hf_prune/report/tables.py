@@ -26,6 +26,7 @@ __all__ = [
     "methods_table",
     "next_step",
     "plan_table",
+    "rounds_table",
     "samples_table",
     "sensitivity_table",
     "verification_table",
@@ -111,6 +112,20 @@ def sensitivity_table(report: dict[str, Any]) -> Table:
     table.add_section()
     ratio = report["all_pruned_perplexity"] / report["dense_perplexity"]
     table.add_row("all together", "", f"{report['all_pruned_perplexity']:.2f}", f"{ratio:.3f}x", "")
+    return table
+
+
+def rounds_table(rounds: list[dict[str, Any]]) -> Table:
+    """Each round of iterative pruning, and its controls."""
+    table = _table("Rounds")
+    table.add_column("Round")
+    for name in ("Zeros", "Perplexity", "Seconds", "Held", "Collapsed"):
+        table.add_column(name, justify="right")
+    for row in rounds:
+        label = "dense" if not row["number"] else f"{row['number']}"
+        label += f", {row['kind'].replace('_', ' ')}" if row["kind"] != "ticket" else ""
+        figures = (percent(row["sparsity"]), f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}")
+        table.add_row(label, *figures, *(str(len(row[key])) if row[key] else "" for key in ("held", "collapsed")))
     return table
 
 

@@ -1,0 +1,88 @@
+"""How every run ends: a verified folder with plan, recipe, report and card that takes its name when all of it worked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from hf_prune.arguments import OutputArguments
+from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, output_folder, save_model
+from hf_prune.checkpoint.verify import verify_folder
+from hf_prune.description import within_plan
+from hf_prune.errors import RunError
+from hf_prune.hub.card import write_card
+from hf_prune.hub.push import push_folder
+from hf_prune.pruning import PruneResult
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside to `name`."""
+        start = perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+
+def finish(
+    output: OutputArguments,
+    model: Any,
+    tokenizer: Any,
+    result: PruneResult,
+    report: dict[str, Any],
+    recipes: Mapping[str, str],
+    watch: Stopwatch,
+    complete: Callable[[Path], None],
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Save, verify, complete, describe; the folder takes its name only when all of it worked. Then push, if asked.
+
+    Args:
+        model: what is saved; it is left on the meta device.
+        result: what the files are checked against.
+        report: gets its `verification`, and is what the card says.
+        recipes: texts by file name, the run's own under `RECIPE_FILE`.
+        complete: adds to report and folder what needs the saved files: plots, measurements.
+
+    Raises:
+        RunError: verification failed; nothing is left behind. Where only the push fails, the finished folder stays.
+    """
+    assert output.output_dir is not None
+    with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
+        with watch.phase("save"):
+            save_model(model, tokenizer, folder)
+            result.plan.save(folder / PLAN_FILE)
+            for name, text in recipes.items():
+                (folder / name).write_text(text, encoding="utf-8")
+        with watch.phase("verify"):
+            kept = {view.name: view.kept for view in result.views}
+            views = [{**asdict(view), "kept": kept[view.name]} for view in result.plan.views]
+            report["verification"] = [
+                within_plan(result),
+                *verify_folder(
+                    folder, model, views, tokenizer, trust_remote_code=trust_remote_code, release_model=True
+                ),
+            ]
+        failed = [row for row in report["verification"] if not row["passed"]]
+        if failed:
+            raise RunError(
+                f"output_dir: the saved model failed its verification ({failed[0]['check']}: {failed[0]['detail']}); "
+                "nothing was kept, please report this."
+            )
+        complete(folder)
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_card(folder, report, recipes[RECIPE_FILE])
+    if output.push_to_hub:
+        assert output.hub_model_id is not None
+        push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)

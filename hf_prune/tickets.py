@@ -1,0 +1,222 @@
+"""Recipe in, ticket out: iterative pruning of a causal language model, and a folder like any other at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+
+from hf_prune.arguments import PruneConfig
+from hf_prune.checkpoint.folder import RECIPE_FILE, check_output_folder
+from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
+from hf_prune.data.builtin import resolve_model
+from hf_prune.data.windows import default_seq_length
+from hf_prune.description import environment, zeros_of
+from hf_prune.engine import distributed
+from hf_prune.engine.walk import ViewResult
+from hf_prune.errors import BadInputError
+from hf_prune.evaluation.quality import Quality, QualityEvaluation
+from hf_prune.finish import Stopwatch, finish
+from hf_prune.methods.lottery_ticket import LotteryTicketConfig
+from hf_prune.plan import make_plan, select_views
+from hf_prune.pruning import PruneResult
+from hf_prune.report.plots import plot_rounds, plot_sparsity_by_layer
+from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.text import Windows, fresh_config, open_text, train_tokenizer, training_windows
+from hf_prune.training.tickets import Round, TicketSearch
+from hf_prune.weights import WeightView
+
+
+def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
+    """Find the ticket that a recipe asks for; returns the report that stands in the output folder.
+
+    Rounds are kept in `OUTPUT_DIR.rounds`, from which a run that was cut goes on; tickets of other measures with the
+    same training share the dense round there.
+
+    Raises:
+        BadInputError: something handed over cannot be used; nothing has been written.
+        RunError: the training or the verification failed; finished rounds stay.
+    """
+    recipe.require("output_dir", "eval_dataset_name")
+    assert recipe.output.output_dir is not None
+    check_output_folder(recipe.output.output_dir, recipe.output.overwrite_output_dir)
+    watch = Stopwatch()
+    with watch.phase("prepare"):
+        # Before any process group: the arguments bring up the one that training wants.
+        arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
+        distributed.initialise(recipe.model.device)
+        pick_device(recipe.model.device, distributed.local_rank())
+        start = _Start(recipe)
+        evaluation = QualityEvaluation(recipe.evaluation, start.tokenizer, start.config)
+        views = _views(start.make_model(None), recipe.method)
+    search = TicketSearch(
+        make_model=start.make_model,
+        names=[view.parameter_name for view in views],
+        make_trainer=_Trainers(recipe, start.windows),
+        evaluate=lambda model: _figures(evaluation.measure(model, "evaluating")),
+        config=recipe.method,
+        folder=Path(f"{recipe.output.output_dir}.rounds").absolute(),
+        fingerprint=_fingerprint(recipe, start.windows),
+    )
+    with watch.phase("train"):
+        model, rounds, masks = search.run()
+    model.eval()
+    tickets = [found for found in rounds if found.kind == "ticket"]
+    result = _result(model, views, recipe.method, tickets[-1])
+    report = {
+        **environment(),
+        "base_model": start.base_model,
+        "base_revision": start.revision,
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "method": _method(recipe.method),
+        "training": {
+            **start.describe(),
+            "steps": arguments.max_steps if arguments.max_steps > 0 else None,
+            "epochs": None if arguments.max_steps > 0 else arguments.num_train_epochs,
+            "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            "learning_rate": arguments.learning_rate,
+        },
+        **zeros_of(model, result, sum(parameter.numel() for parameter in model.parameters())),
+        "tickets": [_summary(found) for found in rounds],
+        "seed": recipe.text.seed,
+        "hub_model_id": recipe.output.hub_model_id,
+        "seconds": watch.seconds,
+        "command": f"hf-prune train --config {RECIPE_FILE}",
+        "evaluation": evaluation.report(dense=_quality(rounds[0]), pruned=_quality(tickets[-1])),
+    }
+
+    def complete(folder: Path) -> None:
+        plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
+        plot_rounds(report["tickets"], folder / "plots" / "rounds.png")
+
+    if distributed.rank() == 0:
+        finish(recipe.output, model, start.tokenizer, result, report, {RECIPE_FILE: recipe.text_as_run}, watch, complete)
+    return report
+
+
+class _Start:
+    """Where the rounds begin: tokenizer, config, windows, and a model as often as one is wanted."""
+
+    def __init__(self, recipe: TrainRecipe) -> None:
+        self.recipe = recipe
+        fresh, model, text = recipe.fresh, recipe.model, recipe.text
+        if bool(model.model_name_or_path) == bool(fresh.model_type):
+            raise BadInputError("model_name_or_path: name a model to go on with, or a model_type to begin anew.")
+        if bool(fresh.model_type) != bool(fresh.tokenizer_name or fresh.vocab_size):
+            raise BadInputError("vocab_size: a fresh model, and no other, needs vocab_size or tokenizer_name.")
+        self.base_model = self.revision = None
+        self.source = None
+        if model.model_name_or_path:
+            self.source = resolve_model(model.model_name_or_path, model.revision)
+            self.base_model, self.revision = self.source.base_model, self.source.revision or model.revision
+            self.config = load_config(self.source.path, model, self.revision)
+            self.tokenizer = load_tokenizer(self.source.path, model, self.revision)
+            if "fresh_initialization" in recipe.method.controls:
+                raise BadInputError("controls: a pretrained model has no fresh initialisation; leave that control out.")
+            self.text = open_text(text, self.tokenizer)
+            length = text.seq_length or default_seq_length(self.config)
+        else:
+            length = text.seq_length or 128
+            self.text = open_text(text)
+            self.tokenizer = (
+                train_tokenizer(self.text, fresh.vocab_size, length)
+                if fresh.vocab_size
+                else AutoTokenizer.from_pretrained(fresh.tokenizer_name)
+            )
+            vocabulary = {
+                "vocab_size": len(self.tokenizer),
+                "bos_token_id": self.tokenizer.bos_token_id,
+                "eos_token_id": self.tokenizer.eos_token_id,
+                "pad_token_id": self.tokenizer.pad_token_id,
+            }
+            self.config = fresh_config(str(fresh.model_type), fresh.config_overrides, vocabulary)
+        self.windows: Windows = training_windows(self.text, self.tokenizer, length, text.max_train_windows)
+
+    def make_model(self, seed: int | None) -> Any:
+        """The model everything begins with, or one with other initial weights."""
+        set_seed(self.recipe.text.seed if seed is None else self.recipe.text.seed + seed)
+        if self.source is not None:
+            model = load_model(self.source.path, self.recipe.model, torch.device("cpu"), self.revision)
+            return model.train()
+        return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+
+    def describe(self) -> dict[str, Any]:
+        """The report's words on the training text."""
+        windows, tokens = self.windows.input_ids.shape
+        text = self.text
+        about = {"dataset": text.name, "config": text.config, "split": text.split, "revision": text.revision}
+        return {**about, "private": text.private, "windows": windows, "seq_length": tokens}
+
+
+class _Trainers:
+    """Makes a Trainer for each round; every one of them sees the same batches."""
+
+    def __init__(self, recipe: TrainRecipe, windows: Windows) -> None:
+        self.recipe = recipe
+        self.windows = windows
+
+    def __call__(self, model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        recipe = self.recipe
+        arguments = make_training_arguments(recipe.training, output_dir, recipe.text.seed, recipe.model.device)
+        return Trainer(model=model, args=arguments, train_dataset=self.windows, callbacks=callbacks)
+
+
+def _views(model: nn.Module, config: LotteryTicketConfig) -> list[WeightView]:
+    views, _ = select_views(model, None, config.ignore)
+    return views
+
+
+def _figures(quality: Quality) -> dict[str, Any]:
+    return {
+        "perplexity": float(quality.nll.mean().exp()),
+        "nll": quality.nll.tolist(),
+        "continuations": quality.continuations,
+        "seconds": quality.seconds,
+    }
+
+
+def _quality(found: Round) -> Quality:
+    metrics = found.metrics
+    return Quality(torch.tensor(metrics["nll"], dtype=torch.float64), metrics["continuations"], metrics["seconds"])
+
+
+def _summary(found: Round) -> dict[str, Any]:
+    """What the report says of a round."""
+    entry = {key: value for key, value in asdict(found).items() if key not in ("metrics", "layers")}
+    return {**entry, "sparsity": found.sparsity, "perplexity": found.metrics["perplexity"]}
+
+
+def _method(config: LotteryTicketConfig) -> dict[str, Any]:
+    options = {key: value for key, value in asdict(config).items() if key != "method" and value != []}
+    return {**asdict(config.info), "pattern": "unstructured", "options": options}
+
+
+def _result(model: nn.Module, views: list[WeightView], config: LotteryTicketConfig, found: Round) -> PruneResult:
+    """The ticket in the words of every other pruning."""
+    sizes = {view.name: view.shape[0] * view.shape[1] for view in views}
+    densities = {view.name: found.layers[view.parameter_name] / sizes[view.name] for view in views}
+    named = PruneConfig(method="lottery_ticket", sparsity=min(found.sparsity, 1 - 1e-9))
+    by_parameter = {view.parameter_name: view.name for view in views}
+    held = frozenset(by_parameter[name] for name in found.held)
+    plan = make_plan(model, named, views, densities, held=held)
+    plan.allocation = f"lottery_ticket, {config.importance}"
+    live = {view.name: view for view in select_views(model, None, config.ignore)[0]}
+    return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in sizes], 0.0)
+
+
+def _fingerprint(recipe: TrainRecipe, windows: Windows) -> str:
+    """Of what decides how the dense training goes."""
+    rest = {"save_steps", "save_strategy", "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "run_name"}
+    training = {key: value for key, value in sorted(recipe.training.items()) if key not in rest}
+    said = [asdict(recipe.fresh), recipe.model.model_name_or_path, recipe.model.revision, recipe.text.seed, training]
+    digest = hashlib.sha256(json.dumps(said, default=str).encode())
+    digest.update(windows.input_ids.numpy().tobytes())
+    return digest.hexdigest()[:16]

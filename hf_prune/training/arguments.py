@@ -1,0 +1,180 @@
+"""What a training recipe holds: hf_prune's own flat keys, and those of transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_prune.arguments import EvaluationArguments, ModelArguments, OutputArguments
+from hf_prune.errors import BadInputError
+from hf_prune.fields import coerce, field_lines, field_types, fill, unknown_key
+from hf_prune.recipe import dump_yaml
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+Section = TypeVar("Section")
+
+
+@dataclass
+class FreshModelArguments:
+    """A model that begins with random weights, instead of `model_name_or_path`."""
+
+    model_type: str | None = field(default=None, metadata={"help": "architecture of a fresh model, as in llama"})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "its sizes, hidden_size=64,num_hidden_layers=2"}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer of a fresh model"})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "instead: train a byte-level BPE of this size on the training text"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None and self.vocab_size < 257:
+            raise BadInputError(f"vocab_size: {self.vocab_size} is too small; bytes alone are 256, and one ends a text.")
+
+
+@dataclass
+class TrainingTextArguments:
+    """The text that is trained on."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local file, or builtin:python-docs"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration (subset) of the dataset"})
+    dataset_split: str | None = field(default=None, metadata={"help": "split, train unless given"})
+    dataset_revision: str | None = field(default=None, metadata={"help": "revision of the dataset"})
+    text_column: str | None = field(default=None, metadata={"help": "text column; messages holds chats"})
+    seq_length: int | None = field(default=None, metadata={"help": "tokens a window; min(2048, context) unless given"})
+    max_train_windows: int | None = field(default=None, metadata={"help": "train on the first windows only"})
+    seed: int = field(default=0, metadata={"help": "of initial weights, of the order of windows, of the controls"})
+
+    def __post_init__(self) -> None:
+        for key in ("seq_length", "max_train_windows"):
+            value = getattr(self, key)
+            if value is not None and value < 2:
+                raise BadInputError(f"{key}: {value} is too few; use 2 or more.")
+
+
+@dataclass
+class TrainRecipe:
+    """A checked training recipe. `training` are the keys for TrainingArguments, `text_as_run` is what gets saved."""
+
+    model: ModelArguments
+    fresh: FreshModelArguments
+    text: TrainingTextArguments
+    evaluation: EvaluationArguments
+    output: OutputArguments
+    method: Any
+    training: dict[str, Any]
+    text_as_run: str
+
+    def require(self, *keys: str) -> None:
+        """Raise BadInputError for the first of `keys` that has no value."""
+        for key in keys:
+            if not any(getattr(part, key, None) for part in vars(self).values()):
+                raise BadInputError(f"{key}: the recipe does not say; add the key or the flag --{key}.")
+
+
+# What a recipe says in hf_prune's own words, or never should.
+_OURS = {
+    "output_dir",
+    "seed",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "resume_from_checkpoint",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "use_cpu",
+    "local_rank",
+}
+_REFUSED = {"hub_token": "log in with `hf auth login` instead; a recipe is published with the model"}
+
+
+def make_train_recipe(values: Mapping[str, Any], method: type, text: str | None = None) -> TrainRecipe:
+    """Sort a flat mapping into its sections; keys of no section are those of TrainingArguments.
+
+    Args:
+        method: the config dataclass that holds the method's own keys.
+
+    Raises:
+        BadInputError: an unknown key, a value of the wrong type or out of range.
+    """
+    rest = dict(values)
+    sections = {
+        "model": ModelArguments,
+        "fresh": FreshModelArguments,
+        "text": TrainingTextArguments,
+        "evaluation": EvaluationArguments,
+        "output": OutputArguments,
+        "method": method,
+    }
+    parts = {name: _take(section, rest) for name, section in sections.items()}
+    known = _training_types()
+    options = {}
+    for key, value in rest.items():
+        if key in _REFUSED:
+            raise BadInputError(f"{key}: {_REFUSED[key]}.")
+        if key not in known:
+            raise unknown_key(key, [*known, *(name for section in sections.values() for name in field_types(section))])
+        options[key] = _coerced(key, value, known[key])
+    return TrainRecipe(**parts, training=options, text_as_run=text if text is not None else dump_yaml(values))
+
+
+def _take(section: type[Section], rest: dict[str, Any]) -> Section:
+    return fill(section, {key: rest.pop(key) for key in field_types(section) if key in rest})
+
+
+def _training_types() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    return {key: kind for key, kind in field_types(TrainingArguments).items() if key not in _OURS}
+
+
+def _coerced(key: str, value: Any, kind: Any) -> Any:
+    """Plain kinds are checked here; what else transformers takes, it checks itself."""
+    simple = (int, float, bool, str)
+    choices = [choice for choice in getattr(kind, "__args__", (kind,)) if choice is not type(None)]
+    return coerce(key, value, kind) if len(choices) == 1 and choices[0] in simple else value
+
+
+def make_training_arguments(
+    options: Mapping[str, Any], output_dir: str | os.PathLike[str], seed: int, device: str
+) -> TrainingArguments:
+    """TrainingArguments with our defaults below the recipe's keys: one checkpoint kept, quiet where we are.
+
+    Raises:
+        BadInputError: transformers refuses a value.
+    """
+    from transformers import TrainingArguments
+
+    defaults = {
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "disable_tqdm": bool(os.environ.get("HF_PRUNE_QUIET")) or int(os.environ.get("RANK", "0")) != 0,
+        # A loss that is no number has to be seen to be stopped at.
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": device != "cpu",
+    }
+    try:
+        return TrainingArguments(
+            **{**defaults, **options}, output_dir=str(Path(output_dir)), seed=seed, use_cpu=device == "cpu"
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        text = " ".join(str(error).split())[:300].rstrip(".")
+        raise BadInputError(f"training: transformers' TrainingArguments refuses these keys ({text}).") from None
+
+
+def training_help(verb: str, text: str, method: type) -> str:
+    """Usage of a verb that trains, from the dataclasses themselves."""
+    lines = [f"usage: hf-prune {verb} --config RECIPE.yaml [--key value ...]", "", text, ""]
+    lines.append("Keys of a recipe and flags of the same names (a flag wins):")
+    sections: list[tuple[str, type]] = [("model", ModelArguments), ("fresh model", FreshModelArguments)]
+    sections += [("text", TrainingTextArguments), ("evaluation", EvaluationArguments), ("output", OutputArguments)]
+    for title, section in [*sections, ("method", method)]:
+        lines += ["", f"{title}:", *field_lines(section)]
+    lines += ["", "Every key of transformers' TrainingArguments is one too: learning_rate, max_steps, report_to, ..."]
+    return "\n".join(lines) + "\n"

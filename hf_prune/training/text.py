@@ -1,0 +1,110 @@
+"""Windows to train on, a tokenizer for them, and a fresh model: everything a small language model begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_prune.data.text import TextData, load_text
+from hf_prune.data.windows import evaluation_windows
+from hf_prune.errors import BadInputError
+from hf_prune.training.arguments import TrainingTextArguments
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """int64 [windows, tokens] as what a Trainer takes: each window predicts itself."""
+
+    def __init__(self, input_ids: Tensor) -> None:
+        self.input_ids = input_ids
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids[number], "labels": self.input_ids[number]}
+
+
+def open_text(arguments: TrainingTextArguments, tokenizer: PreTrainedTokenizerBase | None = None) -> TextData:
+    """The training text.
+
+    Raises:
+        BadInputError: none is named, or it is missing, broken or empty.
+    """
+    if not arguments.dataset_name:
+        raise BadInputError("dataset_name: training needs text; name a dataset, a file or builtin:python-docs.")
+    return load_text(
+        arguments.dataset_name,
+        config=arguments.dataset_config,
+        split=arguments.dataset_split,
+        text_column=arguments.text_column,
+        revision=arguments.dataset_revision,
+        tokenizer=tokenizer,
+    )
+
+
+def training_windows(
+    text: TextData, tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None
+) -> Windows:
+    """Windows of `length` tokens one behind another, cut as those of the evaluation are.
+
+    Raises:
+        BadInputError: the text does not fill two.
+    """
+    try:
+        windows = Windows(evaluation_windows(text, tokenizer, length, most).input_ids)
+    except BadInputError as error:
+        raise BadInputError(str(error).replace("eval_seq_length", "seq_length")) from None
+    if len(windows) < 2:
+        raise BadInputError(f"dataset_name: {text.name} fills one window of {length} tokens; lower seq_length.")
+    return windows
+
+
+def train_tokenizer(text: TextData, vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocab_size` tokens, one of which ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, model_max_length=context)
+
+
+def fresh_config(model_type: str, overrides: str | None, more: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a fresh causal language model; `more` are the vocabulary's keys, which overrides may not name.
+
+    Raises:
+        BadInputError: an unknown architecture, or a key that its config does not have.
+    """
+    try:
+        known = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError):
+        raise BadInputError(f"model_type: {model_type!r} is no architecture of transformers; llama is one.") from None
+    values: dict[str, Any] = {}
+    for item in (overrides or "").split(","):
+        key, equals, text = item.strip().partition("=")
+        if not key:
+            continue
+        if not equals or not hasattr(known, key):
+            raise BadInputError(
+                f"config_overrides: {item.strip()!r} sets no key of {type(known).__name__}; write hidden_size=64,..."
+            )
+        if key in more:
+            raise BadInputError(f"config_overrides: {key} follows from the tokenizer; leave it out.")
+        values[key] = yaml.safe_load(text)
+    try:
+        return AutoConfig.for_model(model_type, **values, **more)
+    except (ValueError, TypeError) as error:
+        raise BadInputError(f"config_overrides: {' '.join(str(error).split())[:200].rstrip('.')}.") from None
