@@ -1,8 +1,9 @@
-"""How every run ends: a verified folder with plan, recipe, report and card that takes its name when all of it worked."""
+"""How every run ends: a verified folder with plan, recipe, report and card, or none."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,14 +11,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from hf_prune.arguments import OutputArguments
+import torch
+
+from hf_prune.arguments import ModelArguments, OutputArguments
 from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, output_folder, save_model
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.description import within_plan
 from hf_prune.errors import RunError
+from hf_prune.evaluation.efficiency import measure_efficiency
 from hf_prune.hub.card import write_card
 from hf_prune.hub.push import push_folder
 from hf_prune.pruning import PruneResult
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,3 +92,27 @@ def finish(
     if output.push_to_hub:
         assert output.hub_model_id is not None
         push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)
+
+
+def efficiency(
+    models: Mapping[str, str | Path],
+    arguments: ModelArguments,
+    device: torch.device,
+    revisions: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """The report's `efficiency` entry, models interleaved in one run, each loaded from where a user would load it.
+
+    Nothing where measuring fails: what was made and measured before is not thrown away for want of it.
+    """
+    try:
+        measured = measure_efficiency(
+            models,
+            dtype=arguments.dtype,
+            device=str(device),
+            revisions=revisions,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except RunError as error:
+        logger.warning("Sizes and speeds were not measured: %s", error)
+        return {}
+    return {"efficiency": measured}

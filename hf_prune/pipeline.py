@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
-from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.folder import RECIPE_FILE
 from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
 from hf_prune.compose import needs_text
 from hf_prune.data.builtin import resolve_model
 from hf_prune.description import add_displacement, describe
 from hf_prune.engine import distributed
-from hf_prune.errors import RunError
-from hf_prune.evaluation.efficiency import measure_efficiency
 from hf_prune.evaluation.memory import PeakMemory
 from hf_prune.evaluation.quality import QualityEvaluation
-from hf_prune.finish import Stopwatch, finish
+from hf_prune.finish import Stopwatch, efficiency, finish
 from hf_prune.preparation import Preparation, check_feasible, prepare
 from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune
 from hf_prune.recipe import Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
-
-logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -122,30 +113,6 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
     texts = {RECIPE_FILE: recipe.text}
     trust = recipe.model.trust_remote_code
     finish(recipe.output, model, tokenizer, result, report, texts, watch, complete, trust_remote_code=trust)
-
-
-def efficiency(
-    models: Mapping[str, str | Path],
-    arguments: ModelArguments,
-    device: torch.device,
-    revisions: Mapping[str, str] | None,
-) -> dict[str, Any]:
-    """The report's `efficiency` entry, models interleaved in one run, each loaded from where a user would load it.
-
-    Nothing where measuring fails: what was made and measured before is not thrown away for want of it.
-    """
-    try:
-        measured = measure_efficiency(
-            models,
-            dtype=arguments.dtype,
-            device=str(device),
-            revisions=revisions,
-            trust_remote_code=arguments.trust_remote_code,
-        )
-    except RunError as error:
-        logger.warning("Sizes and speeds were not measured: %s", error)
-        return {}
-    return {"efficiency": measured}
 
 
 def evaluate(recipe: Recipe, baseline: str | None = None, baseline_revision: str | None = None) -> dict[str, Any]:

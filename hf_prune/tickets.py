@@ -6,11 +6,11 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.checkpoint.folder import RECIPE_FILE, check_output_folder
@@ -59,13 +59,13 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
         make_model=start.make_model,
         names=[view.parameter_name for view in views],
         make_trainer=_Trainers(recipe, start.windows),
-        evaluate=lambda model: _figures(evaluation.measure(model, "evaluating")),
+        evaluate=lambda model: _figures(evaluation.measure(cast("PreTrainedModel", model), "evaluating")),
         config=recipe.method,
         folder=Path(f"{recipe.output.output_dir}.rounds").absolute(),
         fingerprint=_fingerprint(recipe, start.windows),
     )
     with watch.phase("train"):
-        model, rounds, masks = search.run()
+        model, rounds = search.run()
     model.eval()
     tickets = [found for found in rounds if found.kind == "ticket"]
     result = _result(model, views, recipe.method, tickets[-1])
@@ -98,7 +98,9 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
         plot_rounds(report["tickets"], folder / "plots" / "rounds.png")
 
     if distributed.rank() == 0:
-        finish(recipe.output, model, start.tokenizer, result, report, {RECIPE_FILE: recipe.text_as_run}, watch, complete)
+        finish(
+            recipe.output, model, start.tokenizer, result, report, {RECIPE_FILE: recipe.text_as_run}, watch, complete
+        )
     return report
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # What hf_prune writes beside the stock files.
 RECIPE_FILE, PLAN_FILE, REPORT_FILE = "hf_prune_recipe.yaml", "prune_plan.json", "prune_report.json"
+# And of each training behind the pruning, numbered where there are several.
+RECOVERY_FILE = "hf_prune_recovery{}.yaml"
 logger = logging.getLogger(__name__)
 
 FULL = {errno.ENOSPC, errno.EDQUOT}

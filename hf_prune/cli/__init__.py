@@ -15,6 +15,8 @@ VERBS = {
     "quickstart": "prune a small real model with the embedded recipe: no Hub, no account",
     "prune": "prune, evaluate, save, verify, and push if asked: the main job",
     "train": "prune while training: lottery tickets, round by round",
+    "recover": "train a pruned model for a while; every zero stays a zero",
+    "compare": "what tickets share: overlap, signs, movement",
     "plan": "dry run: what would be pruned, and what it would take",
     "evaluate": "quality and efficiency of a model, beside its dense original where it is known",
     "inspect": "sparsity and pattern by layer of any checkpoint",

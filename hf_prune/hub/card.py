@@ -15,15 +15,24 @@ import yaml
 from huggingface_hub import eval_result_entries_to_yaml
 from jinja2 import Environment, StrictUndefined, Template
 
+from hf_prune.checkpoint.folder import RECOVERY_FILE
 from hf_prune.hub.card_metadata import card_data, eval_result_entries, hub_base_model
 from hf_prune.report import findings
 from hf_prune.report.figures import dig, efficiency_rows, number, quality_rows, sparsity_rows
 from hf_prune.report.markdown import code, escape, fence, one_line
-from hf_prune.report.privacy import hidden_keys, may_show_samples, parsed_recipe, public_command, public_recipe
+from hf_prune.report.privacy import (
+    hidden_keys,
+    may_show_samples,
+    parsed_recipe,
+    public_command,
+    public_recipe,
+    recovery_report,
+)
 
 PLOTS = {
     "plots/sparsity_by_layer.png": "Sparsity of every pruned weight matrix, by block and kind of module",
     "plots/widths.png": "Neurons that each block's MLP keeps",
+    "plots/rounds.png": "Perplexity over the weights that are left, round by round",
 }
 
 
@@ -71,12 +80,24 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
         "recipe": fence(recipe_shown, "yaml"),
         "recipe_heading": "The recipe, `hf_prune_recipe.yaml`"
         + (", as it was run:" if verbatim else ", without its comments and without what describes private text:"),
+        "later_recipes": _later_recipes(folder, report),
         "limitations": findings.limitations(report),
         "checks": _checks(report),
         "samples": _samples(report) if may_show_samples(report, recipe) else [],
         "citation": fence(dig(report, "method", "citation"), "bibtex"),
         "versions": ", ".join(escape(f"{name} {version}") for name, version in versions.items() if version),
     }
+
+
+def _later_recipes(folder: Path, report: dict[str, Any]) -> list[tuple[str, str]]:
+    """File name and fenced text of the recipe of each training behind the pruning, as far as it may be shown."""
+    shown = []
+    for place, recovery in enumerate(report.get("recoveries") or [], start=1):
+        name = RECOVERY_FILE.format("" if place == 1 else place)
+        if (folder / name).is_file():
+            text = (folder / name).read_text(encoding="utf-8")
+            shown.append((name, fence(public_recipe(recovery_report(report, recovery), text)[0], "yaml")))
+    return shown
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -88,7 +109,7 @@ def _title(report: dict[str, Any]) -> str:
         return f"{base} with MLPs of their own widths, padded with zeros" + (f", by {method}" if method else "")
     if removed is not None:
         return f"{base} with blocks {100 * removed:.0f} % smaller" + (f" by {method}" if method else "")
-    amount = f" to {100 * target:g} % zeros" if target else ""
+    amount = f" to {100 * target:.3g} % zeros" if target else ""
     shape = f" ({pattern})" if pattern != "unstructured" else ""
     return f"{base} pruned{amount}{shape}" + (f" with {method}" if method else "")
 
@@ -129,8 +150,11 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
         ("Method", ", ".join(part for part in (name, link, summary) if part)),
         ("Settings", ", ".join(settings)),
         ("Calibration", findings.calibration(report)),
+        ("Trained on", findings.training(report)),
+        ("Tickets", findings.tickets(report)),
         ("Weights that were kept", findings.displacement(report)),
         ("Fused", findings.fused(report)),
+        *(("Recovered", sentence) for sentence in findings.recoveries(report)),
         ("Seed", f"{seed:.0f}" if seed is not None else ""),
         ("Weights saved in", code(report["dtype"]) if report.get("dtype") else ""),
         ("Cost", findings.spent(report)),

@@ -15,9 +15,9 @@ from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_prune.checkpoint.folder import RECIPE_FILE, REPORT_FILE
+from hf_prune.checkpoint.folder import RECIPE_FILE, RECOVERY_FILE, REPORT_FILE
 from hf_prune.errors import BadInputError, HfPruneError, RunError
-from hf_prune.report.privacy import public_recipe, public_report
+from hf_prune.report.privacy import public_recipe, public_report, recovery_report
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ def push_folder(
 def public_copy(folder: Path, paths: list[str]) -> Iterator[Path]:
     """The files of `folder` as they may be seen by anybody: links to them, but for recipe and report.
 
-    Those two name local text and hold prompts in the user's own folder; a push sends them without, unless the recipe
-    says publish_samples.
+    These name local text and hold prompts in the user's own folder; a push sends them without, unless the recipe says
+    publish_samples.
     """
     recipe, report = (folder / name if name in paths else None for name in (RECIPE_FILE, REPORT_FILE))
     if recipe is None or report is None:
@@ -95,13 +95,19 @@ def public_copy(folder: Path, paths: list[str]) -> Iterator[Path]:
     except ValueError:
         raise BadInputError(f"{report} cannot be read: write the folder again before pushing it.") from None
     with tempfile.TemporaryDirectory(prefix="hf_prune-push-") as place:
+        told = {RECIPE_FILE: content}
+        for number, recovery in enumerate(content.get("recoveries") or [], start=1):
+            told[RECOVERY_FILE.format("" if number == 1 else number)] = recovery_report(content, recovery)
         for path in paths:
             link = Path(place, path)
             link.parent.mkdir(parents=True, exist_ok=True)
-            if path not in (RECIPE_FILE, REPORT_FILE):
+            if path not in (*told, REPORT_FILE):
                 link.symlink_to(folder / path)
-        text, verbatim = public_recipe(content, recipe_text)
-        Path(place, RECIPE_FILE).write_text(recipe_text if verbatim else text + "\n", encoding="utf-8")
+        for name, about in told.items():
+            if name in paths:
+                own = (folder / name).read_text(encoding="utf-8")
+                text, verbatim = public_recipe(about, own)
+                Path(place, name).write_text(own if verbatim else text + "\n", encoding="utf-8")
         public = json.dumps(public_report(content, recipe_text), indent=1) + "\n"
         Path(place, REPORT_FILE).write_text(public, encoding="utf-8")
         yield Path(place)

@@ -71,8 +71,8 @@ class IntraFusionConfig(StructuredConfig):
         normalization: `preserve` averages what makes a unit and sums what consumes it; `code` sums both (algorithm 2
             and the released code), `target` averages both (the paper's prose).
         fusion_solver: `emd` (exact), `sinkhorn`, `nearest`; `auto` is exact up to 4,096 units, nearest beyond.
-        damping: pulls the refit towards the weights as they were: added to the Gram matrix's diagonal, as a share of its
-            mean (chosen on SmolLM2-135M and 16 x 512 tokens).
+        damping: pulls the refit towards the weights as they were: added to the Gram matrix's diagonal, as a share of
+            its mean (chosen on SmolLM2-135M and 16 x 512 tokens).
     """
 
     method: str | None = "intra_fusion"

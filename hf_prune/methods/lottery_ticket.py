@@ -84,8 +84,8 @@ class LotteryTicketConfig:
             raise BadInputError(f"min_keep_ratio: {self.min_keep_ratio} is outside [0, 1).")
         if self.min_keep_ratio > self.kept(self.rounds):
             raise BadInputError(
-                f"min_keep_ratio: {self.min_keep_ratio} is more than the {self.kept(self.rounds):.4g} that {self.rounds} "
-                "rounds leave; lower it, rounds or pruning_rate."
+                f"min_keep_ratio: {self.min_keep_ratio} is more than the {self.kept(self.rounds):.4g} that "
+                f"{self.rounds} rounds leave; lower it, rounds or pruning_rate."
             )
         for text in self.control_rounds:
             if not text.isdigit() or not 1 <= int(text) <= self.rounds:
@@ -132,7 +132,7 @@ def next_masks(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The masks of the next round, and the layers that the floor held.
 
-    The `round(kept x all)` best scores of all layers together stay, exactly; of equal scores those of the earlier layer.
+    The `round(kept x all)` best scores of all layers together stay, exactly; of equal ones those of the earlier layer.
 
     Args:
         weights: trained, by name, of any shape.

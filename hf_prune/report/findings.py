@@ -132,6 +132,47 @@ def calibration(report: dict[str, Any]) -> str:
     return f"{windows}{text_name(text)}"
 
 
+def training(report: dict[str, Any]) -> str:
+    """What a model was trained on while it was pruned, or ''."""
+    return _training(report.get("training"))
+
+
+def _training(text: Any) -> str:
+    if not isinstance(text, dict) or not text_name(text):
+        return ""
+    windows, length, steps, batch = (number(text.get(key)) for key in ("windows", "seq_length", "steps", "batch_size"))
+    parts = [
+        f"{steps:,.0f} steps" if steps else "",
+        f"of {batch:.0f} windows" if steps and batch else "",
+        f"from {windows:,.0f} windows of {length:,.0f} tokens" if windows and length else "",
+        f"of {text_name(text)}",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def tickets(report: dict[str, Any]) -> str:
+    """What iterative pruning went through, or '' where it was none."""
+    rounds = [found for found in _texts(report.get("tickets")) if found.get("kind") == "ticket"]
+    if len(rounds) < 2:
+        return ""
+    path = ", ".join(f"{plain_figure(own['perplexity'])} at {percent(own['sparsity'])}" for own in rounds)
+    return f"{len(rounds) - 1} rounds; perplexity {path}"
+
+
+def recoveries(report: dict[str, Any]) -> list[str]:
+    """A sentence for each training behind the pruning."""
+    sentences = []
+    for own in _texts(report.get("recoveries")):
+        before, after, gap = (number(own.get(key)) for key in ("perplexity_before", "perplexity_after", "gap_closed"))
+        sentence = f"{one_line(own.get('title') or 'trained')}, {_training(own.get('training'))}"
+        if before and after:
+            sentence += f": perplexity {plain_figure(before)} before and {plain_figure(after)} after"
+            sentence += f", {percent(gap, 0)} of the gap to the dense model closed" if gap is not None else ""
+        seconds = number(dig(own, "training", "seconds"))
+        sentences.append(sentence + (f", in {duration(seconds)}" if seconds else "") + ".")
+    return sentences
+
+
 def gained(report: dict[str, Any], available: Collection[str] = AVAILABLE) -> list[str]:
     """What size and speed became, measured; what stays theoretical; which setting would gain more.
 

@@ -1,7 +1,7 @@
 """Short names for many weights: what kind each is, and which blocks hold it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,3 +28,12 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([item, item])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Dotted names without the parts that all of them begin with, the last part aside: layers.0.q_proj -> 0.q_proj."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
+        shared += 1
+    return [".".join(own[shared:]) for own in parts]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.report.figures import number, percent
-from hf_prune.report.names import kind_of
+from hf_prune.report.names import kind_of, short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,6 +85,28 @@ def plot_rounds(rounds: list[dict[str, Any]], path: str | Path) -> Figure:
     axes.set_ylabel("perplexity")
     axes.legend(frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def plot_comparison(comparison: dict[str, Any], path: str | Path) -> Figure:
+    """Draw the share of each layer's weights that all tickets keep, beside chance, as a PNG at `path`."""
+    from matplotlib.figure import Figure
+
+    layers = comparison["layers"]
+    figure = Figure(figsize=(WIDTHS[1], max(ROW * 0.6 * len(layers) + FRAME, 2.5)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(layers))
+    axes.barh(places, [100 * layer["shared"] / layer["weights"] for layer in layers], color="#4878a8", label="shared")
+    chance = [100 * layer["chance"] / layer["weights"] for layer in layers]
+    axes.plot(chance, places, "|", color="0.1", markersize=9, markeredgewidth=1.5, label="by chance")
+    least = [100 * min(layer["kept"]) / layer["weights"] for layer in layers]
+    axes.plot(least, places, ".", color="0.6", label="left in the sparsest")
+    axes.set_yticks(places, short_names([layer["layer"] for layer in layers]), fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the layer's weights")
+    axes.set_title(f"Weights that {', '.join(comparison['tickets'])} all keep")
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=DPI)
     return figure
 

@@ -43,6 +43,16 @@ def text_name(text: Any) -> str | None:
     return code(text["dataset"]) + (f" ({', '.join(details)})" if details else "")
 
 
+def _text(report: dict[str, Any], part: str) -> Any:
+    """The text that a recipe's keys describe: where there was no calibration, they named what was trained on."""
+    return report.get(part) or (report.get("training") if part == "calibration" else None)
+
+
+def recovery_report(report: dict[str, Any], recovery: dict[str, Any]) -> dict[str, Any]:
+    """The texts that a recovery's own recipe describes."""
+    return {"training": recovery.get("training"), "evaluation": report.get("evaluation")}
+
+
 def parsed_recipe(recipe_text: str) -> dict[str, Any]:
     """The recipe's keys and values; empty where it is no flat YAML mapping."""
     try:
@@ -55,7 +65,7 @@ def hidden_keys(report: dict[str, Any], recipe: dict[str, Any]) -> set[str]:
     """The recipe keys whose values must not be published: those of every text that is not known to be public."""
     hidden: set[str] = set()
     for part, keys in TEXT_KEYS.items():
-        used, packaged = report.get(part), str(recipe.get(keys[0])).startswith("builtin:")
+        used, packaged = _text(report, part), str(recipe.get(keys[0])).startswith("builtin:")
         if is_private(used) or not (used or packaged):
             hidden.update(keys)
     return hidden if may_show_samples(report, recipe) else hidden | {"sample_prompts"}
@@ -65,7 +75,7 @@ def may_show_samples(report: dict[str, Any], recipe: dict[str, Any]) -> bool:
     """Whether prompts and generations may be published: every text that was used is public, or the user said so."""
     # A flag reaches the saved recipe as text.
     agreed = str(recipe.get("publish_samples")).lower() in ("true", "yes")
-    return agreed or not any(is_private(report.get(part)) for part in TEXT_KEYS)
+    return agreed or not any(is_private(_text(report, part)) for part in TEXT_KEYS)
 
 
 def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
@@ -75,7 +85,7 @@ def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
     """
     recipe = parsed_recipe(recipe_text)
     hidden = hidden_keys(report, recipe)
-    used_private = any(is_private(report.get(part)) for part in TEXT_KEYS)
+    used_private = any(is_private(_text(report, part)) for part in TEXT_KEYS)
     if not used_private and not any(recipe.get(key) for key in hidden):
         return recipe_text.strip("\n"), True
     shown = {key: HIDDEN if key in hidden and value is not None else value for key, value in recipe.items()}
@@ -84,14 +94,28 @@ def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
 
 def public_report(report: dict[str, Any], recipe_text: str) -> dict[str, Any]:
     """The report as it may be published: private texts unnamed, samples only where they may be shown."""
-    public = dict(report)
-    for part in TEXT_KEYS:
-        text = report.get(part)
-        if isinstance(text, dict) and is_private(text):
-            public[part] = {**text, "dataset": LOCAL_TEXT, "config": None, "split": None, "revision": None}
+    public = _without_names(report, *TEXT_KEYS, "training")
+    if report.get("recoveries"):
+        public["recoveries"] = [_without_options(_without_names(own, "training")) for own in report["recoveries"]]
     if not may_show_samples(report, parsed_recipe(recipe_text)):
         public.pop("samples", None)
     return public
+
+
+def _without_names(entry: dict[str, Any], *parts: str) -> dict[str, Any]:
+    """A copy in which private texts have no name."""
+    public = dict(entry)
+    for part in parts:
+        text = entry.get(part)
+        if isinstance(text, dict) and is_private(text):
+            public[part] = {**text, "dataset": LOCAL_TEXT, "config": None, "split": None, "revision": None}
+    return public
+
+
+def _without_options(recovery: dict[str, Any]) -> dict[str, Any]:
+    """The teacher may be a path of this machine."""
+    options = {key: value for key, value in (recovery.get("options") or {}).items() if key != "base_model"}
+    return {**recovery, "options": options}
 
 
 def public_command(command: Any, hidden: set[str]) -> str:

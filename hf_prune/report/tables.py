@@ -16,9 +16,10 @@ from rich.text import Text
 from hf_prune.report.figures import Row, count, efficiency_rows, number, percent, quality_rows, sparsity_rows
 from hf_prune.report.findings import gained, next_step
 from hf_prune.report.markdown import one_line, printable
-from hf_prune.report.names import kind_of, ranges
+from hf_prune.report.names import kind_of, ranges, short_names
 
 __all__ = [
+    "comparison_table",
     "efficiency_table",
     "evaluation_table",
     "gained",
@@ -127,6 +128,39 @@ def rounds_table(rounds: list[dict[str, Any]]) -> Table:
         figures = (percent(row["sparsity"]), f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}")
         table.add_row(label, *figures, *(str(len(row[key])) if row[key] else "" for key in ("held", "collapsed")))
     return table
+
+
+def comparison_table(comparison: dict[str, Any]) -> RenderableType:
+    """What tickets share, by layer and together, from comparison.compare_tickets."""
+    table = _table("Weights that all tickets keep")
+    table.add_column("Layer", overflow="fold", ratio=1)
+    for name in ("Left", "Shared", "By chance", "Signs differ"):
+        table.add_column(name, justify="right", no_wrap=True)
+    names = short_names([layer["layer"] for layer in comparison["layers"]])
+    for name, layer in zip(names, comparison["layers"], strict=True):
+        left = " / ".join(f"{100 * kept / layer['weights']:.1f}" for kept in layer["kept"])
+        flips = percent(layer["flips"] / layer["pairs"]) if layer["pairs"] else ""
+        figures = (layer["shared"] / layer["weights"], layer["chance"] / layer["weights"])
+        table.add_row(Text(one_line(name)), left, *(percent(share, 2) for share in figures), flips)
+    whole = comparison["together"]
+    lines = [
+        f"Together: all keep {percent(whole['shared_of_all'], 2)} of the weights"
+        + (
+            f", {percent(whole['shared_of_first'])} of what {one_line(comparison['tickets'][0])} keeps"
+            if whole["shared_of_first"]
+            else ""
+        )
+        + (f", {whole['times_chance']:.1f} times what chance would" if whole["times_chance"] else "")
+        + (f"; {percent(whole['flips'])} of signs differ between two" if whole["flips"] is not None else "")
+    ]
+    if whole.get("moved"):
+        for name, moved, flipped in zip(comparison["tickets"], whole["moved"], whole["flipped"], strict=True):
+            if moved is not None:
+                lines.append(
+                    f"{one_line(name)}: kept weights have moved by {moved:.4g} on average since the initial ones, and "
+                    f"{percent(flipped)} have changed their sign"
+                )
+    return Group(table, *(Text(line) for line in lines))
 
 
 def samples_table(samples: Iterable[dict[str, Any]]) -> RenderableType:

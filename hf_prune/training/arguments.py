@@ -34,7 +34,7 @@ class FreshModelArguments:
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.vocab_size < 257:
-            raise BadInputError(f"vocab_size: {self.vocab_size} is too small; bytes alone are 256, and one ends a text.")
+            raise BadInputError(f"vocab_size: {self.vocab_size} is too small; 256 are bytes, and one ends a text.")
 
 
 @dataclass
@@ -112,7 +112,7 @@ def make_train_recipe(values: Mapping[str, Any], method: type, text: str | None 
         "output": OutputArguments,
         "method": method,
     }
-    parts = {name: _take(section, rest) for name, section in sections.items()}
+    parts: dict[str, Any] = {name: _take(section, rest) for name, section in sections.items()}
     known = _training_types()
     options = {}
     for key, value in rest.items():

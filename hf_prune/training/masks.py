@@ -86,11 +86,9 @@ def _masked_by(mask: Tensor) -> Callable[[Tensor], Tensor]:
 def _like(mask: Tensor, parameter: Tensor) -> Tensor:
     """The mask on the parameter's device, sharded as it is."""
     own = mask.to(parameter.device)
-    return distribute_tensor(own, parameter.device_mesh, parameter.placements) if _is_sharded(parameter) else own
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(own, parameter.device_mesh, parameter.placements)
+    return own
 
 
 @contextmanager
@@ -126,9 +124,7 @@ class MaskCallback(TrainerCallback):
         """Behind a resumed checkpoint's weights, which may be dense: a rewound ticket begins here."""
         self.holder.attach(kwargs["model"], kwargs["optimizer"])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before a checkpoint is written."""
         if control.should_save:
             self.holder.check()

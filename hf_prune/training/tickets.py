@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from hf_prune.errors import BadInputError, RunError
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks, random_masks
 from hf_prune.progress import progress
 from hf_prune.training.masks import MaskCallback
+from hf_prune.training.nan import StopAtNaN
 
 WEIGHTS, MASKS, RESULT, CHECKPOINTS = "model.safetensors", "masks.safetensors", "round.json", "checkpoints"
 
@@ -94,8 +94,8 @@ class TicketSearch:
     folder: Path
     fingerprint: str = ""
 
-    def run(self) -> tuple[nn.Module, list[Round], dict[str, Tensor]]:
-        """The module with the last ticket's trained weights, every round in order (controls behind their ticket), masks.
+    def run(self) -> tuple[nn.Module, list[Round]]:
+        """The module with the last ticket's trained weights, and every round in order, controls behind their ticket.
 
         Raises:
             BadInputError: the folder belongs to another run, the masks do not fit, the rewind step is past the end.
@@ -117,7 +117,7 @@ class TicketSearch:
             self._check_collapse(rounds[-1])
             if number and self.config.wants_controls(number):
                 rounds += self._controls(number, masks)
-        return model, rounds, masks
+        return model, rounds
 
     def _claim(self) -> None:
         """This run's folder, or a refusal where another run's state is there."""
@@ -178,7 +178,7 @@ class TicketSearch:
         step = self.config.rewind_step
         rewind = self.folder / "rewind"
         where = f"round {number}" + (f" ({kind.replace('_', ' ')})" if kind != "ticket" else "")
-        callbacks: list[TrainerCallback] = [StopAtNaN(where, unfinished)]
+        callbacks: list[TrainerCallback] = [StopAtNaN(where, unfinished / CHECKPOINTS)]
         callbacks.append(MaskCallback(masks) if number else KeepCheckpoint(step, rewind))
         trainer = self.make_trainer(model, unfinished / CHECKPOINTS, callbacks)
         checkpoint = get_last_checkpoint(str(unfinished / CHECKPOINTS)) if (unfinished / CHECKPOINTS).is_dir() else None
@@ -221,8 +221,8 @@ class TicketSearch:
     def _check_collapse(self, result: Round) -> None:
         if result.collapsed and self.config.on_collapse == "stop":
             raise RunError(
-                f"round {result.number}: {result.collapsed[0]} has no weight left at {result.sparsity:.1%} sparsity; set "
-                "min_keep_ratio above 0, choose another importance, or record collapses with on_collapse: record."
+                f"round {result.number}: {result.collapsed[0]} has no weight left at {result.sparsity:.1%} sparsity; "
+                "set min_keep_ratio above 0, choose another importance, or go on with on_collapse: record."
             )
 
 
@@ -233,9 +233,7 @@ class KeepCheckpoint(TrainerCallback):
         self.step = step
         self.folder = folder
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == self.step:
             control.should_save = True
 
@@ -246,23 +244,6 @@ class KeepCheckpoint(TrainerCallback):
             assert args.output_dir is not None
             shutil.copytree(Path(args.output_dir) / f"checkpoint-{self.step}", part)
             part.rename(self.folder)
-
-
-class StopAtNaN(TrainerCallback):
-    """Ends a training whose logged loss is no number; its checkpoints stay."""
-
-    def __init__(self, where: str, folder: Path) -> None:
-        self.where = where
-        self.folder = folder
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loss = (kwargs.get("logs") or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            last = get_last_checkpoint(str(self.folder / CHECKPOINTS)) if (self.folder / CHECKPOINTS).is_dir() else None
-            kept = f"; the checkpoint {Path(last).name} before it is kept" if last else ""
-            raise RunError(
-                f"{self.where}: the loss is {float(loss)} at step {state.global_step}{kept}; lower learning_rate."
-            )
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

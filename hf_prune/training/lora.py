@@ -1,0 +1,81 @@
+"""LoRA under a mask: the adapter's product is masked while it trains, so that merging changes nothing and zeros stay.
+
+Hu et al., 2021, https://arxiv.org/abs/2106.09685, by peft; the effective weight is W + mask * (B A) alpha / r, as in
+SQFT (https://arxiv.org/abs/2410.03750). The masked product needs the weight's own gradient: memory is saved on the
+optimizer, not on compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_prune.errors import BadInputError
+from hf_prune.weights import WeightView
+
+ADAPTER = "default"
+
+
+class MaskedLora:
+    """Adapters on the given weight matrices of a model, each under its mask where it has one.
+
+    Args:
+        views: what gets an adapter.
+        masks: bool by the parameters' names, in the parameters' own layout; a matrix without one is not masked.
+        rank, alpha: of the adapters; their product is scaled by alpha / rank.
+
+    Raises:
+        BadInputError: peft is not installed.
+    """
+
+    def __init__(
+        self, model: nn.Module, views: Sequence[WeightView], masks: Mapping[str, Tensor], rank: int, alpha: float
+    ) -> None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise BadInputError("recovery: lora needs peft; pip install hf-prune[recovery].") from None
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # a float works
+            target_modules=[view.name for view in views],
+            fan_in_fan_out=any(view.transposed for view in views),
+        )
+        self.model = get_peft_model(model, config)
+        self._layers: list[tuple[Any, Tensor | None, bool]] = []
+        for view in views:
+            layer = model.get_submodule(view.name)
+            own = masks.get(view.parameter_name)
+            if own is not None:
+                # A buffer follows the model to its device; it is not saved.
+                layer.register_buffer("mask", own, persistent=False)
+            layer.forward = _forward(layer, view.transposed)
+            self._layers.append((layer, own, view.transposed))
+
+    def merge(self) -> nn.Module:
+        """The model itself with every adapter added to its weight; zeros are zeros."""
+        with torch.no_grad():
+            for layer, _, _ in self._layers:
+                layer.get_base_layer().weight.add_(_change(layer))
+                del layer.forward
+        merged: nn.Module = self.model.unload()
+        return merged
+
+
+def _change(layer: Any) -> Tensor:
+    delta: Tensor = layer.get_delta_weight(ADAPTER)
+    mask = getattr(layer, "mask", None)
+    return delta if mask is None else delta * mask
+
+
+def _forward(layer: Any, transposed: bool) -> Callable[[Tensor], Tensor]:
+    def forward(inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+        base = layer.get_base_layer()
+        weight = base.weight + _change(layer).to(base.weight.dtype)
+        return functional.linear(inputs, weight.T if transposed else weight, base.bias)
+
+    return forward
