@@ -1,8 +1,8 @@
 """What tickets share: kept weights against chance, signs, and how far the weights have moved.
 
-The measures are those of Vandersmissen & Oramas (2023), https://arxiv.org/abs/2302.11244: the weights that all masks keep
-as a share of all and of the first mask's, sign flips, |final - initial|. Chance, the overlap of independent masks with the
-same densities in each layer, is ours.
+The measures are those of Vandersmissen & Oramas (2023), https://arxiv.org/abs/2302.11244: the weights that all masks
+keep as a share of all and of the first mask's, sign flips, |final - initial|. Chance, the overlap of independent masks
+with the same densities in each layer, is ours.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
             beside them (`FOLDER.rounds/initial.safetensors`), else movement is left out.
 
     Returns:
-        {"tickets": names, "layers": [...], "together": {...}}. Layers hold counts; `flips` are signs that differ over the
-        `pairs` of tickets that keep a weight; `moved` and `flipped` are means over each ticket's kept weights of
+        {"tickets": names, "layers": [...], "together": {...}}. Layers hold counts; `flips` are signs that differ over
+        the `pairs` of tickets that keep a weight; `moved` and `flipped` are means over each ticket's kept weights of
         |final - initial| and of a changed sign. `together` holds shares in [0, 1].
 
     Raises:

@@ -1,0 +1,229 @@
+"""Masks that hold: against networks whose weights are multiplied by the mask in the forward pass, step by step."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_prune.errors import BadInputError, RunError
+from hf_prune.training.masks import MaskCallback, hold_masks, masks_of
+
+
+class Net(nn.Module):
+    """Two layers and a loss, as a Trainer wants them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.second(torch.tanh(self.first(inputs)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def batches(count: int = 12, size: int = 8) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(count, size, 6, generator=generator)
+    labels = (inputs[..., 0] > 0).long() + (inputs[..., 1] > 0).long()
+    return [{"inputs": one, "labels": other} for one, other in zip(inputs, labels, strict=True)]
+
+
+def some_masks(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.rand(parameter.shape, generator=generator) < 0.4
+        for name, parameter in model.named_parameters()
+        if name.endswith("weight")
+    }
+
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_under_masks_is_training_of_the_masked_network(name: str) -> None:
+    model = Net()
+    masks = some_masks(model)
+    reference = copy.deepcopy(model)
+    parameters = dict(reference.named_parameters())
+    optimizer = OPTIMIZERS[name](reference.parameters())
+    for batch in batches():
+        masked = {key: value * masks[key] if key in masks else value for key, value in parameters.items()}
+        optimizer.zero_grad()
+        loss = functional_call(reference, masked, (), batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        optimizer.step()
+
+    optimizer = OPTIMIZERS[name](model.parameters())
+    with hold_masks(model, optimizer, masks):
+        for batch in batches():
+            optimizer.zero_grad()
+            model(**batch)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            for key, mask in masks.items():
+                assert not bool((model.get_parameter(key).detach() * ~mask).any())
+    for key, parameter in model.named_parameters():
+        wanted = parameters[key] * masks[key] if key in masks else parameters[key]
+        torch.testing.assert_close(parameter, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_without_masks_momentum_brings_weights_back() -> None:
+    """What the holder is for: zeroed once and trained on, hardly a weight stays zero."""
+    model = Net()
+    masks = some_masks(model)
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    for batch in batches():
+        with torch.no_grad():
+            for key, mask in masks.items():
+                if batch is batches()[0]:
+                    model.get_parameter(key).mul_(mask)
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+    assert int((model.first.weight == 0).sum()) == 0
+
+
+def test_foreign_masks_and_returned_weights_are_refused() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(BadInputError, match=r"no parameter third\.weight"),
+        hold_masks(model, optimizer, {"third.weight": torch.ones(1, dtype=torch.bool)}),
+    ):
+        pass
+    with (
+        pytest.raises(BadInputError, match=r"first\.weight is \[16, 6\] and its mask \[2, 2\]"),
+        hold_masks(model, optimizer, {"first.weight": torch.ones(2, 2, dtype=torch.bool)}),
+    ):
+        pass
+    for value in (1.0, float("nan")):
+        with (
+            pytest.raises(RunError, match=r"first\.weight: training brought pruned weights back"),
+            hold_masks(model, optimizer, {"first.weight": torch.zeros(16, 6, dtype=torch.bool)}),
+        ):
+            with torch.no_grad():
+                model.first.weight[0, 0] = value
+
+
+def test_only_parameters_with_zeros_have_masks() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.second.weight[0, :5] = 0
+    found = masks_of(model, ["first.weight", "second.weight"])
+    assert list(found) == ["second.weight"] and int((~found["second.weight"]).sum()) == 5
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self) -> None:
+        self.rows = [
+            {"inputs": one, "labels": other}
+            for batch in batches()
+            for one, other in zip(batch["inputs"], batch["labels"], strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return self.rows[number]
+
+
+def trainer(folder: Path, model: nn.Module, callbacks: list[TrainerCallback], **own: object) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, max_steps=16, learning_rate=0.05, weight_decay=0.1,
+        save_steps=6, use_cpu=True, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False, **own,
+    )  # fmt: skip
+    return Trainer(model=model, args=arguments, train_dataset=Data(), callbacks=callbacks)
+
+
+@pytest.mark.parametrize("own", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+def test_a_trainer_holds_and_resumes_to_the_bit(own: dict, tmp_path: Path) -> None:
+    masks = some_masks(Net())
+    whole = Net()
+    trainer(tmp_path / "whole", whole, [MaskCallback(masks)], **own).train()
+    cut = Net(seed=9)
+    # A checkpoint in the middle of the first run; the second begins from other weights, which it replaces.
+    checkpoint = tmp_path / "whole" / "checkpoint-12"
+    trainer(tmp_path / "cut", cut, [MaskCallback(masks)], **own).train(resume_from_checkpoint=str(checkpoint))
+    for key, parameter in whole.named_parameters():
+        assert torch.equal(parameter, cut.get_parameter(key))
+        if key in masks:
+            assert not bool((parameter.detach() * ~masks[key]).any())
+            assert int((parameter.detach() != 0).sum()) == int(masks[key].sum())
+
+
+class Spoiler(TrainerCallback):
+    """What goes behind the holder's back, between its last step and the checkpoint."""
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        if state.global_step == 5:
+            with torch.no_grad():
+                kwargs["model"].first.weight.fill_(1.0)
+
+
+def test_no_checkpoint_is_written_with_weights_that_came_back(tmp_path: Path) -> None:
+    model = Net()
+    with pytest.raises(RunError, match="brought pruned weights back"):
+        trainer(tmp_path, model, [MaskCallback(some_masks(model)), Spoiler()]).train()
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
+FSDP = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from hf_prune.training.masks import hold_masks
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+masks = {"0.weight": torch.rand(16, 8) < 0.3, "2.weight": torch.rand(4, 16) < 0.3}
+for layer in (model[0], model[2], model):
+    fully_shard(layer, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+before = model[0].weight.full_tensor().clone()
+with hold_masks(model, optimizer, masks):
+    for step in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(5, 8)).square().sum().backward()
+        optimizer.step()
+for name, mask in masks.items():
+    weight = model.get_parameter(name).full_tensor()
+    assert not bool((weight * ~mask).any()) and int((weight != 0).sum()) == int(mask.sum()), name
+assert not torch.equal(before * masks["0.weight"], model[0].weight.full_tensor())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_sharded_parameters_hold_too(tmp_path: Path) -> None:
+    """FSDP2 over two processes on the CPU: parameters are DTensors, and so become their masks."""
+    script = tmp_path / "sharded.py"
+    script.write_text(FSDP)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        str(script),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
