@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, RECOVERY_FILE, REPORT_FILE, check_output_folder
@@ -30,10 +29,10 @@ from hf_prune.recipe import parse_yaml
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.report.privacy import is_private
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.checkpoints import StopAtNaN, last_checkpoint
 from hf_prune.training.distillation import DistillationTrainer
 from hf_prune.training.lora import MaskedLora
 from hf_prune.training.masks import MaskCallback, masks_of
-from hf_prune.training.nan import StopAtNaN
 from hf_prune.training.text import open_text, training_windows
 from hf_prune.weights import WeightView, find_views
 
@@ -215,8 +214,8 @@ def _train(
         trainer = DistillationTrainer(**common, teacher=dense, temperature=method.distillation_temperature)
     else:
         trainer = Trainer(**common)
-    last = get_last_checkpoint(str(work)) if work.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = last_checkpoint(work)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     if adapters is not None:
         adapters.merge()
     model.zero_grad(set_to_none=True)

@@ -106,5 +106,5 @@ def fresh_config(model_type: str, overrides: str | None, more: Mapping[str, Any]
         values[key] = yaml.safe_load(text)
     try:
         return AutoConfig.for_model(model_type, **values, **more)
-    except (ValueError, TypeError) as error:
-        raise BadInputError(f"config_overrides: {' '.join(str(error).split())[:200].rstrip('.')}.") from None
+    except Exception as error:  # configs check themselves and raise what they like
+        raise BadInputError(f"config_overrides: {' '.join(str(error).split())[-200:].rstrip('.')}.") from None

@@ -24,14 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks, random_masks
 from hf_prune.progress import progress
+from hf_prune.training.checkpoints import StopAtNaN, last_checkpoint
 from hf_prune.training.masks import MaskCallback
-from hf_prune.training.nan import StopAtNaN
 
 WEIGHTS, MASKS, RESULT, CHECKPOINTS = "model.safetensors", "masks.safetensors", "round.json", "checkpoints"
 
@@ -181,12 +180,12 @@ class TicketSearch:
         callbacks: list[TrainerCallback] = [StopAtNaN(where, unfinished / CHECKPOINTS)]
         callbacks.append(MaskCallback(masks) if number else KeepCheckpoint(step, rewind))
         trainer = self.make_trainer(model, unfinished / CHECKPOINTS, callbacks)
-        checkpoint = get_last_checkpoint(str(unfinished / CHECKPOINTS)) if (unfinished / CHECKPOINTS).is_dir() else None
+        checkpoint = last_checkpoint(unfinished / CHECKPOINTS)
         if checkpoint is None and kind != "fresh_initialization":
             if number and step:
-                checkpoint = str(rewind)
+                checkpoint = rewind
             model.load_state_dict(load_file(self.folder / "initial.safetensors"))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not number and step and not (rewind / WEIGHTS).is_file():
             raise BadInputError(
                 f"rewind_step: {step} is past the end of the training, which took {trainer.state.global_step} steps; "

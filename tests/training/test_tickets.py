@@ -1,0 +1,288 @@
+"""Rounds of iterative pruning: what is rewound, what is kept, what survives a kill, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
+from torch import nn
+from training.test_masks import Data, Net
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from hf_prune.data.text import load_text
+from hf_prune.data.windows import evaluation_windows
+from hf_prune.errors import BadInputError, RunError
+from hf_prune.evaluation.perplexity import window_nll
+from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks
+from hf_prune.plan import select_views
+from hf_prune.recipe import dump_yaml
+from hf_prune.tickets import run_tickets
+from hf_prune.training.arguments import make_train_recipe, make_training_arguments
+from hf_prune.training.text import Windows
+from hf_prune.training.tickets import TicketSearch
+
+NAMES = ["first.weight", "second.weight"]
+
+
+class Began(TrainerCallback):
+    """Remembers the weights, masked already, that each training began with."""
+
+    def __init__(self, seen: list[dict[str, torch.Tensor]]) -> None:
+        self.seen = seen
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        model = kwargs["model"]
+        self.seen.append({name: own.detach().clone() for name, own in model.named_parameters()})
+        self.seen[-1]["step"] = torch.tensor(state.global_step)
+
+
+def search(folder: Path, seen: list, own: dict[str, Any] | None = None, **arguments: Any) -> TicketSearch:
+    def make_trainer(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        given = TrainingArguments(
+            **{
+                "output_dir": str(output_dir), "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True,
+                "seed": 3, "logging_steps": 1, "logging_nan_inf_filter": False, "dataloader_pin_memory": False,
+                "save_strategy": "no", "max_steps": 12, "learning_rate": 0.02, **arguments,
+            }
+        )  # fmt: skip
+        return Trainer(model=model, args=given, train_dataset=Data(), callbacks=[*callbacks, Began(seen)])
+
+    def loss(model: nn.Module) -> dict[str, float]:
+        model.eval()
+        rows = torch.utils.data.default_collate(list(Data()))
+        with torch.no_grad():
+            return {"loss": float(model(**rows)["loss"])}
+
+    config = LotteryTicketConfig(**{"rounds": 2, "pruning_rate": 0.5, "rewind_step": 4, **(own or {})})
+    return TicketSearch(lambda seed: Net(seed or 0), NAMES, make_trainer, loss, config, folder)
+
+
+def test_survivors_go_back_to_the_rewind_step(tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    model, rounds = search(tmp_path, seen).run()
+    assert [found.kept for found in rounds] == [144, 72, 36]
+    assert [int(began["step"]) for began in seen] == [0, 4, 4]
+    early = load_file(tmp_path / "rewind" / "model.safetensors")
+    own = next(tmp_path.glob("magnitude-*"))
+    masks = {name: torch.ones(early[name].shape, dtype=torch.bool) for name in NAMES}
+    trained = load_file(tmp_path / "round-00" / "model.safetensors")
+    for number in (1, 2):
+        masks, _ = next_masks({name: trained[name] for name in NAMES}, masks, "magnitude", 0.5**number, 0.001)
+        for name, value in early.items():
+            assert torch.equal(seen[number][name], value * masks[name] if name in masks else value)
+        stored = load_file(own / f"round-{number:02d}" / "masks.safetensors")
+        trained = load_file(own / f"round-{number:02d}" / "model.safetensors")
+        for name, mask in masks.items():
+            assert torch.equal(stored[name], mask) and not bool((trained[name] * ~mask).any())
+    # The early weights are those of the dense training, neither the first nor the last.
+    initial = load_file(tmp_path / "initial.safetensors")
+    assert not torch.equal(early[NAMES[0]], initial[NAMES[0]]) and not torch.equal(early[NAMES[0]], trained[NAMES[0]])
+    assert torch.equal(model.first.weight, trained["first.weight"])
+
+
+def test_without_a_rewind_step_survivors_go_back_to_the_beginning(tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    search(tmp_path, seen, {"rewind_step": 0, "rounds": 1}).run()
+    initial = load_file(tmp_path / "initial.safetensors")
+    mask = seen[1]["first.weight"] != 0
+    assert int(seen[1]["step"]) == 0 and torch.equal(seen[1]["first.weight"], initial["first.weight"] * mask)
+
+
+def test_controls_begin_where_they_should(tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    _, rounds = search(tmp_path, seen, {"controls": ["fresh_initialization", "random_mask"], "rounds": 1}).run()
+    assert [found.kind for found in rounds] == ["ticket", "ticket", "fresh_initialization", "random_mask"]
+    _, ticket, fresh, chance = seen
+    assert [int(began["step"]) for began in seen] == [0, 4, 0, 4]
+    early = load_file(tmp_path / "rewind" / "model.safetensors")["first.weight"]
+    assert torch.equal(fresh["first.weight"] != 0, ticket["first.weight"] != 0)
+    assert not torch.equal(fresh["first.weight"], ticket["first.weight"])
+    mask = chance["first.weight"] != 0
+    assert torch.equal(chance["first.weight"], early * mask) and not torch.equal(mask, ticket["first.weight"] != 0)
+    assert rounds[1].layers == rounds[2].layers == rounds[3].layers
+
+
+def test_same_seed_same_ticket_and_measures_share_the_dense_round(tmp_path: Path) -> None:
+    weights = []
+    for place in ("one", "two"):
+        model, _ = search(tmp_path / place, []).run()
+        weights.append({name: own.detach().clone() for name, own in model.named_parameters()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    seen: list[dict[str, torch.Tensor]] = []
+    search(tmp_path / "one", seen, {"importance": "l2"}).run()
+    assert len(seen) == 2, "the dense training was there already"
+    again: list[dict[str, torch.Tensor]] = []
+    model, _ = search(tmp_path / "one", again).run()
+    assert not again and torch.equal(model.first.weight, weights[0]["first.weight"])
+
+
+def test_a_collapsed_layer_stops_or_is_noted(tmp_path: Path) -> None:
+    # Softmax scores of a small layer are larger than any of a large one.
+    own = {"importance": "softmax", "pruning_rate": 0.8, "rounds": 1, "min_keep_ratio": 0.0}
+    with pytest.raises(RunError, match=r"round 1: first\.weight has no weight left at 80\.6% sparsity"):
+        search(tmp_path / "stops", [], {**own, "pruning_rate": 0.806}).run()
+    _, rounds = search(tmp_path / "noted", [], {**own, "pruning_rate": 0.806, "on_collapse": "record"}).run()
+    assert rounds[1].collapsed == ["first.weight"]
+    _, rounds = search(tmp_path / "held", [], {**own, "pruning_rate": 0.806, "min_keep_ratio": 0.05}).run()
+    assert rounds[1].held == ["first.weight"] and rounds[1].layers["first.weight"] == 5 and not rounds[1].collapsed
+
+
+def test_what_cannot_go_on_says_where(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="rewind_step: 40 is past the end of the training, which took 12 steps"):
+        search(tmp_path / "late", [], {"rewind_step": 40}).run()
+    seen: list[dict[str, torch.Tensor]] = []
+    with pytest.raises(RunError, match=r"round 0: the loss is nan at step \d+; checkpoint-\d+ before it is kept"):
+        search(tmp_path / "nan", seen, learning_rate=3e38, save_strategy="steps", save_steps=1).run()
+    first = search(tmp_path / "claimed", [])
+    first.run()
+    other = search(tmp_path / "claimed", [])
+    other.fingerprint = "another training"
+    with pytest.raises(BadInputError, match="holds rounds of a run with another model, text or training"):
+        other.run()
+
+
+RECIPE = {
+    "device": "cpu",
+    "dataset_name": "builtin:python-docs",
+    "seq_length": 32,
+    "max_train_windows": 64,
+    "eval_dataset_name": "builtin:python-docs",
+    "eval_split": "test",
+    "eval_seq_length": 32,
+    "eval_max_windows": 8,
+    "rounds": 2,
+    "pruning_rate": 0.4,
+    "rewind_step": 2,
+    "importance": "l2",
+    "per_device_train_batch_size": 4,
+    "max_steps": 6,
+    "learning_rate": 1e-3,
+}
+FRESH = {
+    "model_type": "llama",
+    "config_overrides": "hidden_size=32,intermediate_size=64,num_hidden_layers=2,num_attention_heads=2,"
+    "num_key_value_heads=2,tie_word_embeddings=true",
+    "vocab_size": 300,
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_every_family_has_tickets(family: str, tmp_path: Path) -> None:
+    ids = tiny_ids(8, 16)
+    model = tiny_model(family)
+    names = [view.parameter_name for view in select_views(model, None, None)[0]]
+
+    def make_trainer(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        given = make_training_arguments({"max_steps": 4, "learning_rate": 1e-3}, output_dir, 0, "cpu")
+        return Trainer(model=model, args=given, train_dataset=Windows(ids), callbacks=callbacks)
+
+    config = LotteryTicketConfig(rounds=2, pruning_rate=0.4, rewind_step=2, importance="lamp")
+    make = lambda seed: tiny_model(family, seed=seed or 0).train()  # noqa: E731
+    found, rounds = TicketSearch(make, names, make_trainer, lambda model: {}, config, tmp_path).run()
+    total = sum(found.get_parameter(name).numel() for name in names)
+    zeros = sum(int((found.get_parameter(name) == 0).sum()) for name in names)
+    assert zeros == total - round(0.36 * total) and rounds[-1].kept == round(0.36 * total)
+    dense = load_file(tmp_path / "round-00" / "model.safetensors")
+    # Trained, and not only pruned.
+    assert not torch.equal(
+        found.get_parameter(names[0])[0], dense[names[0]][0] * (found.get_parameter(names[0])[0] != 0)
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", None], ids=["pretrained", "fresh"])
+def test_a_recipe_makes_a_verified_folder(family: str | None, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    start: dict[str, Any] = FRESH
+    if family:
+        tiny_model(family).save_pretrained(source)
+        byte_tokenizer().save_pretrained(source)
+        start = {"model_name_or_path": str(source)}
+    values = {**RECIPE, **start, "output_dir": str(tmp_path / "out")}
+    report = run_tickets(make_train_recipe(values, LotteryTicketConfig))
+    assert report["sparsity"]["achieved_pruned"] == pytest.approx(1 - 0.6**2, abs=2e-3)
+    assert all(row["passed"] for row in report["verification"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    zeros = sum(int((model.get_parameter(f"{view['name']}.weight") == 0).sum()) for view in report["views"])
+    assert zeros / report["sparsity"]["pruned_parameters"] == pytest.approx(report["sparsity"]["achieved_pruned"])
+    assert len(report["tickets"]) == 3 and (tmp_path / "out" / "plots" / "rounds.png").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("naïve 2:4").input_ids) == "naïve 2:4"
+    # The evaluation of the folder is that of the report.
+    windows = evaluation_windows(load_text("builtin:python-docs", split="test"), tokenizer, 32, 8).input_ids
+    measured = float(window_nll(model, windows).mean().exp())
+    assert measured == pytest.approx(report["evaluation"]["pruned"]["perplexity"], rel=1e-5)
+
+
+def train(folder: Path, values: dict[str, Any], name: str, processes: int = 1) -> subprocess.Popen:
+    file = folder / f"{name}.yaml"
+    file.write_text(dump_yaml({**RECIPE, **FRESH, **values, "output_dir": str(folder / name)}))
+    command = [sys.executable, "-m", "hf_prune", "train", "--config", str(file), "--num_processes", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(run: subprocess.Popen) -> None:
+    _, errors = run.communicate(timeout=400)
+    assert run.returncode == 0, errors[-2000:]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    values = {"max_steps": 40, "save_steps": 3}
+    finished(train(tmp_path, values, "whole"))
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    run = train(tmp_path, values, "cut")
+    rounds = tmp_path / "cut.rounds"
+    deadline = time.monotonic() + 200
+    # Killed in the middle of the first ticket's training, behind one of its checkpoints.
+    while not list(rounds.glob("l2-*/round-01.unfinished/checkpoints/checkpoint-*")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert (rounds / "round-00").is_dir() and not (tmp_path / "cut").exists()
+    finished(train(tmp_path, values, "cut"))
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_two_processes_find_a_ticket(tmp_path: Path) -> None:
+    finished(train(tmp_path, {}, "two", processes=2))
+    report = json.loads((tmp_path / "two" / "prune_report.json").read_text())
+    assert report["num_processes"] == 2 and report["training"]["batch_size"] == 8
+    assert all(row["passed"] for row in report["verification"])
+    assert report["sparsity"]["achieved_pruned"] == pytest.approx(1 - 0.6**2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset_name": None}, "dataset_name: training needs text"),
+        ({"seq_length": 500_000}, "seq_length: .* holds"),
+        ({"model_type": "lama"}, "model_type: 'lama' is no architecture"),
+        ({"config_overrides": "hidden=32"}, "config_overrides: 'hidden=32' sets no key of LlamaConfig"),
+        ({"config_overrides": "hidden_size=30,num_attention_heads=4"}, "config_overrides: "),
+        ({"vocab_size": 100}, "vocab_size: 100 is too small"),
+        ({"vocab_size": None}, "vocab_size: a fresh model"),
+        ({"model_name_or_path": "builtin:smollm2-135m-instruct"}, "model_name_or_path: name a model to go on with, or"),
+        ({"learning_rat": 1e-3}, "learning_rat: unknown recipe key; did you mean learning_rate?"),
+        ({"learning_rate": "fast"}, "learning_rate: 'fast' is not a number"),
+        ({"lr_scheduler_type": "zigzag"}, "training: transformers' TrainingArguments refuses"),
+        ({"hub_token": "secret"}, "hub_token: log in with `hf auth login`"),
+        ({"eval_dataset_name": None}, "eval_dataset_name: the recipe does not say"),
+    ],
+)
+def test_bad_recipes_write_nothing(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=message):
+        run_tickets(
+            make_train_recipe({**RECIPE, **FRESH, "output_dir": str(tmp_path / "out"), **values}, LotteryTicketConfig)
+        )
+    assert not list(tmp_path.iterdir())
