@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,7 @@ from hf_prune.weights import WeightView
 def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
     """Find the ticket that a recipe asks for; returns the report that stands in the output folder.
 
-    Rounds are kept in `OUTPUT_DIR.rounds`, from which a run that was cut goes on; tickets of other measures with the
+    Rounds are kept in `rounds_folder`, from which a run that was cut goes on; tickets of other measures with the
     same training share the dense round there.
 
     Raises:
@@ -48,22 +48,9 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
     check_output_folder(recipe.output.output_dir, recipe.output.overwrite_output_dir)
     watch = Stopwatch()
     with watch.phase("prepare"):
-        # Before any process group: the arguments bring up the one that training wants.
-        arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
-        distributed.initialise(recipe.model.device)
-        pick_device(recipe.model.device, distributed.local_rank())
-        start = _Start(recipe)
-        evaluation = QualityEvaluation(recipe.evaluation, start.tokenizer, start.config)
-        views = _views(start.make_model(None), recipe.method)
-    search = TicketSearch(
-        make_model=start.make_model,
-        names=[view.parameter_name for view in views],
-        make_trainer=_Trainers(recipe, start.windows),
-        evaluate=lambda model: _figures(evaluation.measure(cast("PreTrainedModel", model), "evaluating")),
-        config=recipe.method,
-        folder=Path(f"{recipe.output.output_dir}.rounds").absolute(),
-        fingerprint=_fingerprint(recipe, start.windows),
-    )
+        ready = prepare_tickets(recipe)
+        start, evaluation, views, search = ready.start, ready.evaluation, ready.views, ready.search
+        arguments = make_training_arguments(recipe.training, search.folder, recipe.text.seed, recipe.model.device)
     with watch.phase("train"):
         model, rounds = search.run()
     model.eval()
@@ -104,7 +91,42 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
     return report
 
 
-class _Start:
+@dataclass
+class Prepared:
+    """A recipe's text, model, evaluation and procedure, before anything is trained."""
+
+    start: Start
+    evaluation: QualityEvaluation
+    views: list[WeightView]
+    search: TicketSearch
+
+
+def prepare_tickets(recipe: TrainRecipe) -> Prepared:
+    """Everything of a run but the training.
+
+    Raises:
+        BadInputError: something handed over cannot be used; nothing has been written.
+    """
+    # Before any process group: the arguments bring up the one that training wants.
+    make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
+    distributed.initialise(recipe.model.device)
+    pick_device(recipe.model.device, distributed.local_rank())
+    start = Start(recipe)
+    evaluation = QualityEvaluation(recipe.evaluation, start.tokenizer, start.config)
+    views = _views(start.make_model(None), recipe.method)
+    search = TicketSearch(
+        make_model=start.make_model,
+        names=[view.parameter_name for view in views],
+        make_trainer=_Trainers(recipe, start.windows),
+        evaluate=lambda model: _figures(evaluation.measure(cast("PreTrainedModel", model), "evaluating")),
+        config=recipe.method,
+        folder=Path(recipe.method.rounds_folder or f"{recipe.output.output_dir}.rounds").absolute(),
+        fingerprint=_fingerprint(recipe, start.windows),
+    )
+    return Prepared(start, evaluation, views, search)
+
+
+class Start:
     """Where the rounds begin: tokenizer, config, windows, and a model as often as one is wanted."""
 
     def __init__(self, recipe: TrainRecipe) -> None:
@@ -197,7 +219,9 @@ def _summary(found: Round) -> dict[str, Any]:
 
 
 def _method(config: LotteryTicketConfig) -> dict[str, Any]:
-    options = {key: value for key, value in asdict(config).items() if key != "method" and value != []}
+    options = {
+        key: value for key, value in asdict(config).items() if key not in ("method", "rounds_folder") and value != []
+    }
     return {**asdict(config.info), "pattern": "unstructured", "options": options}
 
 

@@ -12,7 +12,10 @@ from hf_prune.bench.sweep import make_sweep
 from hf_prune.compose import make_config, make_solver
 from hf_prune.errors import BadInputError
 from hf_prune.fields import coerce
-from hf_prune.recipe import dump_yaml, load_recipe, make_recipe, parse_flags, parse_yaml, read_values
+from hf_prune.methods.lottery_ticket import LotteryTicketConfig
+from hf_prune.recipe import dump_yaml, load_recipe, make_recipe, parse_flags, parse_yaml, read_recipe, read_values
+from hf_prune.training.arguments import make_train_recipe
+from hf_prune.training.recovery import RecoveryConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 simple_text = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12)
@@ -53,6 +56,11 @@ def test_every_shipped_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     assert text.startswith("# ")
     if path.parent.name == "accelerate_configs":
         assert parse_yaml(text, path.name)
+        return
+    method = {"lottery": LotteryTicketConfig, "tickets": LotteryTicketConfig, "recovery": RecoveryConfig}
+    trained = method.get(path.parent.name) or method.get(path.stem)
+    if trained:
+        assert path.name in text.splitlines()[0] and make_train_recipe(*read_recipe(path, {})[:1], trained).training
         return
     if path.parent.name == "benchmarks":
         assert path.name in text.splitlines()[0] and load_grid(path).cells

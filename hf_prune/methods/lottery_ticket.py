@@ -38,6 +38,7 @@ class LotteryTicketConfig:
             other initial weights; `random_mask`, as many weights of each layer chosen by chance, rewound like it.
         control_rounds: rounds that get the controls; the last unless given.
         ignore: layers that are never pruned, by name.
+        rounds_folder: where rounds are kept, OUTPUT_DIR.rounds unless given; other measures find the dense round there.
     """
 
     method: str | None = "lottery_ticket"
@@ -50,6 +51,7 @@ class LotteryTicketConfig:
     controls: list[str] = field(default_factory=list)
     control_rounds: list[str] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
+    rounds_folder: str | None = None
 
     info = MethodInfo(
         name="lottery_ticket",

@@ -140,7 +140,7 @@ class TicketSearch:
             file.with_suffix(".part").replace(file)
         distributed.barrier()
 
-    def _own_folder(self) -> Path:
+    def ticket_folder(self) -> Path:
         """Where tickets of this measure, rate and floor are."""
         own = {key: getattr(self.config, key) for key in ("importance", "pruning_rate", "min_keep_ratio")}
         digest = hashlib.sha256(json.dumps([own, sorted(self.names)]).encode()).hexdigest()[:8]
@@ -151,7 +151,7 @@ class TicketSearch:
     ) -> Round:
         """Train `model` under `masks` from where this kind of round begins; its result is read where it exists."""
         name = f"round-{number:02d}" + (f"-{kind}" if kind != "ticket" else "")
-        folder = (self._own_folder() if number else self.folder) / name
+        folder = (self.ticket_folder() if number else self.folder) / name
         if not (folder / RESULT).is_file():
             start = perf_counter()
             self._train(model, masks, kind, number, folder.with_name(f"{name}.unfinished"))

@@ -1,0 +1,87 @@
+"""Tickets made by hand, whose overlap, chance, signs and movement can be counted on paper."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_prune.cli import main
+from hf_prune.comparison import compare_tickets
+from hf_prune.errors import BadInputError
+from hf_prune.plan import Plan, ViewPlan
+
+
+def ticket(folder: Path, weights: dict[str, Tensor]) -> str:
+    folder.mkdir()
+    views = [
+        ViewPlan(name, f"{name}.weight", 0, (weight.shape[0], weight.shape[1]), False, 0.5)
+        for name, weight in weights.items()
+    ]
+    Plan("", "Net", 0.5, "unstructured", "uniform", 0.0, views).save(folder / "prune_plan.json")
+    save_file({f"{name}.weight": weight for name, weight in weights.items()}, folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[str]:
+    a = {"x": torch.tensor([[1.0, 2.0, 0.0, 0.0]]), "y": torch.tensor([[1.0, 1.0], [0.0, 0.0]])}
+    b = {"x": torch.tensor([[-1.0, 2.0, 3.0, 0.0]]), "y": torch.tensor([[0.0, 1.0], [1.0, 0.0]])}
+    c = {"x": torch.tensor([[0.0, 5.0, 0.0, -1.0]]), "y": torch.tensor([[1.0, -1.0], [0.0, 0.0]])}
+    return [ticket(tmp_path / name, weights) for name, weights in zip("abc", (a, b, c), strict=True)]
+
+
+def test_overlap_chance_and_signs(three: list[str]) -> None:
+    found = compare_tickets(three)
+    x, y = found["layers"]
+    assert (x["kept"], x["shared"], x["weights"]) == ([2, 3, 2], 1, 4)
+    assert x["chance"] == pytest.approx(4 * (2 / 4) * (3 / 4) * (2 / 4))
+    # a and b share places 0 and 1, a and c place 1, b and c place 1; only place 0 of a and b differs in sign.
+    assert (x["pairs"], x["flips"]) == (4, 1)
+    # y: a and b share (0, 1), a and c (0, 0) and (0, 1), b and c (0, 1); signs differ at (0, 1) wherever c is.
+    assert (y["kept"], y["shared"], y["pairs"], y["flips"]) == ([2, 2, 2], 1, 4, 2)
+    whole = found["together"]
+    assert whole["shared_of_all"] == pytest.approx(2 / 8) and whole["shared_of_first"] == pytest.approx(2 / 4)
+    assert whole["times_chance"] == pytest.approx(2 / (4 * 0.1875 + 4 * 0.125))
+    assert whole["flips"] == pytest.approx(3 / 8) and "moved" not in whole
+
+
+def test_movement_since_the_beginning(three: list[str], tmp_path: Path) -> None:
+    initial = tmp_path / "initial.safetensors"
+    save_file({"x.weight": torch.tensor([[0.5, -1.0, 9.0, 9.0]]), "y.weight": torch.ones(2, 2)}, initial)
+    whole = compare_tickets(three[:2], str(initial))["together"]
+    # a moved by 0.5 and 3 in x, by nothing in y; b by 1.5, 3 and 6 in x, by nothing in y.
+    assert whole["moved"] == pytest.approx([3.5 / 4, 10.5 / 5]) and whole["flipped"] == pytest.approx([1 / 4, 2 / 5])
+
+
+def test_a_ticket_keeps_its_initial_weights_beside_it(three: list[str]) -> None:
+    for folder in three:
+        rounds = Path(f"{folder}.rounds")
+        rounds.mkdir()
+        save_file({"x.weight": torch.zeros(1, 4), "y.weight": torch.zeros(2, 2)}, rounds / "initial.safetensors")
+    assert compare_tickets(three)["together"]["moved"] == pytest.approx([5 / 4, 8 / 5, 8 / 4])
+
+
+def test_the_command_writes_what_it_prints(
+    three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["compare", *three, "--output_dir", str(tmp_path / "out")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "all keep 25.00 % of the weights, 50.0 % of what a keeps, 1.6 times what chance would" in printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.json",
+        "comparison.csv",
+        "comparison.png",
+    }
+
+
+def test_what_cannot_be_compared_is_refused(three: list[str], tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="two folders"):
+        compare_tickets(three[:1])
+    other = ticket(tmp_path / "other", {"x": torch.ones(1, 5)})
+    with pytest.raises(BadInputError, match="compare tickets of one model"):
+        compare_tickets([three[0], other])
+    with pytest.raises(BadInputError, match=r"there is no prune_plan\.json"):
+        compare_tickets([three[0], str(tmp_path)])

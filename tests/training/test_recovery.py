@@ -1,0 +1,247 @@
+"""Recovery: zeros stay, adapters are what they claim to be, the folder keeps its whole provenance."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
+from torch.distributions import Categorical, kl_divergence
+
+from hf_prune.errors import BadInputError
+from hf_prune.hub.push import files_to_upload, public_copy
+from hf_prune.pipeline import run
+from hf_prune.plan import select_views
+from hf_prune.recipe import make_recipe
+from hf_prune.recovery import recover
+from hf_prune.training.arguments import make_train_recipe, make_training_arguments
+from hf_prune.training.distillation import DistillationTrainer, divergence
+from hf_prune.training.lora import MaskedLora
+from hf_prune.training.masks import masks_of
+from hf_prune.training.recovery import RecoveryConfig
+from hf_prune.training.text import Windows
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Adapters begin with zero products; any numbers show more."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_merging_changes_no_logits_and_no_zero(family: str) -> None:
+    model = tiny_model(family)
+    views = select_views(model, None, None)[0]
+    with torch.no_grad():
+        for view in views[::2]:
+            view.parameter.mul_(torch.rand(view.parameter.shape) < 0.5)
+    names = [view.parameter_name for view in views]
+    masks = masks_of(model, names)
+    assert len(masks) == len(views[::2])
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    ids = tiny_ids(2, 16)
+    adapters = MaskedLora(model, views, masks, rank=4, alpha=8)
+    randomise(adapters.model)
+    with torch.no_grad():
+        wanted = adapters.model(input_ids=ids, use_cache=False).logits
+    trained = {
+        name.split("base_model.model.")[1] for name, own in adapters.model.named_parameters() if own.requires_grad
+    }
+    assert trained and all("lora_" in name for name in trained)
+    merged = adapters.merge()
+    assert merged is model and not any("lora" in name for name in model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-5)
+    for name in names:
+        after = model.get_parameter(name).detach()
+        assert not torch.equal(after, before[name])
+        if name in masks:
+            assert not bool((after * ~masks[name]).any())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_without_masks_it_is_peft(family: str) -> None:
+    ids = tiny_ids(2, 16)
+    logits = []
+    for ours in (True, False):
+        model = tiny_model(family)
+        views = select_views(model, None, None)[0]
+        names = [view.name for view in views]
+        transposed = family == "gpt2"
+        wrapped: Any = (
+            MaskedLora(model, views, {}, rank=4, alpha=8).model
+            if ours
+            else get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=names, fan_in_fan_out=transposed))
+        )
+        randomise(wrapped)
+        loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        gradients = [own.grad for name, own in wrapped.named_parameters() if "lora_A" in name]
+        logits.append((loss.detach(), *gradients))
+    for own, theirs in zip(*logits, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergence_is_that_of_torch_distributions(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, teacher = (torch.randn(2, 300, 11, generator=generator) for _ in range(2))
+    wanted = kl_divergence(Categorical(logits=teacher / temperature), Categorical(logits=ours / temperature))
+    found = divergence(ours, teacher, temperature)
+    torch.testing.assert_close(found, temperature**2 * wanted.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_accumulated_distillation_steps_like_one_large_batch(tmp_path: Path) -> None:
+    ends = []
+    for size, accumulated in ((4, 1), (2, 2), (1, 4)):
+        model, teacher = tiny_model("llama").train(), tiny_model("llama", seed=1)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, "max_steps": 2}
+        options |= {"learning_rate": 0.1, "optim": "sgd", "save_strategy": "no", "max_grad_norm": 0.0}
+        arguments = make_training_arguments(options, tmp_path / str(size), 0, "cpu")
+        DistillationTrainer(
+            model=model, args=arguments, train_dataset=Windows(tiny_ids(8, 16)), teacher=teacher
+        ).train()
+        ends.append(torch.cat([own.detach().flatten() for own in model.parameters()]))
+    assert not torch.equal(ends[0], torch.cat([own.flatten() for own in tiny_model("llama").parameters()]))
+    for other in ends[1:]:
+        torch.testing.assert_close(ends[0], other, rtol=1e-4, atol=1e-6)
+
+
+TEXT = "".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000))
+RECIPE: dict[str, Any] = {
+    "device": "cpu",
+    "seq_length": 32,
+    "eval_seq_length": 32,
+    "eval_max_windows": 12,
+    "max_steps": 40,
+    "learning_rate": 3e-3,
+    "per_device_train_batch_size": 8,
+    "eval_efficiency": False,
+}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A sparse and a narrower folder of one dense model, and the text."""
+    place = tmp_path_factory.mktemp("pruned")
+    (place / "text.txt").write_text(TEXT)
+    tiny_model("llama").save_pretrained(place / "dense")
+    byte_tokenizer().save_pretrained(place / "dense")
+    text = str(place / "text.txt")
+    for name, own in {
+        "sparse": {"method": "magnitude", "sparsity": 0.6},
+        "narrow": {"method": "intra_fusion", "sparsity": 0.25, "fusion": "none"},
+    }.items():
+        run(
+            make_recipe(
+                {
+                    **own, "model_name_or_path": str(place / "dense"), "eval_dataset_name": text, "eval_seq_length": 32,
+                    "eval_max_windows": 12, "eval_efficiency": False, "output_dir": str(place / name), "device": "cpu",
+                }
+            )
+        )  # fmt: skip
+    return {"text": Path(text), **{name: place / name for name in ("dense", "sparse", "narrow")}}
+
+
+def values(pruned: dict[str, Path], output: Path, **own: Any) -> dict[str, Any]:
+    text = str(pruned["text"])
+    return {**RECIPE, "dataset_name": text, "eval_dataset_name": text, "output_dir": str(output), **own}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("sparse", {"recovery": "lora"}),
+        ("sparse", {"recovery": "full", "loss": "distillation"}),
+        ("narrow", {"recovery": "full"}),
+    ],
+    ids=lambda own: own if isinstance(own, str) else "+".join(own.values()),
+)
+def test_recovery_keeps_zeros_shapes_and_provenance(
+    kind: str, own: dict[str, str], pruned: dict[str, Path], tmp_path: Path
+) -> None:
+    report = recover(str(pruned[kind]), make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig))
+    before = load_file(pruned[kind] / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert weight.shape == after[name].shape
+        if name.endswith("_proj.weight"):
+            assert torch.equal(weight == 0, after[name] == 0) and not torch.equal(weight, after[name])
+    assert all(row["passed"] for row in report["verification"])
+    entry = report["recoveries"][0]
+    if own.get("loss") != "distillation":
+        assert entry["perplexity_after"] < 0.9 * entry["perplexity_before"]
+    dense = report["evaluation"]["dense"]["perplexity"]
+    logs = [torch.tensor(value).log() for value in (dense, entry["perplexity_before"], entry["perplexity_after"])]
+    if entry["gap_closed"] is not None:
+        assert entry["gap_closed"] == pytest.approx(float((logs[1] - logs[2]) / (logs[1] - logs[0])), rel=1e-3)
+    assert not (tmp_path / "out.training").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "hf_prune_recovery.yaml" in card and report["method"]["title"] in card and str(pruned["text"]) not in card
+    saved = tmp_path / "out"
+    with public_copy(saved, files_to_upload(saved)) as public:
+        for file in ("hf_prune_recipe.yaml", "hf_prune_recovery.yaml", "prune_report.json"):
+            assert "text.txt" not in (public / file).read_text(), file
+        assert "max_steps: 40" in (public / "hf_prune_recovery.yaml").read_text()
+    if own == {"recovery": "lora"}:
+        # Once more, from there.
+        again = values(pruned, tmp_path / "again", max_steps=2)
+        report = recover(str(tmp_path / "out"), make_train_recipe(again, RecoveryConfig))
+        names = {path.name for path in (tmp_path / "again").iterdir()}
+        assert len(report["recoveries"]) == 2 and {"hf_prune_recovery.yaml", "hf_prune_recovery2.yaml"} <= names
+
+
+@pytest.mark.slow
+def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values(pruned, tmp_path / "out", max_steps=6)))
+    command = [sys.executable, "-m", "hf_prune", "recover", str(pruned["sparse"]), "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--num_processes", "2"], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "out" / "prune_report.json").read_text())
+    assert report["num_processes"] == 2 and report["recoveries"][0]["training"]["batch_size"] == 16
+    before, after = (load_file(folder / "model.safetensors") for folder in (pruned["sparse"], tmp_path / "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(before[name] == 0, after[name] == 0) and not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"recovery": "prayer"}, "recovery: 'prayer' is unknown"),
+        ({"loss": "mse"}, "loss: 'mse' is unknown"),
+        ({"lora_rank": 0}, "lora_rank: 0 is too few"),
+        ({"dataset_name": None}, "dataset_name: training needs text"),
+        ({"loss": "distillation", "base_model": "OTHER"}, "base_model: .* tokens and the pruned model"),
+    ],
+)
+def test_bad_input_writes_nothing(own: dict[str, Any], message: str, pruned: dict[str, Path], tmp_path: Path) -> None:
+    if own.get("base_model") == "OTHER":
+        from transformers import AutoModelForCausalLM
+
+        config = tiny_model("llama").config
+        config.vocab_size = 300
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+        own = {**own, "base_model": str(tmp_path / "other")}
+    with pytest.raises(BadInputError, match=message):
+        recover(str(pruned["sparse"]), make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+def test_a_folder_that_was_never_pruned_is_refused(pruned: dict[str, Path], tmp_path: Path) -> None:
+    recipe = make_train_recipe(values(pruned, tmp_path / "out"), RecoveryConfig)
+    with pytest.raises(BadInputError, match="no pruned model that hf_prune has written"):
+        recover(str(pruned["dense"]), recipe)
