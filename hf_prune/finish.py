@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from hf_prune.arguments import ModelArguments, OutputArguments
-from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, output_folder, save_model
+from hf_prune.checkpoint.folder import (
+    PLAN_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    output_folder,
+    save_model,
+)
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.description import within_plan
 from hf_prune.errors import RunError

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_prune.arguments import PruneConfig, StructuredConfig
+from hf_prune.arguments import OutputArguments, PruneConfig, StructuredConfig
 from hf_prune.checkpoint.folder import PLAN_FILE, check_output_folder
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_config, make_solver, needs_text
@@ -89,11 +89,17 @@ def check_unpruned(path: str) -> None:
 def check_feasible(ready: Preparation) -> None:
     """Raise BadInputError where the output folder, the push or this machine's memory and disk would stop the run."""
     output = ready.recipe.output
+    check_output(output)
+    assert output.output_dir is not None
+    check_fits(ready.estimate, ready.device, output.output_dir)
+
+
+def check_output(output: OutputArguments) -> None:
+    """Raise BadInputError where the output folder or the push would stop the run at its end."""
     assert output.output_dir is not None
     check_output_folder(output.output_dir, output.overwrite_output_dir)
     if output.push_to_hub and output.hub_model_id:
         check_ready_to_push(output.hub_model_id)
-    check_fits(ready.estimate, ready.device, output.output_dir)
 
 
 def with_final_plan(ready: Preparation) -> Preparation:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_prune.arguments import ModelArguments
-from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, RECOVERY_FILE, REPORT_FILE, check_output_folder
+from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, RECOVERY_FILE, REPORT_FILE
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
 from hf_prune.data.windows import default_seq_length
@@ -24,11 +24,12 @@ from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.quality import Quality, QualityEvaluation
 from hf_prune.finish import Stopwatch, efficiency, finish
 from hf_prune.plan import Plan
+from hf_prune.preparation import check_output
 from hf_prune.pruning import PruneResult
 from hf_prune.recipe import parse_yaml
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.report.privacy import is_private
-from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.arguments import TrainRecipe, make_trainer, make_training_arguments
 from hf_prune.training.checkpoints import StopAtNaN, last_checkpoint
 from hf_prune.training.distillation import DistillationTrainer
 from hf_prune.training.lora import MaskedLora
@@ -76,8 +77,7 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
     """
     recipe.require("output_dir", "eval_dataset_name")
     folder = PrunedFolder(path)
-    assert recipe.output.output_dir is not None
-    check_output_folder(recipe.output.output_dir, recipe.output.overwrite_output_dir)
+    check_output(recipe.output)
     watch = Stopwatch()
     with watch.phase("prepare"):
         work = Path(f"{recipe.output.output_dir}.training").absolute()
@@ -164,7 +164,8 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
     number = len(report["recoveries"])
     recipes = {**folder.recipes, RECOVERY_FILE.format("" if number == 1 else number): recipe.text_as_run}
     if distributed.rank() == 0:
-        finish(recipe.output, model, tokenizer, result, report, recipes, watch, complete)
+        trust = recipe.model.trust_remote_code
+        finish(recipe.output, model, tokenizer, result, report, recipes, watch, complete, trust_remote_code=trust)
         shutil.rmtree(work, ignore_errors=True)
     return report
 
@@ -211,9 +212,10 @@ def _train(
     common: dict[str, Any] = {"model": trained, "args": arguments, "train_dataset": windows, "callbacks": callbacks}
     trainer: Trainer
     if method.loss == "distillation":
-        trainer = DistillationTrainer(**common, teacher=dense, temperature=method.distillation_temperature)
+        temperature = method.distillation_temperature
+        trainer = make_trainer(DistillationTrainer, **common, teacher=dense, temperature=temperature)
     else:
-        trainer = Trainer(**common)
+        trainer = make_trainer(Trainer, **common)
     last = last_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     if adapters is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_prune.arguments import PruneConfig
-from hf_prune.checkpoint.folder import RECIPE_FILE, check_output_folder
+from hf_prune.checkpoint.folder import RECIPE_FILE
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
 from hf_prune.data.windows import default_seq_length
@@ -22,12 +22,13 @@ from hf_prune.engine import distributed
 from hf_prune.engine.walk import ViewResult
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.quality import Quality, QualityEvaluation
-from hf_prune.finish import Stopwatch, finish
+from hf_prune.finish import Stopwatch, efficiency, finish
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig
 from hf_prune.plan import make_plan, select_views
+from hf_prune.preparation import check_output
 from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_rounds, plot_sparsity_by_layer
-from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.arguments import TrainRecipe, make_trainer, make_training_arguments
 from hf_prune.training.text import Windows, fresh_config, open_text, train_tokenizer, training_windows
 from hf_prune.training.tickets import Round, TicketSearch
 from hf_prune.weights import WeightView
@@ -44,8 +45,7 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
         RunError: the training or the verification failed; finished rounds stay.
     """
     recipe.require("output_dir", "eval_dataset_name")
-    assert recipe.output.output_dir is not None
-    check_output_folder(recipe.output.output_dir, recipe.output.overwrite_output_dir)
+    check_output(recipe.output)
     watch = Stopwatch()
     with watch.phase("prepare"):
         ready = prepare_tickets(recipe)
@@ -80,13 +80,31 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
         "evaluation": evaluation.report(dense=_quality(rounds[0]), pruned=_quality(tickets[-1])),
     }
 
+    if recipe.evaluation.sample_prompts:
+        report["samples"] = evaluation.samples(dense=_quality(rounds[0]), pruned=_quality(tickets[-1]))
+    device = torch.device(arguments.device)
+
     def complete(folder: Path) -> None:
+        if recipe.evaluation.eval_efficiency:
+            with watch.phase("efficiency"):
+                models: dict[str, str | Path] = {"dense": start.source.path} if start.source else {}
+                revisions = {"dense": start.revision} if start.revision else None
+                report.update(efficiency({**models, "pruned": folder}, recipe.model, device, revisions))
         plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
         plot_rounds(report["tickets"], folder / "plots" / "rounds.png")
 
     if distributed.rank() == 0:
+        recipes, trust = {RECIPE_FILE: recipe.text_as_run}, recipe.model.trust_remote_code
         finish(
-            recipe.output, model, start.tokenizer, result, report, {RECIPE_FILE: recipe.text_as_run}, watch, complete
+            recipe.output,
+            model,
+            start.tokenizer,
+            result,
+            report,
+            recipes,
+            watch,
+            complete,
+            trust_remote_code=trust,
         )
     return report
 
@@ -190,7 +208,7 @@ class _Trainers:
     def __call__(self, model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
         recipe = self.recipe
         arguments = make_training_arguments(recipe.training, output_dir, recipe.text.seed, recipe.model.device)
-        return Trainer(model=model, args=arguments, train_dataset=self.windows, callbacks=callbacks)
+        return make_trainer(Trainer, model=model, args=arguments, train_dataset=self.windows, callbacks=callbacks)
 
 
 def _views(model: nn.Module, config: LotteryTicketConfig) -> list[WeightView]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.cli.arguments import console, take_flags
@@ -17,17 +17,25 @@ def main(arguments: list[str]) -> None:
     take_flags(parse_flags(arguments))
     from hf_prune.allocation import ALLOCATIONS
     from hf_prune.methods import methods
+    from hf_prune.methods.lottery_ticket import LotteryTicketConfig
     from hf_prune.reconstruction import RECONSTRUCTIONS
     from hf_prune.report.tables import methods_table
 
     out = console()
+    trained = [LotteryTicketConfig]
     out.print(methods_table([asdict(config.info) for config in methods().values()]))
+    out.print(methods_table([asdict(config.info) for config in trained], "Methods of hf-prune train"))
     for title, parts in (("Allocations", ALLOCATIONS), ("Reconstructions", RECONSTRUCTIONS)):
         rows = [{"name": name, "summary": part.summary, "paper": part.paper} for name, part in parts.items()]
         out.print(methods_table(rows, title))
     common = {item.name for item in fields(PruneConfig)}
-    for name, config in {**methods(), **ALLOCATIONS, **RECONSTRUCTIONS}.items():
-        own = [f"{item.name} [{item.default}]" for item in fields(config) if item.name not in common]
+    everything = {**methods(), **{config.info.name: config for config in trained}, **ALLOCATIONS, **RECONSTRUCTIONS}
+    for name, config in everything.items():
+        own = [
+            f"{item.name} [{[] if item.default is MISSING else item.default}]"
+            for item in fields(config)
+            if item.name not in common
+        ]
         if own:
             out.print(f"{name}: own keys {', '.join(own)}", markup=False)
     out.print(

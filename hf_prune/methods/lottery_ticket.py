@@ -69,6 +69,7 @@ class LotteryTicketConfig:
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
+            ("method", [self.method], (self.info.name,)),
             ("importance", [self.importance], tuple(MEASURES)),
             ("on_collapse", [self.on_collapse], ON_COLLAPSE),
             ("controls", self.controls, CONTROLS),

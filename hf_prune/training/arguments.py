@@ -14,7 +14,7 @@ from hf_prune.fields import coerce, field_lines, field_types, fill, unknown_key
 from hf_prune.recipe import dump_yaml
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
 Section = TypeVar("Section")
 
@@ -178,3 +178,13 @@ def training_help(verb: str, text: str, method: type) -> str:
         lines += ["", f"{title}:", *field_lines(section)]
     lines += ["", "Every key of transformers' TrainingArguments is one too: learning_rate, max_steps, report_to, ..."]
     return "\n".join(lines) + "\n"
+
+
+def make_trainer(kind: type[Trainer], **arguments: Any) -> Trainer:
+    """A Trainer that prints nothing where hf_prune is told to be quiet."""
+    from transformers import PrinterCallback
+
+    trainer = kind(**arguments)
+    if os.environ.get("HF_PRUNE_QUIET"):
+        trainer.remove_callback(PrinterCallback)
+    return trainer
