@@ -176,7 +176,7 @@ def test_an_existing_folder_is_not_overwritten_unless_asked(finished: Path, dens
 def test_a_failed_verification_fails_the_run_and_leaves_nothing(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_prune import pipeline
+    from hf_prune import finish
 
     def damage(model: object, tokenizer: object, folder: Path) -> None:
         saved(model, tokenizer, folder)
@@ -184,8 +184,8 @@ def test_a_failed_verification_fails_the_run_and_leaves_nothing(
         weights["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    saved = pipeline.save_model
-    monkeypatch.setattr(pipeline, "save_model", damage)
+    saved = finish.save_model
+    monkeypatch.setattr(finish, "save_model", damage)
     with pytest.raises(RunError, match=r"failed its verification.*up_proj"):
         run(make_recipe(recipe(dense, text, tmp_path / "out", method="magnitude", eval_dataset_name=None)))
     assert list(tmp_path.iterdir()) == []

@@ -65,7 +65,7 @@ def plot_sparsity_by_layer(rows: list[dict[str, Any]], path: str | Path) -> Figu
 def plot_rounds(rounds: list[dict[str, Any]], path: str | Path) -> Figure:
     """Draw perplexity over the share of weights left, from a report's tickets, as a PNG at `path`; controls beside."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(WIDTHS[0], 4.0), layout="constrained")
     axes = figure.subplots()
@@ -78,7 +78,9 @@ def plot_rounds(rounds: list[dict[str, Any]], path: str | Path) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    left = sorted({1 - found["sparsity"] for found in rounds if found["sparsity"] < 1})
+    axes.set_xticks(left, [f"{100 * share:.3g} %" for share in left], fontsize="small")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("weights left")
