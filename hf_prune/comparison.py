@@ -8,20 +8,24 @@ with the same densities in each layer, is ours.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hf_prune.checkpoint.folder import PLAN_FILE
-from hf_prune.checkpoint.inspect import check_safetensors
+from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, beside
+from hf_prune.checkpoint.inspect import check_safetensors, local_folder
 from hf_prune.data.builtin import resolve_model
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan
+from hf_prune.recipe import parse_yaml
+from hf_prune.training.rounds import WEIGHTS
 
 
 def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[str, Any]:
@@ -29,13 +33,14 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
 
     Args:
         folders: two or more that hf_prune has written.
-        initial: a folder or .safetensors file of the weights that they all began with; without it, what tickets keep
-            beside them (`FOLDER.rounds/initial.safetensors`), else movement is left out.
+        initial: a folder, a .safetensors file or a Hub id of the weights that they all began with; without it, what
+            tickets keep of their rounds (`rounds_folder`, else `FOLDER.rounds`), else movement is left out.
 
     Returns:
         {"tickets": names, "layers": [...], "together": {...}}. Layers hold counts; `flips` are signs that differ over
         the `pairs` of tickets that keep a weight; `moved` and `flipped` are means over each ticket's kept weights of
-        |final - initial| and of a changed sign. `together` holds shares in [0, 1].
+        |final - initial| and of a changed sign, `deviation` that of a weight's standard deviation over the ends of all
+        rounds, where these are kept. `together` holds shares in [0, 1].
 
     Raises:
         BadInputError: fewer than two folders, a folder without a plan, tickets of different models.
@@ -53,8 +58,14 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
     with ExitStack() as stack:
         tickets = [_tensors(stack, check_safetensors(folder)) for folder in folders]
         starts = [_initial(stack, folder, initial) for folder in folders]
+        rounds = [_rounds(stack, folder) for folder in folders]
         layers = [
-            _layer(view.name, [own[view.parameter] for own in tickets], [_find(own, view.parameter) for own in starts])
+            _layer(
+                view.name,
+                [own[view.parameter] for own in tickets],
+                [_find(own, view.parameter) for own in starts],
+                [[own[view.parameter] for own in each] for each in rounds],
+            )
             for view in plans[0].views
         ]
     return {"tickets": [Path(folder).name for folder in folders], "layers": layers, "together": _together(layers)}
@@ -84,20 +95,44 @@ def _tensors(stack: ExitStack, files: Sequence[Path]) -> _Tensors:
 
 
 def _initial(stack: ExitStack, folder: str, named: str | None) -> _Tensors | None:
-    own = Path(f"{Path(folder).expanduser().absolute()}.rounds") / "initial.safetensors"
     if named is None:
+        own = _rounds_folder(folder) / "initial.safetensors"
         return _tensors(stack, [own]) if own.is_file() else None
     place = Path(named).expanduser()
     if place.is_file():
         return _tensors(stack, [place])
-    return _tensors(stack, check_safetensors(resolve_model(named).path))
+    source = resolve_model(named)
+    return _tensors(stack, check_safetensors(local_folder(source.path, source.revision)))
+
+
+def _rounds_folder(folder: str) -> Path:
+    """Where a ticket's rounds are, as its recipe says."""
+    recipe = Path(folder) / RECIPE_FILE
+    values = parse_yaml(recipe.read_text(encoding="utf-8"), recipe.name) if recipe.is_file() else {}
+    named = values.get("rounds_folder")
+    return beside(str(named), "") if named else beside(folder, ".rounds")
+
+
+def _rounds(stack: ExitStack, folder: str) -> list[_Tensors]:
+    """The weights at the end of the dense training and of each of a ticket's rounds, as far as they are kept."""
+    report = Path(folder) / REPORT_FILE
+    said = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    place = _rounds_folder(folder)
+    tickets = [own for own in said.get("tickets") or [] if own.get("kind") == "ticket"]
+    files = [
+        (place / str(said.get("rounds")) if own["number"] else place) / f"round-{own['number']:02d}" / WEIGHTS
+        for own in tickets
+    ]
+    return [_tensors(stack, [file]) for file in files] if files and all(file.is_file() for file in files) else []
 
 
 def _find(tensors: _Tensors | None, name: str) -> Tensor | None:
     return tensors[name] if tensors is not None and name in tensors else None
 
 
-def _layer(name: str, weights: Sequence[Tensor], initial: Sequence[Tensor | None]) -> dict[str, Any]:
+def _layer(
+    name: str, weights: Sequence[Tensor], initial: Sequence[Tensor | None], rounds: Sequence[Sequence[Tensor]]
+) -> dict[str, Any]:
     """Counts of one weight matrix."""
     masks = [weight != 0 for weight in weights]
     shared = masks[0].clone()
@@ -122,12 +157,25 @@ def _layer(name: str, weights: Sequence[Tensor], initial: Sequence[Tensor | None
     if all(start is not None for start in initial):
         moved, flipped = zip(*map(_movement, weights, initial, masks), strict=True)
         entry |= {"moved": list(moved), "flipped": list(flipped)}
+    if all(rounds):
+        entry["deviation"] = [_deviation(own, mask) for own, mask in zip(rounds, masks, strict=True)]
     return entry
+
+
+def _deviation(rounds: Sequence[Tensor], mask: Tensor) -> float:
+    """Mean over the kept weights of the standard deviation (of the population) over rounds; 0 where none is kept."""
+    kept = torch.stack([own[mask] for own in rounds]).double()
+    return float(kept.std(dim=0, correction=0).mean()) if bool(mask.any()) else 0.0
 
 
 def _movement(weight: Tensor, initial: Tensor | None, mask: Tensor) -> tuple[float, float]:
     """Means over the kept weights of |final - initial| and of a changed sign; zeros where none is kept."""
     assert initial is not None
+    if initial.shape != weight.shape:
+        raise BadInputError(
+            f"initial: a weight is {list(initial.shape)} there and {list(weight.shape)} in the ticket; name "
+            "the weights that the tickets began with."
+        )
     if not bool(mask.any()):
         return 0.0, 0.0
     moved = (weight - initial)[mask].abs().double().mean()
@@ -146,8 +194,8 @@ def _together(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "times_chance": total["shared"] / total["chance"] if total["chance"] else None,
         "flips": total["flips"] / total["pairs"] if total["pairs"] else None,
     }
-    if all("moved" in layer for layer in layers):
-        for key in ("moved", "flipped"):
+    for key in ("moved", "flipped", "deviation"):
+        if all(key in layer for layer in layers):
             entry[key] = [
                 sum(layer[key][place] * layer["kept"][place] for layer in layers) / count if count else None
                 for place, count in enumerate(kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,6 +20,7 @@ from hf_prune.preparation import Preparation, check_feasible, prepare
 from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune
 from hf_prune.recipe import Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
+from hf_prune.report.privacy import may_show_samples
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -83,8 +84,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     }
     if evaluation and dense and pruned:
         report["evaluation"] = evaluation.report(dense=dense, pruned=pruned)
-        private = any((report.get(part) or {}).get("private") for part in ("calibration", "evaluation"))
-        if recipe.evaluation.sample_prompts and (recipe.output.publish_samples or not private):
+        if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
             report["samples"] = evaluation.samples(dense=dense, pruned=pruned)
     if distributed.rank() == 0:
         write(ready, model, tokenizer, result, report, watch)

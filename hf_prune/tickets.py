@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_prune.arguments import PruneConfig
-from hf_prune.checkpoint.folder import RECIPE_FILE
+from hf_prune.checkpoint.folder import RECIPE_FILE, beside
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
 from hf_prune.data.windows import default_seq_length
@@ -28,9 +26,20 @@ from hf_prune.plan import make_plan, select_views
 from hf_prune.preparation import check_output
 from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_rounds, plot_sparsity_by_layer
-from hf_prune.training.arguments import TrainRecipe, make_trainer, make_training_arguments
-from hf_prune.training.text import Windows, fresh_config, open_text, train_tokenizer, training_windows
-from hf_prune.training.tickets import Round, TicketSearch
+from hf_prune.report.privacy import may_show_samples
+from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.checkpoints import fingerprint
+from hf_prune.training.rounds import Round
+from hf_prune.training.text import (
+    Windows,
+    describe_training,
+    fresh_config,
+    open_text,
+    train_tokenizer,
+    training_windows,
+)
+from hf_prune.training.tickets import MakeTrainer, TicketSearch
+from hf_prune.training.trainer import make_trainer
 from hf_prune.weights import WeightView
 
 
@@ -44,8 +53,6 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
         BadInputError: something handed over cannot be used; nothing has been written.
         RunError: the training or the verification failed; finished rounds stay.
     """
-    recipe.require("output_dir", "eval_dataset_name")
-    check_output(recipe.output)
     watch = Stopwatch()
     with watch.phase("prepare"):
         ready = prepare_tickets(recipe)
@@ -60,27 +67,23 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
         **environment(),
         "base_model": start.base_model,
         "base_revision": start.revision,
+        "base_license": start.source.license if start.source else None,
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "method": _method(recipe.method),
-        "training": {
-            **start.describe(),
-            "steps": arguments.max_steps if arguments.max_steps > 0 else None,
-            "epochs": None if arguments.max_steps > 0 else arguments.num_train_epochs,
-            "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-            "learning_rate": arguments.learning_rate,
-        },
+        "training": describe_training(start.text, start.windows, arguments),
         **zeros_of(model, result, sum(parameter.numel() for parameter in model.parameters())),
         "tickets": [_summary(found) for found in rounds],
+        "rounds": search.ticket_folder.name,
         "seed": recipe.text.seed,
         "hub_model_id": recipe.output.hub_model_id,
-        "seconds": watch.seconds,
+        # Rounds that were finished before this run took their time as well.
+        "seconds": {**watch.seconds, "train": sum(found.seconds for found in rounds)},
         "command": f"hf-prune train --config {RECIPE_FILE}",
         "evaluation": evaluation.report(dense=_quality(rounds[0]), pruned=_quality(tickets[-1])),
     }
-
-    if recipe.evaluation.sample_prompts:
+    if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
         report["samples"] = evaluation.samples(dense=_quality(rounds[0]), pruned=_quality(tickets[-1]))
     device = torch.device(arguments.device)
 
@@ -125,21 +128,30 @@ def prepare_tickets(recipe: TrainRecipe) -> Prepared:
     Raises:
         BadInputError: something handed over cannot be used; nothing has been written.
     """
+    recipe.require("output_dir", "eval_dataset_name")
+    if recipe.model.dtype not in ("auto", "float32"):
+        raise BadInputError("dtype: weights train in float32; leave the key out, or write bf16: true.")
+    check_output(recipe.output)
     # Before any process group: the arguments bring up the one that training wants.
     make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
     distributed.initialise(recipe.model.device)
     pick_device(recipe.model.device, distributed.local_rank())
     start = Start(recipe)
     evaluation = QualityEvaluation(recipe.evaluation, start.tokenizer, start.config)
-    views = _views(start.make_model(None), recipe.method)
+    views, _ = select_views(start.make_model(None), None, recipe.method.ignore)
+    method = recipe.method
+    assert recipe.output.output_dir is not None
     search = TicketSearch(
         make_model=start.make_model,
         names=[view.parameter_name for view in views],
-        make_trainer=_Trainers(recipe, start.windows),
+        make_trainer=_trainers(recipe, start.windows),
         evaluate=lambda model: _figures(evaluation.measure(cast("PreTrainedModel", model), "evaluating")),
-        config=recipe.method,
-        folder=Path(recipe.method.rounds_folder or f"{recipe.output.output_dir}.rounds").absolute(),
-        fingerprint=_fingerprint(recipe, start.windows),
+        config=method,
+        folder=beside(method.rounds_folder, "")
+        if method.rounds_folder
+        else beside(recipe.output.output_dir, ".rounds"),
+        fingerprint=fingerprint(recipe.decisive, {"windows": start.windows.input_ids}),
+        evaluation=fingerprint(recipe.evaluation.sample_prompts, {"windows": evaluation.windows.input_ids}),
     )
     return Prepared(start, evaluation, views, search)
 
@@ -171,7 +183,7 @@ class Start:
             self.tokenizer = (
                 train_tokenizer(self.text, fresh.vocab_size, length)
                 if fresh.vocab_size
-                else AutoTokenizer.from_pretrained(fresh.tokenizer_name)
+                else load_tokenizer(str(fresh.tokenizer_name), model)
             )
             vocabulary = {
                 "vocab_size": len(self.tokenizer),
@@ -186,34 +198,20 @@ class Start:
         """The model everything begins with, or one with other initial weights."""
         set_seed(self.recipe.text.seed if seed is None else self.recipe.text.seed + seed)
         if self.source is not None:
-            model = load_model(self.source.path, self.recipe.model, torch.device("cpu"), self.revision)
-            return model.train()
+            # Small steps on 16-bit weights would be rounded away.
+            own = replace(self.recipe.model, dtype="float32")
+            return load_model(self.source.path, own, torch.device("cpu"), self.revision).train()
         return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
 
-    def describe(self) -> dict[str, Any]:
-        """The report's words on the training text."""
-        windows, tokens = self.windows.input_ids.shape
-        text = self.text
-        about = {"dataset": text.name, "config": text.config, "split": text.split, "revision": text.revision}
-        return {**about, "private": text.private, "windows": windows, "seq_length": tokens}
 
-
-class _Trainers:
+def _trainers(recipe: TrainRecipe, windows: Windows) -> MakeTrainer:
     """Makes a Trainer for each round; every one of them sees the same batches."""
 
-    def __init__(self, recipe: TrainRecipe, windows: Windows) -> None:
-        self.recipe = recipe
-        self.windows = windows
-
-    def __call__(self, model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
-        recipe = self.recipe
+    def make(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
         arguments = make_training_arguments(recipe.training, output_dir, recipe.text.seed, recipe.model.device)
-        return make_trainer(Trainer, model=model, args=arguments, train_dataset=self.windows, callbacks=callbacks)
+        return make_trainer(Trainer, model=model, args=arguments, train_dataset=windows, callbacks=callbacks)
 
-
-def _views(model: nn.Module, config: LotteryTicketConfig) -> list[WeightView]:
-    views, _ = select_views(model, None, config.ignore)
-    return views
+    return make
 
 
 def _figures(quality: Quality) -> dict[str, Any]:
@@ -254,13 +252,3 @@ def _result(model: nn.Module, views: list[WeightView], config: LotteryTicketConf
     plan.allocation = f"lottery_ticket, {config.importance}"
     live = {view.name: view for view in select_views(model, None, config.ignore)[0]}
     return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in sizes], 0.0)
-
-
-def _fingerprint(recipe: TrainRecipe, windows: Windows) -> str:
-    """Of what decides how the dense training goes."""
-    rest = {"save_steps", "save_strategy", "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "run_name"}
-    training = {key: value for key, value in sorted(recipe.training.items()) if key not in rest}
-    said = [asdict(recipe.fresh), recipe.model.model_name_or_path, recipe.model.revision, recipe.text.seed, training]
-    digest = hashlib.sha256(json.dumps(said, default=str).encode())
-    digest.update(windows.input_ids.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """Tickets made by hand, whose overlap, chance, signs and movement can be counted on paper."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,22 @@ def test_a_ticket_keeps_its_initial_weights_beside_it(three: list[str]) -> None:
     assert compare_tickets(three)["together"]["moved"] == pytest.approx([5 / 4, 8 / 5, 8 / 4])
 
 
+def test_deviation_is_over_the_ends_of_all_rounds(tmp_path: Path) -> None:
+    """A ticket of two rounds, in a folder that its recipe names."""
+    folder = Path(ticket(tmp_path / "a", {"x": torch.tensor([[3.0, 0.0, 4.0]])}))
+    (folder / "hf_prune_recipe.yaml").write_text(f"rounds_folder: {tmp_path / 'shared'}\n")
+    rounds = [{"number": number, "kind": "ticket"} for number in range(3)]
+    rounds.insert(2, {"number": 1, "kind": "random_mask"})
+    (folder / "prune_report.json").write_text(json.dumps({"tickets": rounds, "rounds": "l2-0"}))
+    for number, values in enumerate(([1.0, 2.0, 4.0], [2.0, 0.0, 4.0], [3.0, 0.0, 4.0])):
+        place = tmp_path / "shared" / ("l2-0" if number else "") / f"round-{number:02d}"
+        place.mkdir(parents=True)
+        save_file({"x.weight": torch.tensor([values])}, place / "model.safetensors")
+    whole = compare_tickets([str(folder), str(folder)])["together"]
+    # 1, 2, 3 deviate by sqrt(2 / 3), 4, 4, 4 by nothing; the second weight is not kept.
+    assert whole["deviation"] == pytest.approx([(2 / 3) ** 0.5 / 2] * 2)
+
+
 def test_the_command_writes_what_it_prints(
     three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,11 +92,18 @@ def test_the_command_writes_what_it_prints(
         "comparison.csv",
         "comparison.png",
     }
+    assert main(["compare", *three, "--output_dir", str(tmp_path / "out")]) == 2
+    assert main(["compare", *three, "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir", "false"]) == 2
+    assert main(["compare", *three[:2], "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir"]) == 0
+    assert len(json.loads((tmp_path / "out" / "comparison.json").read_text())["tickets"]) == 2
 
 
 def test_what_cannot_be_compared_is_refused(three: list[str], tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="two folders"):
         compare_tickets(three[:1])
+    save_file({"x.weight": torch.ones(1, 3), "y.weight": torch.ones(2, 2)}, tmp_path / "initial.safetensors")
+    with pytest.raises(BadInputError, match=r"initial: a weight is \[1, 3\] there and \[1, 4\] in the ticket"):
+        compare_tickets(three, str(tmp_path / "initial.safetensors"))
     other = ticket(tmp_path / "other", {"x": torch.ones(1, 5)})
     with pytest.raises(BadInputError, match="compare tickets of one model"):
         compare_tickets([three[0], other])

@@ -24,23 +24,25 @@ if TYPE_CHECKING:
 RECIPE_FILE, PLAN_FILE, REPORT_FILE = "hf_prune_recipe.yaml", "prune_plan.json", "prune_report.json"
 # And of each training behind the pruning, numbered where there are several.
 RECOVERY_FILE = "hf_prune_recovery{}.yaml"
+# What tells a model's folder from any other.
+MODEL_MARK = "config.json"
 logger = logging.getLogger(__name__)
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, mark: str = MODEL_MARK) -> Path:
     """Early check that `path` can become the output folder; nothing is created.
 
     Returns the absolute path with symbolic links followed. An empty folder may always be filled. With `overwrite` a
-    folder that holds a config.json may be replaced, and no other: a mistyped output_dir must not cost a home.
+    folder that holds the file `mark` may be replaced, and no other: a mistyped output_dir must not cost a home.
 
     Raises BadInputError where `path` is a file, is in the way, cannot be replaced, or where its parent is not writable.
     """
     target = Path(path).expanduser().resolve()
     if target.exists():
-        _check_replaceable(target, overwrite)
+        _check_replaceable(target, overwrite, mark)
     parent = next(folder for folder in target.parents if folder.exists())
     try:
         # Trying is the only reliable question: os.access knows nothing of quotas and says yes to root too often.
@@ -53,7 +55,7 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False) -
     return target
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def _check_replaceable(target: Path, overwrite: bool, mark: str) -> None:
     if not target.is_dir():
         raise BadInputError(f"output_dir: {target} is a file; name a folder.")
     if target.is_mount() or target == Path.home() or Path.cwd().is_relative_to(target):
@@ -68,9 +70,10 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
             f"output_dir: {target} exists and is not empty; "
             "choose another folder or set overwrite_output_dir to replace it."
         )
-    if not (target / "config.json").is_file():
+    if not (target / mark).is_file():
+        kind = "is no model folder" if mark == MODEL_MARK else "is none of these"
         raise BadInputError(
-            f"output_dir: {target} holds no config.json, so it is no model folder and is not replaced "
+            f"output_dir: {target} holds no {mark}, so it {kind} and is not replaced "
             "even with overwrite_output_dir; choose another folder."
         )
 
@@ -87,7 +90,7 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def output_folder(path: str | os.PathLike[str], overwrite: bool = False, mark: str = MODEL_MARK) -> Iterator[Path]:
     """Yield an empty temporary sibling of `path`, and give it the name `path` once the body has succeeded.
 
     On any exception, an interrupt included, the temporary folder is removed and what stood at `path` still stands.
@@ -95,24 +98,41 @@ def output_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
 
     Raises BadInputError as `check_output_folder` does or where writing is forbidden, RunError where the disk is full.
     """
-    target = check_output_folder(path, overwrite)
+    target = check_output_folder(path, overwrite, mark)
     for leftover in target.parent.glob(f".{target.name}.partial-*"):
         logger.warning("%s belongs to a run that is still busy or was killed; delete it if none is running", leftover)
     # Not mkdtemp: its mode is 0700, and a plain mkdir lets the kernel apply the umask.
     partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _settle(partial)
-        check_output_folder(target, overwrite)
-        _put_in_place(partial, target)
+        with explained_disk_errors(partial, target):
+            partial.mkdir(parents=True)
+            yield partial
+            _settle(partial)
+            check_output_folder(target, overwrite, mark)
+            _put_in_place(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def explained_disk_errors(partial: Path, target: Path) -> Iterator[None]:
+    """One sentence for what the disk refuses while `partial` is filled, which is to become `target`.
+
+    Raises BadInputError where writing is forbidden, RunError where the disk is full.
+    """
+    try:
+        yield
     except Exception as error:
         translated = _disk_error(error, partial, target)
         if translated is None:
             raise
         raise translated from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def beside(path: str | os.PathLike[str], suffix: str) -> Path:
+    """The folder that stands beside an output folder under its name with a suffix: `out` -> `/absolute/out.rounds`."""
+    target = Path(path).expanduser().resolve()
+    return target.with_name(target.name + suffix)
 
 
 def _settle(folder: Path) -> None:

@@ -88,7 +88,7 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
 
     Memory stays bounded by a chunk of one tensor. Raises BadInputError where there is no such folder or a broken one.
     """
-    folder = _local_folder(path_or_id, revision)
+    folder = local_folder(path_or_id, revision)
     kinds, ignored = _layer_kinds(folder)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
@@ -169,7 +169,7 @@ def _tensor_names(shard: Path) -> set[str]:
         ) from None
 
 
-def _local_folder(path_or_id: str | os.PathLike[str], revision: str | None) -> Path:
+def local_folder(path_or_id: str | os.PathLike[str], revision: str | None) -> Path:
     path = Path(path_or_id)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)):
         return path  # check_safetensors says what is wrong with it

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 from hf_prune.cli.arguments import console, take_flags, take_text
+from hf_prune.fields import coerce
 from hf_prune.recipe import parse_flags
+
+MARK = "comparison.json"
 
 
 def help_text() -> str:
@@ -21,7 +24,7 @@ def main(arguments: list[str]) -> None:
     count = next((place for place, word in enumerate(arguments) if word.startswith("--")), len(arguments))
     folders, flags = arguments[:count], parse_flags(arguments[count:])
     take_flags(flags, "initial", "output_dir", "overwrite_output_dir")
-    overwrite = bool(flags.pop("overwrite_output_dir", False))
+    overwrite = coerce("overwrite_output_dir", flags.pop("overwrite_output_dir", False), bool)
     initial, output_dir = take_text(flags, "initial"), take_text(flags, "output_dir")
     import pandas
 
@@ -31,11 +34,11 @@ def main(arguments: list[str]) -> None:
     from hf_prune.report.tables import comparison_table
 
     if output_dir:
-        check_output_folder(output_dir, overwrite)
+        check_output_folder(output_dir, overwrite, MARK)
     comparison = compare_tickets(folders, initial)
     console().print(comparison_table(comparison))
     if output_dir:
-        with output_folder(output_dir, overwrite) as folder:
-            (folder / "comparison.json").write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
+        with output_folder(output_dir, overwrite, MARK) as folder:
+            (folder / MARK).write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
             pandas.DataFrame(comparison["layers"]).to_csv(folder / "comparison.csv", index=False)
             plot_comparison(comparison, folder / "comparison.png")

@@ -13,7 +13,9 @@ def help_text() -> str:
     from hf_prune.training.arguments import training_help
     from hf_prune.training.recovery import RecoveryConfig
 
-    return training_help("recover FOLDER", "Train a pruned model; every zero stays a zero.", RecoveryConfig)
+    return training_help(
+        "recover FOLDER", "Train a pruned model; every zero stays a zero.", RecoveryConfig, fresh=False
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -24,6 +26,11 @@ def main(arguments: list[str]) -> int:
 
     recipe = make_train_recipe(values, RecoveryConfig, text)
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
+        from hf_prune.recovery import prepare_recovery
+
+        # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
+        quiet_libraries()
+        prepare_recovery(folder, recipe)
         return relaunch(recipe.model.num_processes, ["recover", *arguments])
     from hf_prune.recovery import recover
     from hf_prune.report import tables

@@ -13,7 +13,7 @@ def help_text() -> str:
     from hf_prune.methods.lottery_ticket import LotteryTicketConfig
     from hf_prune.training.arguments import training_help
 
-    return training_help("train", "Prune a model while it trains, round by round.", LotteryTicketConfig)
+    return training_help("train", "Prune a model while it trains, round by round.", LotteryTicketConfig, fresh=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -24,6 +24,11 @@ def main(arguments: list[str]) -> int:
 
     recipe = make_train_recipe(values, LotteryTicketConfig, text)
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
+        from hf_prune.tickets import prepare_tickets
+
+        # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
+        quiet_libraries()
+        prepare_tickets(recipe)
         return relaunch(recipe.model.num_processes, ["train", *arguments])
     from hf_prune.report import tables
     from hf_prune.report.findings import next_step

@@ -72,7 +72,8 @@ class QualityEvaluation:
         samples: list[dict[str, str]] = []
         if distributed.rank() == 0 and self.arguments.sample_prompts:
             samples = generate_samples({"text": model}, self.tokenizer, self.arguments.sample_prompts)
-        return Quality(nll, [sample["text"] for sample in samples], seconds)
+        continuations = distributed.gather([sample["text"] for sample in samples])[0]
+        return Quality(nll, continuations, seconds)
 
     def report(self, **models: Quality) -> dict[str, Any]:
         """The report's `evaluation` entry; with `dense` and `pruned` also the change between them."""

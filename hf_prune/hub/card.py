@@ -22,6 +22,7 @@ from hf_prune.report.figures import dig, efficiency_rows, number, quality_rows, 
 from hf_prune.report.markdown import code, escape, fence, one_line
 from hf_prune.report.privacy import (
     hidden_keys,
+    last_recipe,
     may_show_samples,
     parsed_recipe,
     public_command,
@@ -74,16 +75,22 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
         "measured": [text for text in (findings.protocol(report), _conditions(report)) if text],
         "plots": [(plot, caption) for plot, caption in PLOTS.items() if (folder / plot).is_file()],
         "gained": findings.gained(report),
-        "loading": fence(_loading(recipe.get("hub_model_id")), "python"),
+        "loading": fence(_loading(report.get("hub_model_id")), "python"),
         "making": _making(report, recipe),
         "command": fence(public_command(report.get("command"), hidden_keys(report, recipe)), "bash"),
         "recipe": fence(recipe_shown, "yaml"),
         "recipe_heading": "The recipe, `hf_prune_recipe.yaml`"
-        + (", as it was run:" if verbatim else ", without its comments and without what describes private text:"),
+        + (
+            ", as it was run:"
+            if verbatim
+            else ", without its comments and without what describes private text or this machine's folders:"
+        ),
         "later_recipes": _later_recipes(folder, report),
         "limitations": findings.limitations(report),
         "checks": _checks(report),
-        "samples": _samples(report) if may_show_samples(report, recipe) else [],
+        "samples": _samples(report)
+        if may_show_samples(report, parsed_recipe(last_recipe(folder, report, recipe_text)))
+        else [],
         "citation": fence(dig(report, "method", "citation"), "bibtex"),
         "versions": ", ".join(escape(f"{name} {version}") for name, version in versions.items() if version),
     }

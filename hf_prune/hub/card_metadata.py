@@ -30,11 +30,18 @@ def card_data(report: dict[str, Any], recipe: dict[str, Any]) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[tag for tag in ("hf_prune", "pruning", *kind, method, pattern) if tag],
-        datasets=[name] if (name := _hub_dataset(report.get("calibration"))) else None,
+        datasets=_hub_datasets(report) or None,
         metrics=[result.metric_type for result in results] or None,
         model_name=findings.repo_name(report) if results else None,
         eval_results=results or None,
     )
+
+
+def _hub_datasets(report: dict[str, Any]) -> list[str]:
+    """What the model was calibrated or trained on, as far as it lies on the Hub."""
+    used = [report.get("calibration"), report.get("training")]
+    used += [recovery.get("training") for recovery in report.get("recoveries") or []]
+    return list(dict.fromkeys(name for text in used if (name := _hub_dataset(text))))
 
 
 def eval_result_entries(report: dict[str, Any]) -> list[EvalResultEntry]:

@@ -17,14 +17,20 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_prune.checkpoint.folder import RECIPE_FILE, RECOVERY_FILE, REPORT_FILE
 from hf_prune.errors import BadInputError, HfPruneError, RunError
-from hf_prune.report.privacy import public_recipe, public_report, recovery_report
+from hf_prune.report.privacy import last_recipe, public_recipe, public_report, recovery_report
 
 logger = logging.getLogger(__name__)
 
 HOW_TO_LOG_IN = "run `hf auth login` or set HF_TOKEN to a token with write permission"
 HIDDEN_BUT_PUBLISHED = ".eval_results"
 # A repeated push replaces what the tool wrote before; a stale shard beside a new one would be loaded in its place.
-OUR_FILES = ["model*.safetensors", "model*.safetensors.index.json", "plots/*.png", ".eval_results/*.yaml"]
+OUR_FILES = [
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "plots/*.png",
+    ".eval_results/*.yaml",
+    RECOVERY_FILE.format("*"),
+]
 # Weights do not carry pasted tokens and are large; everything smaller than this is searched before it is sent.
 SEARCHED_BYTES = 16 * 1024**2
 
@@ -89,7 +95,6 @@ def public_copy(folder: Path, paths: list[str]) -> Iterator[Path]:
     if recipe is None or report is None:
         yield folder
         return
-    recipe_text = recipe.read_text(encoding="utf-8")
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
     except ValueError:
@@ -108,7 +113,12 @@ def public_copy(folder: Path, paths: list[str]) -> Iterator[Path]:
                 own = (folder / name).read_text(encoding="utf-8")
                 text, verbatim = public_recipe(about, own)
                 Path(place, name).write_text(own if verbatim else text + "\n", encoding="utf-8")
-        public = json.dumps(public_report(content, recipe_text), indent=1) + "\n"
+        public = (
+            json.dumps(
+                public_report(content, last_recipe(folder, content, recipe.read_text(encoding="utf-8"))), indent=1
+            )
+            + "\n"
+        )
         Path(place, REPORT_FILE).write_text(public, encoding="utf-8")
         yield Path(place)
 

@@ -133,7 +133,7 @@ MEASURES = {
 def next_masks(
     weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], importance: str, kept: float, floor: float
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The masks of the next round, and the layers that the floor held.
+    """The masks of the next round, and the layers that keep more than their scores would have kept, by the floor.
 
     The `round(kept x all)` best scores of all layers together stay, exactly; of equal ones those of the earlier layer.
 
@@ -148,30 +148,38 @@ def next_masks(
         BadInputError: a weight is NaN.
     """
     alive: dict[str, Tensor] = {}
-    scores = []
+    scores, wanted = [], []
     for name, weight in weights.items():
         alive[name] = masks[name].reshape(-1).nonzero().squeeze(1)
         magnitudes = weight.detach().reshape(-1)[alive[name]].abs().double()
         if bool(magnitudes.isnan().any()):
             raise BadInputError(f"{name}: holds NaN, so that its weights have no order; lower learning_rate.")
         own = MEASURES[importance](magnitudes) if len(magnitudes) else magnitudes
+        wanted.append(own)
         least = _least(masks[name], floor)
         if least:
             # What the floor keeps comes before everything else.
             own = own.index_fill(0, magnitudes.argsort(descending=True, stable=True)[:least], math.inf)
         scores.append(own)
-    together = torch.cat(scores)
-    count = min(round(kept * sum(mask.numel() for mask in masks.values())), len(together))
-    stays = torch.zeros(len(together), dtype=torch.bool)
-    stays[together.argsort(descending=True, stable=True)[:count]] = True
+    count = round(kept * sum(mask.numel() for mask in masks.values()))
+    stays = _largest(scores, count)
+    without_floor = _largest(wanted, count) if floor else stays
     result, held = {}, []
-    for (name, places), own in zip(alive.items(), stays.split([len(own) for own in scores]), strict=True):
+    for (name, places), own, free in zip(alive.items(), stays, without_floor, strict=True):
         mask = torch.zeros(masks[name].numel(), dtype=torch.bool)
         mask[places[own]] = True
         result[name] = mask.reshape(masks[name].shape)
-        if floor and int(mask.sum()) <= _least(masks[name], floor):
+        if int(own.sum()) > int(free.sum()):
             held.append(name)
     return result, held
+
+
+def _largest(scores: list[Tensor], count: int) -> tuple[Tensor, ...]:
+    """Where the largest `count` of all scores together are, by list entry."""
+    together = torch.cat(scores)
+    stays = torch.zeros(len(together), dtype=torch.bool)
+    stays[together.argsort(descending=True, stable=True)[:count]] = True
+    return stays.split([len(own) for own in scores])
 
 
 def _least(mask: Tensor, floor: float) -> int:

@@ -5,8 +5,10 @@ A text is private unless the report marks it public; its name, the recipe keys a
 """
 
 import shlex
+from pathlib import Path
 from typing import Any
 
+from hf_prune.checkpoint.folder import RECOVERY_FILE
 from hf_prune.errors import BadInputError
 from hf_prune.recipe import dump_yaml, parse_yaml
 from hf_prune.report.markdown import code
@@ -24,6 +26,16 @@ TEXT_KEYS = {
     ),
 }
 """The recipe keys, also flags, that describe a text: their values are not published where that text is private."""
+PLACE_KEYS = (
+    "model_name_or_path",
+    "base_model",
+    "tokenizer_name",
+    "output_dir",
+    "rounds_folder",
+    "statistics_folder",
+    "logging_dir",
+)
+"""The recipe keys that may name a folder of the machine."""
 
 
 def is_private(text: Any) -> bool:
@@ -46,6 +58,21 @@ def text_name(text: Any) -> str | None:
 def _text(report: dict[str, Any], part: str) -> Any:
     """The text that a recipe's keys describe: where there was no calibration, they named what was trained on."""
     return report.get(part) or (report.get("training") if part == "calibration" else None)
+
+
+def _texts(report: dict[str, Any]) -> list[Any]:
+    """Every text that went into a model: prompts may be answered with any of them."""
+    later = [recovery.get("training") for recovery in report.get("recoveries") or []]
+    return [*(_text(report, part) for part in TEXT_KEYS), *later]
+
+
+def last_recipe(folder: Path, report: dict[str, Any], recipe_text: str) -> str:
+    """The recipe of the run that wrote the folder: the last recovery's, else the pruning's, which is handed over."""
+    count = len(report.get("recoveries") or [])
+    if not count:
+        return recipe_text
+    file = folder / RECOVERY_FILE.format("" if count == 1 else count)
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def recovery_report(report: dict[str, Any], recovery: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +102,7 @@ def may_show_samples(report: dict[str, Any], recipe: dict[str, Any]) -> bool:
     """Whether prompts and generations may be published: every text that was used is public, or the user said so."""
     # A flag reaches the saved recipe as text.
     agreed = str(recipe.get("publish_samples")).lower() in ("true", "yes")
-    return agreed or not any(is_private(_text(report, part)) for part in TEXT_KEYS)
+    return agreed or not any(is_private(text) for text in _texts(report))
 
 
 def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
@@ -86,14 +113,22 @@ def public_recipe(report: dict[str, Any], recipe_text: str) -> tuple[str, bool]:
     recipe = parsed_recipe(recipe_text)
     hidden = hidden_keys(report, recipe)
     used_private = any(is_private(_text(report, part)) for part in TEXT_KEYS)
-    if not used_private and not any(recipe.get(key) for key in hidden):
+    shown = {key: _without_place(key, value) for key, value in recipe.items()}
+    if not used_private and shown == recipe and not any(recipe.get(key) for key in hidden):
         return recipe_text.strip("\n"), True
-    shown = {key: HIDDEN if key in hidden and value is not None else value for key, value in recipe.items()}
+    shown = {key: HIDDEN if key in hidden and value is not None else value for key, value in shown.items()}
     return (dump_yaml(shown).strip() if shown else ""), False
 
 
+def _without_place(key: str, value: Any) -> Any:
+    """A folder of this machine by its own name alone."""
+    if key in PLACE_KEYS and isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+        return Path(value).name
+    return value
+
+
 def public_report(report: dict[str, Any], recipe_text: str) -> dict[str, Any]:
-    """The report as it may be published: private texts unnamed, samples only where they may be shown."""
+    """The report as it may be published: private texts unnamed, samples where the recipe that made them lets them."""
     public = _without_names(report, *TEXT_KEYS, "training")
     if report.get("recoveries"):
         public["recoveries"] = [_without_options(_without_names(own, "training")) for own in report["recoveries"]]

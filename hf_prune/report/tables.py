@@ -160,6 +160,9 @@ def comparison_table(comparison: dict[str, Any]) -> RenderableType:
                     f"{one_line(name)}: kept weights have moved by {moved:.4g} on average since the initial ones, and "
                     f"{percent(flipped)} have changed their sign"
                 )
+    for name, deviation in zip(comparison["tickets"], whole.get("deviation") or [], strict=False):
+        if deviation is not None:
+            lines.append(f"{one_line(name)}: over the ends of its rounds they deviate by {deviation:.4g} on average")
     return Group(table, *(Text(line) for line in lines))
 
 

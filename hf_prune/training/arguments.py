@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_prune.arguments import EvaluationArguments, ModelArguments, OutputArguments
+from hf_prune.checkpoint.load import pick_device
 from hf_prune.errors import BadInputError
 from hf_prune.fields import coerce, field_lines, field_types, fill, unknown_key
 from hf_prune.recipe import dump_yaml
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
 Section = TypeVar("Section")
 
@@ -33,6 +34,8 @@ class FreshModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.vocab_size is not None and self.tokenizer_name is not None:
+            raise BadInputError("tokenizer_name: vocab_size trains a tokenizer; keep one of the two.")
         if self.vocab_size is not None and self.vocab_size < 257:
             raise BadInputError(f"vocab_size: {self.vocab_size} is too small; 256 are bytes, and one ends a text.")
 
@@ -76,6 +79,29 @@ class TrainRecipe:
             if not any(getattr(part, key, None) for part in vars(self).values()):
                 raise BadInputError(f"{key}: the recipe does not say; add the key or the flag --{key}.")
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What decides how its training goes, as far as keys say it: text and weights are looked at themselves."""
+        rest = (
+            "save_steps",
+            "save_strategy",
+            "save_total_limit",
+            "logging_steps",
+            "report_to",
+            "disable_tqdm",
+            "run_name",
+        )
+        return {
+            "seed": self.text.seed,
+            "training": {key: value for key, value in sorted(self.training.items()) if key not in rest},
+        }
+
+    def refuse(self, why: str, *keys: str) -> None:
+        """Raise BadInputError for the first of `keys` that has a value."""
+        for key in keys:
+            if any(getattr(part, key, None) for part in vars(self).values()):
+                raise BadInputError(f"{key}: {why}; leave the key out.")
+
 
 # What a recipe says in hf_prune's own words, or never should.
 _OURS = {
@@ -91,7 +117,14 @@ _OURS = {
     "use_cpu",
     "local_rank",
 }
-_REFUSED = {"hub_token": "log in with `hf auth login` instead; a recipe is published with the model"}
+_REFUSED = {
+    "hub_token": "log in with `hf auth login` instead; a recipe is published with the model",
+    "save_only_model": "a training that was cut goes on from its optimizer's state as well; leave the key out",
+    "ignore_data_skip": "a training that was cut goes on where it was in its text; leave the key out",
+    "eval_strategy": "the evaluation is before and behind the training; leave the key out",
+    "eval_on_start": "the evaluation is before and behind the training; leave the key out",
+    "load_best_model_at_end": "what is kept is the end of the training; leave the key out",
+}
 
 
 def make_train_recipe(values: Mapping[str, Any], method: type, text: str | None = None) -> TrainRecipe:
@@ -116,7 +149,7 @@ def make_train_recipe(values: Mapping[str, Any], method: type, text: str | None 
     known = _training_types()
     options = {}
     for key, value in rest.items():
-        if key in _REFUSED:
+        if key in _REFUSED and value not in (False, "no"):
             raise BadInputError(f"{key}: {_REFUSED[key]}.")
         if key not in known:
             raise unknown_key(key, [*known, *(name for section in sections.values() for name in field_types(section))])
@@ -147,10 +180,17 @@ def make_training_arguments(
     """TrainingArguments with our defaults below the recipe's keys: one checkpoint kept, quiet where we are.
 
     Raises:
-        BadInputError: transformers refuses a value.
+        BadInputError: transformers refuses a value, or the device is not there or is named by its number.
     """
     from transformers import TrainingArguments
+    from transformers.training_args import ParallelMode
 
+    if ":" in device:
+        raise BadInputError(
+            f"device: {device} names one of several, and a training takes the first that it sees; write "
+            f"device: {device.partition(':')[0]} and choose it by CUDA_VISIBLE_DEVICES."
+        )
+    device = pick_device(device, int(os.environ.get("LOCAL_RANK", "0"))).type
     defaults = {
         "save_total_limit": 1,
         "logging_steps": 10,
@@ -160,31 +200,26 @@ def make_training_arguments(
         "dataloader_pin_memory": device != "cpu",
     }
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **{**defaults, **options}, output_dir=str(Path(output_dir)), seed=seed, use_cpu=device == "cpu"
         )
     except (ValueError, TypeError, ImportError) as error:
         text = " ".join(str(error).split())[:300].rstrip(".")
         raise BadInputError(f"training: transformers' TrainingArguments refuses these keys ({text}).") from None
+    if arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+        # Otherwise a machine with several GPUs would get torch's DataParallel, which masks know nothing of.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
-def training_help(verb: str, text: str, method: type) -> str:
-    """Usage of a verb that trains, from the dataclasses themselves."""
+def training_help(verb: str, text: str, method: type, *, fresh: bool) -> str:
+    """Usage of a verb that trains, from the dataclasses themselves; `fresh`: it may begin with random weights."""
     lines = [f"usage: hf-prune {verb} --config RECIPE.yaml [--key value ...]", "", text, ""]
     lines.append("Keys of a recipe and flags of the same names (a flag wins):")
-    sections: list[tuple[str, type]] = [("model", ModelArguments), ("fresh model", FreshModelArguments)]
+    sections: list[tuple[str, type]] = [("model", ModelArguments)]
+    sections += [("fresh model", FreshModelArguments)] if fresh else []
     sections += [("text", TrainingTextArguments), ("evaluation", EvaluationArguments), ("output", OutputArguments)]
     for title, section in [*sections, ("method", method)]:
         lines += ["", f"{title}:", *field_lines(section)]
     lines += ["", "Every key of transformers' TrainingArguments is one too: learning_rate, max_steps, report_to, ..."]
     return "\n".join(lines) + "\n"
-
-
-def make_trainer(kind: type[Trainer], **arguments: Any) -> Trainer:
-    """A Trainer that prints nothing where hf_prune is told to be quiet."""
-    from transformers import PrinterCallback
-
-    trainer = kind(**arguments)
-    if os.environ.get("HF_PRUNE_QUIET"):
-        trainer.remove_callback(PrinterCallback)
-    return trainer

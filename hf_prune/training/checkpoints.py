@@ -1,33 +1,92 @@
-"""The Trainer's checkpoints: which one to go on from, and what stays where the loss is no number."""
+"""The Trainer's checkpoints: whose they are, which one to go on from, and what stays where the loss is no number."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_prune.errors import RunError
+from hf_prune.engine import distributed
+from hf_prune.errors import BadInputError, RunError
+
+IDENTITY = "run.json"
+
+
+def fingerprint(said: Any, tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of what can be written as JSON and of tensors, bit for bit."""
+    digest = hashlib.sha256(json.dumps(said, default=str, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def claim(folder: Path, identity: Mapping[str, Any], trained: bool) -> None:
+    """Write down what trains in `folder`, or refuse: another training's checkpoints must not be gone on from.
+
+    Args:
+        identity: everything that decides how the training goes.
+        trained: the folder holds something worth keeping; where it does not, another training may have it.
+
+    Raises:
+        BadInputError: another training has left its checkpoints there.
+    """
+    file = folder / IDENTITY
+    before = file.read_text(encoding="utf-8") if file.is_file() else None
+    # Nobody writes before everybody has read.
+    distributed.barrier()
+    text = json.dumps(identity, indent=1) + "\n"
+    if before != text and trained:
+        raise BadInputError(
+            f"output_dir: {folder} holds a training of another model, text or recipe; choose another output_dir or "
+            "remove that folder."
+        )
+    if before != text and distributed.rank() == 0:
+        write_whole(file, text)
+    distributed.barrier()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest whole checkpoint in a folder: a run may have been killed while it wrote one."""
-    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if _is_whole(path)}
+    steps = {step_of(path): path for path in folder.glob("checkpoint-*") if _is_whole(path)}
     return steps[max(steps)] if steps else None
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step behind which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def _is_whole(checkpoint: Path) -> bool:
-    # The Trainer writes this file last.
+    # The main process writes its state last; the others write theirs when they get there.
+    world = distributed.world_size()
+    random = [f"rng_state_{rank}.pth" for rank in range(world)] if world > 1 else ["rng_state.pth"]
     try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return "global_step" in state and all((checkpoint / name).is_file() for name in random)
 
 
 class StopAtNaN(TrainerCallback):
-    """Raises RunError at the first logged loss that is not finite.
+    """Raises RunError at the first logged loss that is not finite, and before a checkpoint of such weights is written.
 
     Args:
         where: what the message says of the training.
@@ -41,8 +100,74 @@ class StopAtNaN(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = (kwargs.get("logs") or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
-            last = last_checkpoint(self.folder)
-            kept = f"; {last.name} before it is kept in {self.folder}" if last else ""
-            raise RunError(
-                f"{self.where}: the loss is {float(loss)} at step {state.global_step}{kept}; lower learning_rate."
+            raise self._error(f"the loss is {float(loss)} at step {state.global_step}")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            self.check(kwargs["model"], f"at step {state.global_step}")
+
+    def check(self, model: nn.Module, when: str) -> None:
+        """Raise RunError for the first parameter that holds something else than finite numbers."""
+        for name, parameter in model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise self._error(f"{name} is not finite {when}")
+
+    def _error(self, what: str) -> RunError:
+        last = last_checkpoint(self.folder)
+        kept = f"; {last.name} before it is kept in {self.folder}" if last else ""
+        return RunError(f"{self.where}: {what}{kept}; lower learning_rate and choose another output_dir.")
+
+
+class KeepCheckpoint(TrainerCallback):
+    """Copies the Trainer's checkpoint of one step to a folder: weights, optimizer, schedule and random state.
+
+    Raises:
+        BadInputError: the training ends at that step or before, which is known when it begins.
+    """
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step = step
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.step and self.step >= state.max_steps:
+            raise BadInputError(
+                f"rewind_step: {self.step} is past the end of the training, which takes {state.max_steps} steps; "
+                "lower it or train longer."
             )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            assert args.output_dir is not None
+            self.keep(Path(args.output_dir) / f"checkpoint-{self.step}")
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copy, once every process has written its part."""
+        distributed.barrier()
+        if distributed.rank() == 0 and not self.folder.is_dir():
+            part = self.folder.with_name(f"{self.folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(checkpoint, part)
+            part.rename(self.folder)
+        distributed.barrier()
+
+    def go_on_from(self, checkpoints: Path) -> Path | None:
+        """The checkpoint to go on from: none behind the step whose own was lost when the run was killed."""
+        last = last_checkpoint(checkpoints)
+        if last is None or not self.step or self.folder.is_dir() or step_of(last) < self.step:
+            return last
+        if step_of(last) == self.step:
+            self.keep(last)
+            return last
+        distributed.barrier()
+        if distributed.rank() == 0:
+            # The Trainer would take the new, earlier ones for the oldest and remove those.
+            shutil.rmtree(checkpoints)
+        distributed.barrier()
+        return None

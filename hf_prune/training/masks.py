@@ -39,15 +39,9 @@ class MaskHolder:
         """
         self.detach()
         parameters = dict(model.named_parameters())
+        check_fit(parameters, self.masks)
         for name, mask in self.masks.items():
-            if name not in parameters:
-                raise BadInputError(f"masks: the model has no parameter {name}; these masks belong to another model.")
             parameter = parameters[name]
-            if parameter.shape != mask.shape:
-                raise BadInputError(
-                    f"masks: {name} is {list(parameter.shape)} and its mask {list(mask.shape)}; these masks belong to "
-                    "another model."
-                )
             own = _like(mask, parameter)
             self._held[name] = (parameter, own)
             if parameter.requires_grad and not isinstance(parameter, DTensor):
@@ -68,15 +62,32 @@ class MaskHolder:
     def check(self) -> None:
         """Raise RunError for the first parameter that has a weight where its mask has none, or one that is NaN."""
         for name, (parameter, mask) in self._held.items():
-            # NaN times zero is NaN: a masked weight that is no number must not pass for a zero.
-            if bool((parameter.masked_fill(mask, 0) != 0).any()):
-                raise RunError(f"{name}: training brought pruned weights back; nothing was saved, please report this.")
+            check_zeros(name, parameter, mask)
 
     def detach(self) -> None:
         """Leave model and optimizer alone from now on."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._held = [], {}
+
+
+def check_fit(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Raise BadInputError for the first mask without a parameter of its name and shape."""
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise BadInputError(f"masks: the model has no parameter {name}; these masks belong to another model.")
+        if parameters[name].shape != mask.shape:
+            raise BadInputError(
+                f"masks: {name} is {list(parameters[name].shape)} and its mask {list(mask.shape)}; these masks belong "
+                "to another model."
+            )
+
+
+def check_zeros(name: str, weight: Tensor, mask: Tensor) -> None:
+    """Raise RunError where a weight is not zero outside its mask, which is on its device."""
+    # NaN times zero is NaN: a masked weight that is no number must not pass for a zero.
+    if bool((weight.detach().masked_fill(mask, 0) != 0).any()):
+        raise RunError(f"{name}: training brought pruned weights back; nothing was saved, please report this.")
 
 
 def _masked_by(mask: Tensor) -> Callable[[Tensor], Tensor]:

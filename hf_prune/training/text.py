@@ -5,18 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from hf_prune.data.text import TextData, load_text
 from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError
+from hf_prune.recipe import parse_yaml
 from hf_prune.training.arguments import TrainingTextArguments
 
 END_OF_TEXT = "<|endoftext|>"
+
+
+def describe_training(
+    text: TextData, windows: Windows, arguments: TrainingArguments, steps: int | None = None
+) -> dict[str, Any]:
+    """A report's words on a training: its text, and as many steps as it took or as were asked for."""
+    asked = arguments.max_steps if arguments.max_steps > 0 else None
+    count, length = windows.input_ids.shape
+    return {
+        "dataset": text.name,
+        "config": text.config,
+        "split": text.split,
+        "revision": text.revision,
+        "private": text.private,
+        "windows": count,
+        "seq_length": length,
+        "steps": steps or asked,
+        "epochs": None if steps or asked else arguments.num_train_epochs,
+        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "learning_rate": arguments.learning_rate,
+    }
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -92,18 +119,19 @@ def fresh_config(model_type: str, overrides: str | None, more: Mapping[str, Any]
         known = AutoConfig.for_model(model_type)
     except (ValueError, KeyError):
         raise BadInputError(f"model_type: {model_type!r} is no architecture of transformers; llama is one.") from None
+    keys = known.to_dict()
     values: dict[str, Any] = {}
     for item in (overrides or "").split(","):
         key, equals, text = item.strip().partition("=")
         if not key:
             continue
-        if not equals or not hasattr(known, key):
+        if not equals or key not in keys:
             raise BadInputError(
                 f"config_overrides: {item.strip()!r} sets no key of {type(known).__name__}; write hidden_size=64,..."
             )
         if key in more:
             raise BadInputError(f"config_overrides: {key} follows from the tokenizer; leave it out.")
-        values[key] = yaml.safe_load(text)
+        values[key] = parse_yaml(f"{key}: {text}", "config_overrides")[key]
     try:
         return AutoConfig.for_model(model_type, **values, **more)
     except Exception as error:  # configs check themselves and raise what they like

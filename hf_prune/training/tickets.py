@@ -1,5 +1,6 @@
 """Iterative pruning with rewinding: rounds of training through a transformers Trainer, each kept in a folder.
 
+    FOLDER/run.json                  what decides how the dense training goes
     FOLDER/initial.safetensors       the weights that everything began with
     FOLDER/rewind/                   the Trainer's checkpoint at the rewind step
     FOLDER/round-00/                 the dense training, shared by all measures
@@ -11,64 +12,33 @@ which the next run goes on.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks, random_masks
 from hf_prune.progress import progress
-from hf_prune.training.checkpoints import StopAtNaN, last_checkpoint
+from hf_prune.training.checkpoints import IDENTITY, KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
+from hf_prune.training.rounds import WEIGHTS, Round, keep_result, keep_round, load_weights, read_round, save_weights
+from hf_prune.training.trainer import only_weights_change, train
 
-WEIGHTS, MASKS, RESULT, CHECKPOINTS = "model.safetensors", "masks.safetensors", "round.json", "checkpoints"
+INITIAL, CHECKPOINTS = "initial.safetensors", "checkpoints"
 
 
 class MakeTrainer(Protocol):
     """A Trainer for a model, its checkpoints below a folder; the same seed makes the same batches every time."""
 
     def __call__(self, model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer: ...
-
-
-@dataclass
-class Round:
-    """One training and what came of it.
-
-    Attributes:
-        number: of the round; 0 is the dense training.
-        kind: `ticket`, or the control that it is.
-        kept: weights left, of `total`.
-        collapsed: layers without any weight left.
-        held: layers that the floor held.
-        layers: weights left by layer.
-        metrics: what the evaluation said of the trained model.
-    """
-
-    number: int
-    kind: str
-    kept: int
-    total: int
-    layers: dict[str, int]
-    collapsed: list[str] = field(default_factory=list)
-    held: list[str] = field(default_factory=list)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the weights that are gone."""
-        return 1 - self.kept / self.total
 
 
 @dataclass
@@ -82,7 +52,8 @@ class TicketSearch:
         evaluate: what is worth knowing of a trained module.
         config: rounds, measure, rewinding, floor, controls.
         folder: where rounds are kept; a second run with the same arguments goes on where the first was cut.
-        fingerprint: of everything else that decides how a training goes; a folder of another one is refused.
+        fingerprint: of the text and the recipe of the training; a folder of another one is refused.
+        evaluation: fingerprint of the evaluation; rounds that another one has measured are measured again.
     """
 
     make_model: Callable[[int | None], nn.Module]
@@ -92,6 +63,7 @@ class TicketSearch:
     config: LotteryTicketConfig
     folder: Path
     fingerprint: str = ""
+    evaluation: str = ""
 
     def run(self) -> tuple[nn.Module, list[Round]]:
         """The module with the last ticket's trained weights, and every round in order, controls behind their ticket.
@@ -100,61 +72,53 @@ class TicketSearch:
             BadInputError: the folder belongs to another run, the masks do not fit, the rewind step is past the end.
             RunError: the loss is not a number, or a layer has collapsed and `on_collapse` is `stop`.
         """
-        self._claim()
         model = self.make_model(None)
+        self._claim(model)
         weights = {name: model.get_parameter(name) for name in self.names}
         masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
-        held: list[str] = []
-        self._keep_initial(model)
-        rounds = []
-        for number in progress(range(self.config.rounds + 1), "rounds", total=self.config.rounds + 1):
-            if number:
-                trained = {name: weight.detach().cpu() for name, weight in weights.items()}
-                kept = self.config.kept(number)
-                masks, held = next_masks(trained, masks, self.config.importance, kept, self.config.min_keep_ratio)
+        rounds = [self._round(0, "ticket", model, masks)]
+        for number in progress(range(1, self.config.rounds + 1), "rounds", total=self.config.rounds):
+            trained = {name: weight.detach().cpu() for name, weight in weights.items()}
+            kept = self.config.kept(number)
+            masks, held = next_masks(trained, masks, self.config.importance, kept, self.config.min_keep_ratio)
+            self._check_collapse(number, masks)
             rounds.append(self._round(number, "ticket", model, masks, held))
-            self._check_collapse(rounds[-1])
-            if number and self.config.wants_controls(number):
+            if self.config.wants_controls(number):
                 rounds += self._controls(number, masks)
         return model, rounds
 
-    def _claim(self) -> None:
-        """This run's folder, or a refusal where another run's state is there."""
-        file = self.folder / "run.json"
-        state = {"fingerprint": self.fingerprint, "rewind_step": self.config.rewind_step}
-        if file.is_file():
-            if json.loads(file.read_text(encoding="utf-8")) != state:
-                raise BadInputError(
-                    f"output_dir: {self.folder} holds rounds of a run with another model, text or training; choose "
-                    "another output_dir or remove that folder."
-                )
-        elif distributed.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(file, json.dumps(state))
-        distributed.barrier()
-
-    def _keep_initial(self, model: nn.Module) -> None:
-        file = self.folder / "initial.safetensors"
-        if not file.is_file() and distributed.rank() == 0:
-            save_file(_state(model), file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
-        distributed.barrier()
-
+    @property
     def ticket_folder(self) -> Path:
         """Where tickets of this measure, rate and floor are."""
         own = {key: getattr(self.config, key) for key in ("importance", "pruning_rate", "min_keep_ratio")}
-        digest = hashlib.sha256(json.dumps([own, sorted(self.names)]).encode()).hexdigest()[:8]
-        return self.folder / f"{self.config.importance}-{digest}"
+        return self.folder / f"{self.config.importance}-{fingerprint([own, sorted(self.names)], {})[:8]}"
+
+    def _claim(self, model: nn.Module) -> None:
+        """This run's folder with the weights that it begins with, or a refusal where another run's state is there."""
+        identity = {
+            "training": self.fingerprint,
+            "weights": fingerprint("", model.state_dict()),
+            "rewind_step": self.config.rewind_step,
+            "processes": distributed.world_size(),
+        }
+        unfinished = self.folder / "round-00.unfinished" / CHECKPOINTS
+        began = (self.folder / "round-00").is_dir() or last_checkpoint(unfinished) is not None
+        claim(self.folder, identity, began)
+        if distributed.rank() == 0 and not began:
+            save_weights(model, self.folder / INITIAL)
+        distributed.barrier()
 
     def _round(
         self, number: int, kind: str, model: nn.Module, masks: dict[str, Tensor], held: Sequence[str] = ()
     ) -> Round:
         """Train `model` under `masks` from where this kind of round begins; its result is read where it exists."""
         name = f"round-{number:02d}" + (f"-{kind}" if kind != "ticket" else "")
-        folder = (self.ticket_folder() if number else self.folder) / name
-        if not (folder / RESULT).is_file():
-            start = perf_counter()
-            self._train(model, masks, kind, number, folder.with_name(f"{name}.unfinished"))
+        folder = (self.ticket_folder if number else self.folder) / name
+        result = read_round(folder)
+        start = perf_counter()
+        if result is None:
+            unfinished = folder.with_name(f"{name}.unfinished")
+            self._train(model, masks, kind, number, unfinished / CHECKPOINTS)
             kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
             result = Round(
                 number,
@@ -165,47 +129,50 @@ class TicketSearch:
                 collapsed=[layer for layer, count in kept.items() if not count],
                 held=list(held),
                 metrics=self.evaluate(model),
+                evaluation=self.evaluation,
                 seconds=perf_counter() - start,
             )
             if distributed.rank() == 0:
-                self._keep(model, masks, result, folder)
+                keep_round(folder, model, masks, result)
+                shutil.rmtree(unfinished, ignore_errors=True)
             distributed.barrier()
-        model.load_state_dict(load_file(folder / WEIGHTS))
-        return Round(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+        load_weights(model, folder / WEIGHTS)
+        if result.evaluation != self.evaluation:
+            result.metrics, result.evaluation = self.evaluate(model), self.evaluation
+            # Nobody writes before everybody has read.
+            distributed.barrier()
+            if distributed.rank() == 0:
+                keep_result(folder, result)
+        return result
 
-    def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, unfinished: Path) -> None:
-        step = self.config.rewind_step
-        rewind = self.folder / "rewind"
+    def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, folder: Path) -> None:
         where = f"round {number}" + (f" ({kind.replace('_', ' ')})" if kind != "ticket" else "")
-        callbacks: list[TrainerCallback] = [StopAtNaN(where, unfinished / CHECKPOINTS)]
-        callbacks.append(MaskCallback(masks) if number else KeepCheckpoint(step, rewind))
-        trainer = self.make_trainer(model, unfinished / CHECKPOINTS, callbacks)
-        checkpoint = last_checkpoint(unfinished / CHECKPOINTS)
+        stop = StopAtNaN(where, folder)
+        rewind = KeepCheckpoint(self.config.rewind_step, self.folder / "rewind")
+        checkpoint = last_checkpoint(folder) if number else rewind.go_on_from(folder)
         if checkpoint is None and kind != "fresh_initialization":
-            if number and step:
-                checkpoint = rewind
-            model.load_state_dict(load_file(self.folder / "initial.safetensors"))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not number and step and not (rewind / WEIGHTS).is_file():
-            raise BadInputError(
-                f"rewind_step: {step} is past the end of the training, which took {trainer.state.global_step} steps; "
-                "lower it or train longer."
-            )
-        for name, parameter in model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise RunError(f"{where}: {name} is not finite after the training; lower learning_rate.")
-        model.zero_grad(set_to_none=True)
+            if number and self.config.rewind_step:
+                checkpoint = rewind.folder
+            load_weights(model, self.folder / INITIAL)
+        with only_weights_change(model):
+            trainer = self.make_trainer(model, folder, [stop, MaskCallback(masks) if number else rewind])
+            try:
+                train(trainer, checkpoint)
+            except BadInputError:
+                # Known when the training began.
+                self._leave(folder)
+                raise
+            stop.check(model, "after the training")
 
-    def _keep(self, model: nn.Module, masks: dict[str, Tensor], result: Round, folder: Path) -> None:
-        """The round's folder, whole or not at all."""
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(_state(model), part / WEIGHTS)
-        save_file(masks, part / MASKS)
-        (part / RESULT).write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-        part.rename(folder)
-        shutil.rmtree(folder.with_name(f"{folder.name}.unfinished"), ignore_errors=True)
+    def _leave(self, folder: Path) -> None:
+        """Remove what was made for a training that never began."""
+        if distributed.rank() == 0 and last_checkpoint(folder) is None:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            if not (self.folder / "round-00").is_dir():
+                for name in (INITIAL, IDENTITY):
+                    (self.folder / name).unlink(missing_ok=True)
+                if not any(self.folder.iterdir()):
+                    self.folder.rmdir()
 
     def _controls(self, number: int, masks: dict[str, Tensor]) -> list[Round]:
         """The ticket's mask on other initial weights, and a random mask of its densities on the ticket's own."""
@@ -217,40 +184,10 @@ class TicketSearch:
             done.append(self._round(number, kind, model, own))
         return done
 
-    def _check_collapse(self, result: Round) -> None:
-        if result.collapsed and self.config.on_collapse == "stop":
+    def _check_collapse(self, number: int, masks: dict[str, Tensor]) -> None:
+        empty = [name for name, mask in masks.items() if not bool(mask.any())]
+        if empty and self.config.on_collapse == "stop":
             raise RunError(
-                f"round {result.number}: {result.collapsed[0]} has no weight left at {result.sparsity:.1%} sparsity; "
+                f"round {number}: {empty[0]} has no weight left at {1 - self.config.kept(number):.1%} sparsity; "
                 "set min_keep_ratio above 0, choose another importance, or go on with on_collapse: record."
             )
-
-
-class KeepCheckpoint(TrainerCallback):
-    """Copies the Trainer's checkpoint of one step to a folder: weights, optimizer, schedule and random state."""
-
-    def __init__(self, step: int, folder: Path) -> None:
-        self.step = step
-        self.folder = folder
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == self.step and state.is_world_process_zero and not self.folder.is_dir():
-            part = self.folder.with_name(f"{self.folder.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            assert args.output_dir is not None
-            shutil.copytree(Path(args.output_dir) / f"checkpoint-{self.step}", part)
-            part.rename(self.folder)
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights on the CPU, each tied one once under its first name, as `load_state_dict` needs all names: copied."""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(file)

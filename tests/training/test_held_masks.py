@@ -8,32 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_net import Data, Net, batches
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.training.masks import MaskCallback, hold_masks, masks_of
-
-
-class Net(nn.Module):
-    """Two layers and a loss, as a Trainer wants them."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
-
-    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.second(torch.tanh(self.first(inputs)))
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-def batches(count: int = 12, size: int = 8) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    inputs = torch.randn(count, size, 6, generator=generator)
-    labels = (inputs[..., 0] > 0).long() + (inputs[..., 1] > 0).long()
-    return [{"inputs": one, "labels": other} for one, other in zip(inputs, labels, strict=True)]
 
 
 def some_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -85,11 +66,10 @@ def test_without_masks_momentum_brings_weights_back() -> None:
     model = Net()
     masks = some_masks(model)
     optimizer = OPTIMIZERS["momentum"](model.parameters())
+    with torch.no_grad():
+        for key, mask in masks.items():
+            model.get_parameter(key).mul_(mask)
     for batch in batches():
-        with torch.no_grad():
-            for key, mask in masks.items():
-                if batch is batches()[0]:
-                    model.get_parameter(key).mul_(mask)
         optimizer.zero_grad()
         model(**batch)["loss"].backward()
         optimizer.step()
@@ -124,21 +104,6 @@ def test_only_parameters_with_zeros_have_masks() -> None:
         model.second.weight[0, :5] = 0
     found = masks_of(model, ["first.weight", "second.weight"])
     assert list(found) == ["second.weight"] and int((~found["second.weight"]).sum()) == 5
-
-
-class Data(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.rows = [
-            {"inputs": one, "labels": other}
-            for batch in batches()
-            for one, other in zip(batch["inputs"], batch["labels"], strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return self.rows[number]
 
 
 def trainer(folder: Path, model: nn.Module, callbacks: list[TrainerCallback], **own: object) -> Trainer:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
 from torch.distributions import Categorical, kl_divergence
+from transformers import AutoModelForCausalLM
 
 from hf_prune.errors import BadInputError
+from hf_prune.hub.card import write_card
 from hf_prune.hub.push import files_to_upload, public_copy
 from hf_prune.pipeline import run
 from hf_prune.plan import select_views
@@ -134,7 +139,13 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A sparse and a narrower folder of one dense model, and the text."""
     place = tmp_path_factory.mktemp("pruned")
     (place / "text.txt").write_text(TEXT)
-    tiny_model("llama").save_pretrained(place / "dense")
+    dense = tiny_model("llama")
+    with torch.no_grad():
+        # A random model says next to nothing; this one has opinions that pruning changes.
+        for view in select_views(dense, None, None)[0]:
+            view.parameter.mul_(8)
+        dense.get_output_embeddings().weight.mul_(8)
+    dense.save_pretrained(place / "dense")
     byte_tokenizer().save_pretrained(place / "dense")
     text = str(place / "text.txt")
     for name, own in {
@@ -155,6 +166,16 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def values(pruned: dict[str, Path], output: Path, **own: Any) -> dict[str, Any]:
     text = str(pruned["text"])
     return {**RECIPE, "dataset_name": text, "eval_dataset_name": text, "output_dir": str(output), **own}
+
+
+def distance(dense: Path, folder: Path) -> float:
+    """Mean divergence of a folder's next-token distributions from the dense model's."""
+    ids = byte_tokenizer()(TEXT[: 8 * 32], return_tensors="pt").input_ids[:, : 8 * 32].reshape(8, 32)
+    with torch.no_grad():
+        ours, wanted = (
+            Categorical(logits=AutoModelForCausalLM.from_pretrained(own)(ids).logits) for own in (folder, dense)
+        )
+    return float(kl_divergence(wanted, ours).mean())
 
 
 @pytest.mark.parametrize(
@@ -181,6 +202,9 @@ def test_recovery_keeps_zeros_shapes_and_provenance(
     entry = report["recoveries"][0]
     if own.get("loss") != "distillation":
         assert entry["perplexity_after"] < 0.9 * entry["perplexity_before"]
+    else:
+        ends = [distance(pruned["dense"], folder) for folder in (pruned[kind], tmp_path / "out")]
+        assert ends[1] < 0.7 * ends[0]
     dense = report["evaluation"]["dense"]["perplexity"]
     logs = [torch.tensor(value).log() for value in (dense, entry["perplexity_before"], entry["perplexity_after"])]
     if entry["gap_closed"] is not None:
@@ -225,13 +249,15 @@ def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
         ({"loss": "mse"}, "loss: 'mse' is unknown"),
         ({"lora_rank": 0}, "lora_rank: 0 is too few"),
         ({"dataset_name": None}, "dataset_name: training needs text"),
+        ({"recovery": "full", "lora_rank": 4}, "lora_rank: means something with recovery: lora only"),
+        ({"distillation_temperature": 2.0}, "distillation_temperature: means something with loss: distillation only"),
+        ({"loss": "distillation", "label_smoothing_factor": 0.1}, "label_smoothing_factor: a distillation has no"),
+        ({"model_name_or_path": "gpt2"}, "model_name_or_path: it follows from the folder"),
         ({"loss": "distillation", "base_model": "OTHER"}, "base_model: .* tokens and the pruned model"),
     ],
 )
 def test_bad_input_writes_nothing(own: dict[str, Any], message: str, pruned: dict[str, Path], tmp_path: Path) -> None:
     if own.get("base_model") == "OTHER":
-        from transformers import AutoModelForCausalLM
-
         config = tiny_model("llama").config
         config.vocab_size = 300
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
@@ -239,6 +265,81 @@ def test_bad_input_writes_nothing(own: dict[str, Any], message: str, pruned: dic
     with pytest.raises(BadInputError, match=message):
         recover(str(pruned["sparse"]), make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+def last_step(run: subprocess.Popen, work: Path) -> None:
+    """Kill a run behind its first checkpoint."""
+    deadline = time.monotonic() + 200
+    while not list(work.glob("checkpoint-*/trainer_state.json")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_recovery_goes_on_to_the_same_bits(pruned: dict[str, Path], tmp_path: Path) -> None:
+    own: dict[str, Any] = {"max_steps": 60, "save_steps": 2, "recovery": "full"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    recover(str(pruned["sparse"]), make_train_recipe(values(pruned, whole, **own), RecoveryConfig))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values(pruned, cut, **own)))
+    command = [sys.executable, "-m", "hf_prune", "recover", str(pruned["sparse"]), "--config", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_PRUNE_QUIET": "1"}
+    last_step(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), tmp_path / "cut.training")
+    assert not cut.exists()
+    # Neither another recipe nor another model goes on from there.
+    for folder, other in ((pruned["sparse"], {"learning_rate": 1e-3}), (pruned["narrow"], {})):
+        with pytest.raises(BadInputError, match=r"cut\.training holds a training of another model, text or recipe"):
+            recover(str(folder), make_train_recipe(values(pruned, cut, **own, **other), RecoveryConfig))
+    recover(str(pruned["sparse"]), make_train_recipe(values(pruned, cut, **own), RecoveryConfig))
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_sixteen_bit_weights_train_in_float32(pruned: dict[str, Path], tmp_path: Path) -> None:
+    """Steps of 1e-5 are far below what bfloat16 weights could take up, and mixed precision leaves nothing behind."""
+    half = tmp_path / "half"
+    shutil.copytree(pruned["sparse"], half)
+    model = AutoModelForCausalLM.from_pretrained(half).to(torch.bfloat16)
+    model.save_pretrained(half)
+    own = {"recovery": "full", "max_steps": 30, "learning_rate": 1e-4, "bf16": True}
+    report = recover(str(half), make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig))
+    before, after = (load_file(folder / "model.safetensors") for folder in (half, tmp_path / "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert after[name].dtype == torch.bfloat16 and report["dtype"] == "bfloat16"
+    assert torch.equal(before[name] == 0, after[name] == 0)
+    moved = (after[name] - before[name])[before[name] != 0]
+    assert float((moved != 0).float().mean()) > 0.2
+    assert all(row["passed"] for row in report["verification"])
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.use_cache is True
+
+
+def test_without_its_dense_model_it_says_what_it_can(pruned: dict[str, Path], tmp_path: Path) -> None:
+    place = tmp_path / "sparse"
+    shutil.copytree(pruned["sparse"], place)
+    recipe = (place / "hf_prune_recipe.yaml").read_text()
+    (place / "hf_prune_recipe.yaml").write_text(recipe.replace(str(pruned["dense"]), str(tmp_path / "gone")))
+    report = recover(str(place), make_train_recipe(values(pruned, tmp_path / "out", max_steps=2), RecoveryConfig))
+    assert "dense" not in report["evaluation"] and report["recoveries"][0]["gap_closed"] is None
+    assert report["evaluation"]["pruned"]["perplexity"] == report["recoveries"][0]["perplexity_after"]
+
+
+def test_prompts_are_shown_as_the_recovery_says(pruned: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    own = {"max_steps": 2, "sample_prompts": ["a secret prompt"], "publish_samples": True}
+    report = recover(str(pruned["sparse"]), make_train_recipe(values(pruned, out, **own), RecoveryConfig))
+    assert len(report["samples"]) == 1
+    recipe = (out / "hf_prune_recovery.yaml").read_text()
+    for agreed in (True, False):
+        (out / "hf_prune_recovery.yaml").write_text(
+            recipe.replace("publish_samples: true", f"publish_samples: {agreed}")
+        )
+        write_card(out, report, (out / "hf_prune_recipe.yaml").read_text())
+        with public_copy(out, files_to_upload(out)) as public:
+            texts = [path.read_text() for path in public.glob("*") if path.suffix in (".md", ".json", ".yaml")]
+        assert any("a secret prompt" in text for text in texts) is agreed
+        assert not any(str(pruned["dense"].parent) in text for text in texts)
 
 
 def test_a_folder_that_was_never_pruned_is_refused(pruned: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_net import Data, Net
 from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
 from torch import nn
-from training.test_masks import Data, Net
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune.data.text import load_text
@@ -136,17 +137,103 @@ def test_a_collapsed_layer_stops_or_is_noted(tmp_path: Path) -> None:
 
 
 def test_what_cannot_go_on_says_where(tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="rewind_step: 40 is past the end of the training, which took 12 steps"):
+    with pytest.raises(BadInputError, match="rewind_step: 40 is past the end of the training, which takes 12 steps"):
         search(tmp_path / "late", [], {"rewind_step": 40}).run()
-    seen: list[dict[str, torch.Tensor]] = []
-    with pytest.raises(RunError, match=r"round 0: the loss is nan at step \d+; checkpoint-\d+ before it is kept"):
-        search(tmp_path / "nan", seen, learning_rate=3e38, save_strategy="steps", save_steps=1).run()
+    assert not (tmp_path / "late").exists()
+    # The first steps go as far as numbers do, the third beyond.
+    with pytest.raises(RunError, match=r"round 0: the loss is nan at step 3; lower learning_rate and choose another"):
+        search(tmp_path / "nan", [], learning_rate=3.3e37).run()
     first = search(tmp_path / "claimed", [])
     first.run()
     other = search(tmp_path / "claimed", [])
     other.fingerprint = "another training"
-    with pytest.raises(BadInputError, match="holds rounds of a run with another model, text or training"):
+    changed = search(tmp_path / "claimed", [])
+    changed.make_model = lambda seed: Net(7)
+    for foreign in (changed, search(tmp_path / "claimed", [], {"rewind_step": 3})):
+        with pytest.raises(BadInputError, match="holds a training of another model, text or recipe"):
+            foreign.run()
+    with pytest.raises(BadInputError, match="holds a training of another model, text or recipe"):
         other.run()
+
+
+def test_collapse_is_known_before_the_training(tmp_path: Path) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    own = {"importance": "softmax", "pruning_rate": 0.806, "rounds": 1, "min_keep_ratio": 0.0}
+    with pytest.raises(RunError, match="has no weight left"):
+        search(tmp_path, seen, own).run()
+    assert len(seen) == 1
+
+
+def test_rounds_are_measured_again_where_the_evaluation_changes(tmp_path: Path) -> None:
+    search(tmp_path, []).run()
+    seen: list[dict[str, torch.Tensor]] = []
+    other = search(tmp_path, seen)
+    other.evaluation = "another text"
+    other.evaluate = lambda model: {"norm": float(model.get_parameter("first.weight").detach().norm())}
+    model, rounds = other.run()
+    assert not seen and rounds[-1].metrics == {"norm": float(model.get_parameter("first.weight").detach().norm())}
+    assert len({found.metrics["norm"] for found in rounds}) == 3
+    again = search(tmp_path, seen)
+    again.evaluation = "another text"
+    assert [found.metrics for found in again.run()[1]] == [found.metrics for found in rounds]
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    """Ends a training behind the checkpoint of a step, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize("rewind", [4, 0])
+@pytest.mark.parametrize("step", [4, 12])
+def test_a_run_that_was_cut_behind_a_checkpoint_trains_no_step_twice(step: int, rewind: int, tmp_path: Path) -> None:
+    """At the rewind step before its checkpoint was copied, and behind the last step before the round was kept."""
+    own, arguments = {"rounds": 1, "rewind_step": rewind}, {"save_strategy": "steps", "save_steps": 4}
+    whole, _ = search(tmp_path / "whole", [], own, **arguments).run()
+    cut = search(tmp_path / "cut", [], own, **arguments)
+    make = cut.make_trainer
+    # Before the callback that copies.
+    cut.make_trainer = lambda model, folder, callbacks: make(model, folder, [KillAt(step), *callbacks])
+    with pytest.raises(Killed):
+        cut.run()
+    seen: list[dict[str, torch.Tensor]] = []
+    model, _ = search(tmp_path / "cut", seen, own, **arguments).run()
+    assert int(seen[0]["step"]) == step
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+
+
+def test_a_checkpoint_behind_a_lost_rewind_step_is_no_start(tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    whole, _ = search(tmp_path / "whole", [], **arguments).run()
+    cut = search(tmp_path / "cut", [], **arguments)
+    make = cut.make_trainer
+    cut.make_trainer = lambda model, folder, callbacks: make(model, folder, [*callbacks, KillAt(8)])
+    with pytest.raises(Killed):
+        cut.run()
+    shutil.rmtree(tmp_path / "cut" / "rewind")
+    seen: list[dict[str, torch.Tensor]] = []
+    model, _ = search(tmp_path / "cut", seen, **arguments).run()
+    assert int(seen[0]["step"]) == 0 and torch.equal(model.first.weight, whole.first.weight)
+
+
+def test_no_checkpoint_holds_what_is_no_number(tmp_path: Path) -> None:
+    """The loss is looked at when it is logged, which may be later."""
+    with pytest.raises(
+        RunError, match=r"round 0: first\.weight is not finite at step 3; checkpoint-2 before it is kept"
+    ):
+        search(tmp_path, [], learning_rate=3.3e37, save_strategy="steps", save_steps=1, logging_steps=100).run()
+    (kept,) = tmp_path.glob("round-00.unfinished/checkpoints/checkpoint-*/model.safetensors")
+    assert all(bool(torch.isfinite(weight).all()) for weight in load_file(kept).values())
 
 
 RECIPE = {
@@ -165,6 +252,7 @@ RECIPE = {
     "per_device_train_batch_size": 4,
     "max_steps": 6,
     "learning_rate": 1e-3,
+    "eval_efficiency": False,
 }
 FRESH = {
     "model_type": "llama",
@@ -205,20 +293,25 @@ def test_a_recipe_makes_a_verified_folder(family: str | None, tmp_path: Path) ->
         tiny_model(family).save_pretrained(source)
         byte_tokenizer().save_pretrained(source)
         start = {"model_name_or_path": str(source)}
-    values = {**RECIPE, **start, "output_dir": str(tmp_path / "out")}
+    values = {**RECIPE, **start, "output_dir": str(tmp_path / "out"), "bf16": not family}
     report = run_tickets(make_train_recipe(values, LotteryTicketConfig))
     assert report["sparsity"]["achieved_pruned"] == pytest.approx(1 - 0.6**2, abs=2e-3)
     assert all(row["passed"] for row in report["verification"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.use_cache is True
     zeros = sum(int((model.get_parameter(f"{view['name']}.weight") == 0).sum()) for view in report["views"])
     assert zeros / report["sparsity"]["pruned_parameters"] == pytest.approx(report["sparsity"]["achieved_pruned"])
     assert len(report["tickets"]) == 3 and (tmp_path / "out" / "plots" / "rounds.png").is_file()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("naïve 2:4").input_ids) == "naïve 2:4"
-    # The evaluation of the folder is that of the report.
+    assert measured(tmp_path / "out") == pytest.approx(report["evaluation"]["pruned"]["perplexity"], rel=1e-5)
+
+
+def measured(folder: Path) -> float:
+    """The folder's perplexity as anybody would measure it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     windows = evaluation_windows(load_text("builtin:python-docs", split="test"), tokenizer, 32, 8).input_ids
-    measured = float(window_nll(model, windows).mean().exp())
-    assert measured == pytest.approx(report["evaluation"]["pruned"]["perplexity"], rel=1e-5)
+    return float(window_nll(model, windows).mean().exp())
 
 
 def train(folder: Path, values: dict[str, Any], name: str, processes: int = 1) -> subprocess.Popen:
@@ -260,6 +353,8 @@ def test_two_processes_find_a_ticket(tmp_path: Path) -> None:
     assert report["num_processes"] == 2 and report["training"]["batch_size"] == 8
     assert all(row["passed"] for row in report["verification"])
     assert report["sparsity"]["achieved_pruned"] == pytest.approx(1 - 0.6**2, abs=1e-3)
+    # Half of the windows were measured by each process: both have the saved weights.
+    assert measured(tmp_path / "two") == pytest.approx(report["evaluation"]["pruned"]["perplexity"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +371,12 @@ def test_two_processes_find_a_ticket(tmp_path: Path) -> None:
         ({"learning_rat": 1e-3}, "learning_rat: unknown recipe key; did you mean learning_rate?"),
         ({"learning_rate": "fast"}, "learning_rate: 'fast' is not a number"),
         ({"lr_scheduler_type": "zigzag"}, "training: transformers' TrainingArguments refuses"),
+        ({"ignore_data_skip": True}, "ignore_data_skip: a training that was cut"),
+        ({"eval_strategy": "steps"}, "eval_strategy: the evaluation is before and behind"),
+        ({"tokenizer_name": "gpt2"}, "tokenizer_name: vocab_size trains a tokenizer"),
+        ({"config_overrides": "to_dict=3"}, "config_overrides: 'to_dict=3' sets no key"),
+        ({"dtype": "bfloat16"}, "dtype: weights train in float32"),
+        ({"device": "cuda:1"}, "device: cuda:1 names one of several"),
         ({"hub_token": "secret"}, "hub_token: log in with `hf auth login`"),
         ({"eval_dataset_name": None}, "eval_dataset_name: the recipe does not say"),
     ],

@@ -1,0 +1,93 @@
+"""A transformers Trainer made and run, and the model it leaves behind: new weights, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_prune.checkpoint.folder import explained_disk_errors
+
+# What mixed precision leaves on a model, under which an evaluation would measure something else.
+WRAPPINGS = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+def make_trainer(kind: type[Trainer], **arguments: Any) -> Trainer:
+    """A Trainer that prints nothing where hf_prune is told to be quiet."""
+    trainer = kind(**arguments)
+    if os.environ.get("HF_PRUNE_QUIET"):
+        trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train from the beginning or from a checkpoint; one of the last step is loaded and not trained on.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    assert trainer.args.output_dir is not None
+    folder = Path(trainer.args.output_dir)
+    trainer.add_callback(_AtTheEnd())
+    try:
+        with explained_disk_errors(folder, folder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except _FinishedBefore:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+class _FinishedBefore(Exception):
+    pass
+
+
+class _AtTheEnd(TrainerCallback):
+    # The Trainer looks at the number of steps only behind a step: it would train one too many.
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise _FinishedBefore
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Parameters are float32 inside, so that small steps are not rounded away, and have their own dtypes behind it."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    # Parameters only: a cast of the whole model would take buffers along that are float32 in any dtype.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
+
+@contextmanager
+def only_weights_change(model: nn.Module) -> Iterator[None]:
+    """Behind it the model's mode, its config, its gradients and its `forward` are what they were before."""
+    config, training = getattr(model, "config", None), model.training
+    cache = getattr(config, "use_cache", None)
+    before = {key: value for key, value in vars(model).items() if key in WRAPPINGS}
+    try:
+        yield
+    finally:
+        for key in WRAPPINGS:
+            vars(model).pop(key, None)
+        vars(model).update(before)
+        if config is not None:
+            config.use_cache = cache
+        model.zero_grad(set_to_none=True)
+        model.train(training)
