@@ -214,8 +214,9 @@ def test_a_failed_check_is_shown_as_failed(tmp_path: Path, report: dict[str, Any
     assert results == ["PASS", "FAIL", "PASS"]
 
 
-def test_hub_model_id_of_the_recipe_is_what_gets_loaded(tmp_path: Path, report: dict[str, Any]) -> None:
-    text = card_of(tmp_path, report, RECIPE + "hub_model_id: me/small\n").text
+def test_the_repository_that_was_pushed_to_is_what_gets_loaded(tmp_path: Path, report: dict[str, Any]) -> None:
+    # The last run's own: a recovery that is not pushed is not what the pruning's recipe pushed.
+    text = card_of(tmp_path, report | {"hub_model_id": "me/small"}, RECIPE + "hub_model_id: me/other\n").text
     assert 'AutoModelForCausalLM.from_pretrained("me/small")' in fences_of(text, "python")[0]
 
 
