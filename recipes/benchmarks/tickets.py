@@ -100,7 +100,7 @@ def search_model(recipe: Path, own: dict[str, Any], seed: int, folder: Path) -> 
 def rows_of(search: TicketSearch, seed: int, floor: float) -> list[dict[str, Any]]:
     """A row for each round, its masks' place among them."""
     _, rounds = search.run()
-    own = search.ticket_folder()
+    own = search.ticket_folder
     return [
         {
             "measure": search.config.importance, "seed": seed, "floor": floor, "kind": found.kind,
