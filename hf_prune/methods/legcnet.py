@@ -1,0 +1,145 @@
+"""LEGCNet: which weights cause the errors of a training, by their exponents and Granger's test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import stats
+
+from hf_prune.dynamics.granger import STATISTICS, GrangerTest
+from hf_prune.errors import BadInputError
+from hf_prune.methods.base import MethodInfo
+
+VARIANTS = ("ft", "pt")
+DECISIONS = ("causal", "sensitive", "both")
+LAGS = ("min", "bic")
+CORRECTIONS = ("none", "benjamini_hochberg")
+RESTARTS = ("init", "continue")
+SERIES = ("weights", "sample", "rows", "units")
+
+
+@dataclass
+class LEGCNetConfig:
+    """LEGCNet-FT and LEGCNet-PT (Sahu et al., 2023, https://arxiv.org/abs/2308.09955).
+
+    Series of a training whose Lyapunov exponents Granger-cause its errors are kept, the others pruned.
+
+    Where paper and code disagree, the defaults are the code's: series that cause nothing are pruned, the weights' own
+    values are the series, and p is the smallest over all lags, uncorrected. `sensitive`, `sparsity`, `lag: bic` and
+    `correction` are our additions, and so are series of rows and units.
+
+    Args:
+        variant: `ft`, the whole training is recorded; `pt`, its first `recorded_share`.
+        recorded_share: of the steps, for `pt`.
+        series: `weights`, every one; `sample`, `samples_per_matrix` of each matrix (the others stay); `rows`, the norms
+            of each matrix's rows; `units`, the norms of MLP neurons and attention groups, which are removed whole.
+        samples_per_matrix: chosen by the seed.
+        record_every: steps from one record to the next.
+        window: records a window.
+        stride: records from one window to the next, 9/10 of a window unless given.
+        max_lag: windows of the past that are looked at.
+        statistic: of the test, `chi2` or `F`.
+        lag: `min`, the smallest p of all lags; `bic`, that of the lag with the lowest BIC.
+        correction: of p for the number of series, `none` or `benjamini_hochberg`.
+        alpha: series with a smaller p are causal.
+        decision: what is kept: `causal`, `sensitive` (a positive mean exponent), or what is `both`.
+        sparsity: share of the series that go, the least causal (or sensitive) first, instead of alpha.
+        restart: survivors train once more from their initial values (`init`) or go on (`continue`).
+        ignore: layers that are never pruned, by name.
+    """
+
+    method: str | None = "legcnet"
+    variant: str = "ft"
+    recorded_share: float = 0.1
+    series: str = "weights"
+    samples_per_matrix: int = 256
+    record_every: int = 1
+    window: int = 50
+    stride: int | None = None
+    max_lag: int = 14
+    statistic: str = "chi2"
+    lag: str = "min"
+    correction: str = "none"
+    alpha: float = 0.05
+    decision: str = "causal"
+    sparsity: float | None = None
+    restart: str = "init"
+    ignore: list[str] = field(default_factory=list)
+
+    info = MethodInfo(
+        name="legcnet",
+        title="LEGCNet",
+        summary="keeps the weights whose Lyapunov exponents Granger-cause the errors of a training",
+        paper="https://arxiv.org/abs/2308.09955",
+        paper_title="A Chaos-Causality Approach to Principled Pruning of Dense Neural Networks",
+        citation="""@article{sahu2025chaos,
+  title={A Chaos-Causality Approach to Principled Pruning of Dense Neural Networks},
+  author={Rajan Sahu and Shivam Chadha and Archana Mathur and Nithin Nagaraj and Snehanshu Saha},
+  journal={Chaos Theory and Applications},
+  volume={7},
+  number={2},
+  pages={154--165},
+  year={2025},
+  doi={10.51537/chaos.1588198}
+}""",
+    )
+
+    def __post_init__(self) -> None:
+        for key, allowed in (
+            ("method", (self.info.name,)),
+            ("variant", VARIANTS),
+            ("series", SERIES),
+            ("statistic", STATISTICS),
+            ("lag", LAGS),
+            ("correction", CORRECTIONS),
+            ("decision", DECISIONS),
+            ("restart", RESTARTS),
+        ):
+            if getattr(self, key) not in allowed:
+                raise BadInputError(f"{key}: {getattr(self, key)!r} is unknown; choose {', '.join(allowed)}.")
+        for key, least in (("window", 4), ("max_lag", 1), ("record_every", 1), ("samples_per_matrix", 1)):
+            if getattr(self, key) < least:
+                raise BadInputError(f"{key}: {getattr(self, key)} is too few; use {least} or more.")
+        for key in ("recorded_share", "alpha", "sparsity"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < 1:
+                raise BadInputError(f"{key}: {value} is outside (0, 1).")
+        if self.stride is not None and self.stride < 1:
+            raise BadInputError(f"stride: {self.stride} is too few; use 1 or more.")
+
+    @property
+    def step(self) -> int:
+        """Records from one window to the next."""
+        return self.stride or max(round(0.9 * self.window), 1)
+
+
+def causal_p(test: GrangerTest, config: LEGCNetConfig) -> np.ndarray:
+    """One p for each series, float64 [series]; 0, and so kept, where it could not be tested."""
+    p = test.smallest() if config.lag == "min" else test.at_chosen_lag()
+    if config.correction == "benjamini_hochberg" and test.tested.any():
+        p = p.copy()
+        p[test.tested] = stats.false_discovery_control(p[test.tested])
+    return p
+
+
+def decide(test: GrangerTest, exponents: np.ndarray, config: LEGCNetConfig) -> np.ndarray:
+    """Which series stay, bool [series]; those that could not be tested do.
+
+    Args:
+        exponents: float [series, windows].
+    """
+    p, mean = causal_p(test, config), exponents.mean(1)
+    tested = test.tested
+    if config.sparsity is not None:
+        # The lowest goes first. Ranks, so that both measures weigh the same.
+        order = {"causal": [-p], "sensitive": [mean], "both": [-p, mean]}[config.decision]
+        rank = np.sum([stats.rankdata(values, method="average") for values in order], axis=0)
+        rank[~tested] = np.inf
+        keep = np.ones(len(p), dtype=bool)
+        gone = min(round(config.sparsity * len(p)), int(tested.sum()))
+        keep[np.argsort(rank, kind="stable")[:gone]] = False
+        return keep
+    causal, sensitive = p < config.alpha, mean > 0
+    keep = {"causal": causal, "sensitive": sensitive, "both": causal & sensitive}[config.decision]
+    return keep | ~tested
