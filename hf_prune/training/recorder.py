@@ -106,9 +106,14 @@ class Recorder(TrainerCallback):
         self._buffer = []
 
 
+def count_series(folder: Path) -> int:
+    """How many series a recording holds."""
+    return int(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["series"])
+
+
 def read_series(folder: Path, start: int = 0, stop: int | None = None) -> Tensor:
     """float32 [series, records] of the series from `start` to `stop`; only these are read into memory."""
-    count = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["series"]
+    count = count_series(folder)
     values = np.memmap(folder / VALUES, dtype=np.float32, mode="r").reshape(-1, count)
     return torch.from_numpy(np.ascontiguousarray(values[:, start:stop].T))
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_prune.checkpoint.folder import explained_disk_errors
+from hf_prune.engine import distributed
 from hf_prune.training.checkpoints import write_whole
 
-WEIGHTS, MASKS, RESULT = "model.safetensors", "masks.safetensors", "round.json"
+WEIGHTS, MASKS, RESULT, CHECKPOINTS = "model.safetensors", "masks.safetensors", "round.json", "checkpoints"
 
 
 @dataclass
@@ -31,24 +33,88 @@ class Round:
         layers: weights left by layer.
         metrics: what the evaluation said of the trained model.
         evaluation: fingerprint of that evaluation.
+        steps: that the training took.
         seconds: of the training and evaluation, since it was last gone on with.
     """
 
     number: int
     kind: str
-    kept: int
-    total: int
-    layers: dict[str, int]
+    kept: int = 0
+    total: int = 0
+    layers: dict[str, int] = field(default_factory=dict)
     collapsed: list[str] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     evaluation: str = ""
+    steps: int = 0
     seconds: float = 0.0
 
     @property
     def sparsity(self) -> float:
         """Share of the weights that are gone."""
         return 1 - self.kept / self.total
+
+
+@dataclass
+class Measuring:
+    """How trained modules are measured.
+
+    Args:
+        evaluate: what is worth knowing of a trained module.
+        identity: fingerprint of the evaluation; rounds that another one has measured are measured again.
+    """
+
+    evaluate: Callable[[nn.Module], dict[str, Any]]
+    identity: str = ""
+
+
+def make_round(
+    folder: Path,
+    begun: Round,
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    train: Callable[[Path], int],
+    measuring: Measuring,
+) -> Round:
+    """Train and measure, or read what a run before has kept; `model` has the round's weights behind it.
+
+    Args:
+        folder: takes its name once the training is over; `FOLDER.unfinished` holds the Trainer's own checkpoints.
+        begun: what is known beforehand; counts follow from the masks.
+        train: trains `model` under `masks` with its checkpoints in the folder given; returns the steps.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    result = read_round(folder)
+    start = perf_counter()
+    if result is None:
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        steps = train(unfinished / CHECKPOINTS)
+        kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
+        result = replace(
+            begun,
+            kept=sum(kept.values()),
+            total=sum(mask.numel() for mask in masks.values()),
+            layers=kept,
+            collapsed=[layer for layer, count in kept.items() if not count],
+            metrics=measuring.evaluate(model),
+            evaluation=measuring.identity,
+            steps=steps,
+            seconds=perf_counter() - start,
+        )
+        if distributed.rank() == 0:
+            keep_round(folder, model, masks, result)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        distributed.barrier()
+    load_weights(model, folder / WEIGHTS)
+    if result.evaluation != measuring.identity:
+        result.metrics, result.evaluation = measuring.evaluate(model), measuring.identity
+        # Nobody writes before everybody has read.
+        distributed.barrier()
+        if distributed.rank() == 0:
+            keep_result(folder, result)
+    return result
 
 
 def keep_round(folder: Path, model: nn.Module, masks: Mapping[str, Tensor], result: Round) -> None:

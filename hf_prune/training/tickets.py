@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -29,10 +28,10 @@ from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks, ran
 from hf_prune.progress import progress
 from hf_prune.training.checkpoints import IDENTITY, KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
-from hf_prune.training.rounds import WEIGHTS, Round, keep_result, keep_round, load_weights, read_round, save_weights
+from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, load_weights, make_round, save_weights
 from hf_prune.training.trainer import only_weights_change, train
 
-INITIAL, CHECKPOINTS = "initial.safetensors", "checkpoints"
+INITIAL = "initial.safetensors"
 
 
 class MakeTrainer(Protocol):
@@ -114,38 +113,14 @@ class TicketSearch:
         """Train `model` under `masks` from where this kind of round begins; its result is read where it exists."""
         name = f"round-{number:02d}" + (f"-{kind}" if kind != "ticket" else "")
         folder = (self.ticket_folder if number else self.folder) / name
-        result = read_round(folder)
-        start = perf_counter()
-        if result is None:
-            unfinished = folder.with_name(f"{name}.unfinished")
-            self._train(model, masks, kind, number, unfinished / CHECKPOINTS)
-            kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
-            result = Round(
-                number,
-                kind,
-                kept=sum(kept.values()),
-                total=sum(mask.numel() for mask in masks.values()),
-                layers=kept,
-                collapsed=[layer for layer, count in kept.items() if not count],
-                held=list(held),
-                metrics=self.evaluate(model),
-                evaluation=self.evaluation,
-                seconds=perf_counter() - start,
-            )
-            if distributed.rank() == 0:
-                keep_round(folder, model, masks, result)
-                shutil.rmtree(unfinished, ignore_errors=True)
-            distributed.barrier()
-        load_weights(model, folder / WEIGHTS)
-        if result.evaluation != self.evaluation:
-            result.metrics, result.evaluation = self.evaluate(model), self.evaluation
-            # Nobody writes before everybody has read.
-            distributed.barrier()
-            if distributed.rank() == 0:
-                keep_result(folder, result)
-        return result
 
-    def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, folder: Path) -> None:
+        def train_it(checkpoints: Path) -> int:
+            return self._train(model, masks, kind, number, checkpoints)
+
+        begun = Round(number, kind, held=list(held))
+        return make_round(folder, begun, model, masks, train_it, Measuring(self.evaluate, self.evaluation))
+
+    def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, folder: Path) -> int:
         where = f"round {number}" + (f" ({kind.replace('_', ' ')})" if kind != "ticket" else "")
         stop = StopAtNaN(where, folder)
         rewind = KeepCheckpoint(self.config.rewind_step, self.folder / "rewind")
@@ -163,6 +138,7 @@ class TicketSearch:
                 self._leave(folder)
                 raise
             stop.check(model, "after the training")
+        return int(trainer.state.global_step)
 
     def _leave(self, folder: Path) -> None:
         """Remove what was made for a training that never began."""

@@ -1,0 +1,110 @@
+"""What is watched of a model while it trains, and what goes when a series goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Series(Protocol):
+    """Numbers of a model, one for each series, in an order that stays."""
+
+    def observe(self, model: nn.Module) -> Tensor:
+        """float [series]."""
+        ...
+
+    def masks(self, keep: Tensor) -> dict[str, Tensor]:
+        """bool masks by the parameters' names, True stays, for bool `keep` [series]."""
+        ...
+
+    def label(self, place: int) -> str:
+        """What a series is, for people."""
+        ...
+
+
+class WeightSeries:
+    """The weights of some parameters: every one, or as many of each as `samples` says, chosen by the seed.
+
+    Args:
+        names: of the parameters.
+        samples: of each parameter; all of it where it has no more, and where None is given.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], samples: int | None = None, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.shapes = {name: model.get_parameter(name).shape for name in names}
+        self.places = {}
+        for name, shape in self.shapes.items():
+            count = shape.numel()
+            self.places[name] = (
+                torch.arange(count)
+                if samples is None or samples >= count
+                else torch.randperm(count, generator=generator)[:samples].sort().values
+            )
+
+    def observe(self, model: nn.Module) -> Tensor:
+        """The weights themselves, raw."""
+        return torch.cat(
+            [
+                model.get_parameter(name).detach().reshape(-1)[places.to(model.get_parameter(name).device)]
+                for name, places in self.places.items()
+            ]
+        )
+
+    def masks(self, keep: Tensor) -> dict[str, Tensor]:
+        """Weights that are not watched stay."""
+        masks = {}
+        for (name, places), own in zip(self.places.items(), self._split(keep), strict=True):
+            mask = torch.ones(self.shapes[name].numel(), dtype=torch.bool)
+            mask[places] = own
+            masks[name] = mask.reshape(self.shapes[name])
+        return masks
+
+    def label(self, place: int) -> str:
+        """`layer.weight[3, 7]`."""
+        for name, places in self.places.items():
+            if place < len(places):
+                index = torch.unravel_index(places[place], self.shapes[name])
+                return f"{name}[{', '.join(str(int(own)) for own in index)}]"
+            place -= len(places)
+        raise IndexError(place)
+
+    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return values.split([len(places) for places in self.places.values()])
+
+
+class RowSeries:
+    """The Euclidean norms of the rows, or with `transposed` names the columns, that make each output of a layer."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], transposed: frozenset[str] = frozenset()) -> None:
+        self.shapes = {name: model.get_parameter(name).shape for name in names}
+        self.transposed = transposed
+
+    def observe(self, model: nn.Module) -> Tensor:
+        """A norm for each output."""
+        return torch.cat(
+            [model.get_parameter(name).detach().float().norm(dim=self._inputs(name)) for name in self.shapes]
+        )
+
+    def masks(self, keep: Tensor) -> dict[str, Tensor]:
+        """Whole rows go."""
+        outputs = [shape[1 - self._inputs(name)] for name, shape in self.shapes.items()]
+        return {
+            name: own.unsqueeze(self._inputs(name)).expand(shape).clone()
+            for (name, shape), own in zip(self.shapes.items(), keep.split(outputs), strict=True)
+        }
+
+    def label(self, place: int) -> str:
+        """`layer.weight, output 3`."""
+        for name, shape in self.shapes.items():
+            outputs = shape[1 - self._inputs(name)]
+            if place < outputs:
+                return f"{name}, output {place}"
+            place -= outputs
+        raise IndexError(place)
+
+    def _inputs(self, name: str) -> int:
+        return 0 if name in self.transposed else 1
