@@ -36,6 +36,7 @@ class Recorder(TrainerCallback):
         every: steps from one record to the next.
         target: what the series may cause, measured on the model; None without any.
         target_steps: whether the target is wanted behind a step.
+        until: the last step that is recorded; all of them are unless given.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Recorder(TrainerCallback):
         every: int = 1,
         target: Callable[[nn.Module], float] | None = None,
         target_steps: Callable[[int], bool] = lambda step: False,
+        until: int | None = None,
     ) -> None:
         self.observe = observe
         self.folder = folder
         self.every = every
         self.target = target
         self.target_steps = target_steps
+        self.until = until
         self._buffer: list[Tensor] = []
         self._series = 0
 
@@ -66,7 +69,8 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
-        if state.global_step % self.every == 0 and distributed.rank() == 0:
+        past = self.until is not None and state.global_step > self.until
+        if not past and state.global_step % self.every == 0 and distributed.rank() == 0:
             self._buffer.append(self.observe(model).detach().to("cpu", torch.float32, copy=True))
         if self.target is not None and self.target_steps(state.global_step):
             value = self.target(model)
@@ -84,6 +88,7 @@ class Recorder(TrainerCallback):
 
     def _go_on_behind(self, step: int) -> None:
         """Drop what lies behind a step; refuse to go on where records before it are missing."""
+        step = step if self.until is None else min(step, self.until)
         wanted = 4 * self._series * (step // self.every)
         values = self.folder / VALUES
         there = values.stat().st_size if values.is_file() else 0
@@ -116,6 +121,13 @@ def read_series(folder: Path, start: int = 0, stop: int | None = None) -> Tensor
     count = count_series(folder)
     values = np.memmap(folder / VALUES, dtype=np.float32, mode="r").reshape(-1, count)
     return torch.from_numpy(np.ascontiguousarray(values[:, start:stop].T))
+
+
+def read_record(folder: Path, place: int) -> Tensor:
+    """float32 [series], one record."""
+    count = count_series(folder)
+    values = np.memmap(folder / VALUES, dtype=np.float32, mode="r").reshape(-1, count)
+    return torch.from_numpy(values[place].copy())
 
 
 def read_targets(folder: Path) -> list[tuple[int, float]]:

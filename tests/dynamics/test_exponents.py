@@ -1,6 +1,5 @@
 """Windowed exponents against a plain loop, and against maps whose exponents are known."""
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -9,28 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_exponents import plain
 from torch import Tensor
 
 from hf_prune.dynamics.exponents import changes_abruptly, largest_exponents, window_starts, windowed_exponents
-
-
-def plain(window: list[float]) -> float:
-    """Rosenstein's algorithm as one would write it down."""
-    points = list(itertools.pairwise(window))
-
-    def distance(one: int, other: int) -> float:
-        return max(abs(a - b) for a, b in zip(points[one], points[other], strict=True))
-
-    now, then = [], []
-    for here in range(len(points)):
-        others = [(distance(here, there), there) for there in range(len(points)) if distance(here, there) > 0]
-        if not others:
-            continue
-        nearest, there = min(others)
-        now.append(math.log(nearest))
-        if here + 1 < len(points) and there + 1 < len(points) and distance(here + 1, there + 1) > 0:
-            then.append(math.log(distance(here + 1, there + 1)))
-    return float(np.mean(then) - np.mean(now)) if then else 0.0
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,0 +1,201 @@
+"""LEGCNet's procedure: record a training, find what causes its errors, prune the rest, train what is left.
+
+    FOLDER/run.json                what decides how the dense training and its recording go
+    FOLDER/initial.safetensors     the weights that everything began with
+    FOLDER/dense/                  the recorded training
+    FOLDER/recording/              its series and targets (recorder.py)
+    FOLDER/DECISION/               causes.safetensors, and a folder for each of KINDS at the same count
+
+Sahu et al. (2023), https://arxiv.org/abs/2308.09955.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_prune.engine import distributed
+from hf_prune.errors import BadInputError
+from hf_prune.methods.legcnet import LEGCNetConfig
+from hf_prune.training.causes import Causes, find_causes, load_causes, save_causes, target_steps
+from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.masks import MaskCallback
+from hf_prune.training.recorder import Recorder, read_record
+from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, load_weights, make_round, save_weights
+from hf_prune.training.series import Series
+from hf_prune.training.tickets import INITIAL, MakeTrainer
+from hf_prune.training.trainer import only_weights_change, train
+
+KINDS = ("legcnet", "magnitude", "random")
+RECORDED = ("series", "samples_per_matrix", "record_every", "window", "stride")
+
+
+class UntilGoodEnough(TrainerCallback):
+    """Ends a training at the first multiple of `every` steps behind which the model is good enough."""
+
+    def __init__(self, good_enough: Callable[[nn.Module], bool], every: int) -> None:
+        self.good_enough = good_enough
+        self.every = every
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and self.good_enough(kwargs["model"]):
+            control.should_training_stop = True
+
+
+@dataclass
+class LEGCNetSearch:
+    """The procedure, for any module that a Trainer can train.
+
+    Args:
+        make_model: the module that everything begins with.
+        series: what is watched and pruned.
+        make_trainer: as for tickets; the same seed makes the same batches every time.
+        target: what the series may cause, measured on the module: the share of errors, as published.
+        good_enough: whether a pruned module has reached the benchmark; its training ends there. None: never.
+        check_every: steps from one such look to the next, an epoch as published.
+        measuring: of trained modules.
+        config: recording, test, decision, restart.
+        steps: of a whole training.
+        folder: see above; a second run with the same arguments goes on where the first was cut.
+        fingerprint: of the text and the recipe of the training; a folder of another one is refused.
+    """
+
+    make_model: Callable[[], nn.Module]
+    series: Series
+    make_trainer: MakeTrainer
+    target: Callable[[nn.Module], float]
+    good_enough: Callable[[nn.Module], bool] | None
+    check_every: int
+    measuring: Measuring
+    config: LEGCNetConfig
+    steps: int
+    folder: Path
+    fingerprint: str = ""
+    seed: int = 0
+
+    @property
+    def recorded(self) -> int:
+        """Steps that are recorded."""
+        return self.steps if self.config.variant == "ft" else round(self.config.recorded_share * self.steps)
+
+    @property
+    def decision_folder(self) -> Path:
+        """Where this decision and what follows from it are."""
+        own = {key: value for key, value in asdict(self.config).items() if key not in RECORDED}
+        return self.folder / f"{self.config.variant}-{fingerprint(own, {})[:8]}"
+
+    def run(self) -> tuple[nn.Module, Causes, list[Round]]:
+        """The module that LEGCNet leaves, what was found, and the rounds: dense, LEGCNet, magnitude, random.
+
+        Raises:
+            BadInputError: too few windows, a target that never changes, a folder of another run.
+            RunError: the loss is not a number.
+        """
+        ends = frozenset(target_steps(self.config, self.recorded))
+        model = self.make_model()
+        self._claim(model)
+        everything = self.series.masks(torch.ones(len(self.series.observe(model)), dtype=torch.bool))
+        dense = make_round(
+            self.folder / "dense",
+            Round(0, "dense"),
+            model,
+            everything,
+            lambda checkpoints: self._train_dense(model, ends, checkpoints),
+            self.measuring,
+        )
+        causes = load_causes(self.decision_folder)
+        if causes is None:
+            causes = find_causes(self.folder / "recording", self.config, self.recorded)
+            distributed.barrier()
+            if distributed.rank() == 0:
+                self.decision_folder.mkdir(parents=True, exist_ok=True)
+                save_causes(self.decision_folder, causes)
+            distributed.barrier()
+        rounds = [dense, *(self._pruned(kind, model, causes) for kind in KINDS)]
+        load_weights(model, self.decision_folder / KINDS[0] / "model.safetensors")
+        return model, causes, rounds
+
+    def keep(self, kind: str, causes: Causes) -> Tensor:
+        """Which series stay, bool [series]: those that LEGCNet keeps, or as many others, the largest or any."""
+        if kind == "legcnet":
+            return causes.keep
+        if kind == "magnitude":
+            score = read_record(self.folder / "recording", self.recorded // self.config.record_every - 1).abs()
+        else:
+            score = torch.rand(len(causes.keep), generator=torch.Generator().manual_seed(self.seed))
+        keep = torch.zeros_like(causes.keep)
+        keep[score.argsort(descending=True, stable=True)[: int(causes.keep.sum())]] = True
+        return keep
+
+    def _claim(self, model: nn.Module) -> None:
+        identity = {
+            "training": self.fingerprint,
+            "weights": fingerprint("", model.state_dict()),
+            "recording": [*(getattr(self.config, key) for key in RECORDED), self.recorded, self.steps],
+            "processes": distributed.world_size(),
+        }
+        unfinished = self.folder / "dense.unfinished" / CHECKPOINTS
+        began = (self.folder / "dense").is_dir() or last_checkpoint(unfinished) is not None
+        claim(self.folder, identity, began)
+        if distributed.rank() == 0 and not began:
+            save_weights(model, self.folder / INITIAL)
+        distributed.barrier()
+
+    def _train_dense(self, model: nn.Module, ends: frozenset[int], checkpoints: Path) -> int:
+        recorder = Recorder(
+            self.series.observe,
+            self.folder / "recording",
+            self.config.record_every,
+            self.target,
+            lambda step: step in ends,
+            until=self.recorded,
+        )
+        keep = KeepCheckpoint(self.recorded if self._goes_on else 0, self.folder / "recorded")
+        checkpoint = keep.go_on_from(checkpoints)
+        if checkpoint is None:
+            load_weights(model, self.folder / INITIAL)
+        return self._train("the dense training", model, [recorder, keep], checkpoints, checkpoint)
+
+    @property
+    def _goes_on(self) -> bool:
+        return self.config.restart == "continue" and self.recorded < self.steps
+
+    def _pruned(self, kind: str, model: nn.Module, causes: Causes) -> Round:
+        masks = self.series.masks(self.keep(kind, causes))
+
+        def train_it(checkpoints: Path) -> int:
+            if self.config.restart == "continue" and not self._goes_on:
+                # Nothing of the training is left: the survivors are what they were at its end.
+                load_weights(model, self.folder / "dense" / "model.safetensors")
+                with torch.no_grad():
+                    for name, mask in masks.items():
+                        model.get_parameter(name).mul_(mask.to(model.get_parameter(name).device))
+                return 0
+            checkpoint = last_checkpoint(checkpoints)
+            if checkpoint is None:
+                checkpoint = self.folder / "recorded" if self._goes_on else None
+                load_weights(model, self.folder / INITIAL)
+            callbacks: list[TrainerCallback] = [MaskCallback(masks)]
+            if self.good_enough is not None:
+                callbacks.append(UntilGoodEnough(self.good_enough, self.check_every))
+            return self._train(f"the training of what {kind} keeps", model, callbacks, checkpoints, checkpoint)
+
+        return make_round(self.decision_folder / kind, Round(1, kind), model, masks, train_it, self.measuring)
+
+    def _train(
+        self, where: str, model: nn.Module, callbacks: list[TrainerCallback], folder: Path, checkpoint: Path | None
+    ) -> int:
+        stop = StopAtNaN(where, folder)
+        with only_weights_change(model):
+            trainer = self.make_trainer(model, folder, [stop, *callbacks])
+            train(trainer, checkpoint)
+            stop.check(model, "after the training")
+        if trainer.state.max_steps != self.steps:
+            raise BadInputError(f"steps: the training has {trainer.state.max_steps}, and not {self.steps}.")
+        return int(trainer.state.global_step)
