@@ -11,9 +11,10 @@ Sahu et al. (2023), https://arxiv.org/abs/2308.09955.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,25 +28,45 @@ from hf_prune.training.causes import Causes, find_causes, load_causes, save_caus
 from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
 from hf_prune.training.recorder import Recorder, read_record
-from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, load_weights, make_round, save_weights
+from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, load_weights, make_round, save_weights
 from hf_prune.training.series import Series
 from hf_prune.training.tickets import INITIAL, MakeTrainer
 from hf_prune.training.trainer import only_weights_change, train
 
 KINDS = ("legcnet", "magnitude", "random")
+BENCHMARK_SHARE = 0.99
 RECORDED = ("series", "samples_per_matrix", "record_every", "window", "stride")
 
 
-class UntilGoodEnough(TrainerCallback):
-    """Ends a training at the first multiple of `every` steps behind which the model is good enough."""
+class Watch(TrainerCallback):
+    """Looks at a figure every `every` steps, and ends a training that has reached the benchmark.
 
-    def __init__(self, good_enough: Callable[[nn.Module], bool], every: int) -> None:
-        self.good_enough = good_enough
+    What it has seen is in the Trainer's log, and so in its checkpoints.
+    """
+
+    def __init__(self, figure: Callable[[nn.Module], float], every: int, benchmark: float | None) -> None:
+        self.figure = figure
         self.every = every
+        self.benchmark = benchmark
+        self._start = perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and self.good_enough(kwargs["model"]):
-            control.should_training_stop = True
+        if state.global_step % self.every == 0:
+            value = float(self.figure(kwargs["model"]))
+            look = {"step": state.global_step, "watched": value, "seconds": perf_counter() - self._start}
+            state.log_history.append(look)
+            if self.benchmark is not None and value >= self.benchmark:
+                control.should_training_stop = True
+
+    @staticmethod
+    def looks(state: TrainerState) -> list[tuple[int, float, float]]:
+        """(step, figure, seconds) of every look."""
+        return [(int(own["step"]), own["watched"], own["seconds"]) for own in state.log_history if "watched" in own]
 
 
 @dataclass
@@ -57,8 +78,9 @@ class LEGCNetSearch:
         series: what is watched and pruned.
         make_trainer: as for tickets; the same seed makes the same batches every time.
         target: what the series may cause, measured on the module: the share of errors, as published.
-        good_enough: whether a pruned module has reached the benchmark; its training ends there. None: never.
-        check_every: steps from one such look to the next, an epoch as published.
+        figure: what is watched, higher is better: accuracy on the training rows, as published.
+        look_every: steps from one look to the next, an epoch as published.
+        benchmark: a pruned module's training ends where the figure reaches it; None, 99 % of the dense module's last.
         measuring: of trained modules.
         config: recording, test, decision, restart.
         steps: of a whole training.
@@ -70,8 +92,9 @@ class LEGCNetSearch:
     series: Series
     make_trainer: MakeTrainer
     target: Callable[[nn.Module], float]
-    good_enough: Callable[[nn.Module], bool] | None
-    check_every: int
+    figure: Callable[[nn.Module], float]
+    look_every: int
+    benchmark: float | None
     measuring: Measuring
     config: LEGCNetConfig
     steps: int
@@ -117,9 +140,16 @@ class LEGCNetSearch:
                 self.decision_folder.mkdir(parents=True, exist_ok=True)
                 save_causes(self.decision_folder, causes)
             distributed.barrier()
-        rounds = [dense, *(self._pruned(kind, model, causes) for kind in KINDS)]
+        benchmark = self.benchmark_of(dense)
+        rounds = [dense, *(self._pruned(kind, model, causes, benchmark) for kind in KINDS)]
         load_weights(model, self.decision_folder / KINDS[0] / "model.safetensors")
         return model, causes, rounds
+
+    def benchmark_of(self, dense: Round) -> float | None:
+        """The figure that ends a training."""
+        if self.benchmark is not None or not dense.looks:
+            return self.benchmark
+        return BENCHMARK_SHARE * dense.looks[-1][1]
 
     def keep(self, kind: str, causes: Causes) -> Tensor:
         """Which series stay, bool [series]: those that LEGCNet keeps, or as many others, the largest or any."""
@@ -147,7 +177,7 @@ class LEGCNetSearch:
             save_weights(model, self.folder / INITIAL)
         distributed.barrier()
 
-    def _train_dense(self, model: nn.Module, ends: frozenset[int], checkpoints: Path) -> int:
+    def _train_dense(self, model: nn.Module, ends: frozenset[int], checkpoints: Path) -> Trained:
         recorder = Recorder(
             self.series.observe,
             self.folder / "recording",
@@ -160,37 +190,36 @@ class LEGCNetSearch:
         checkpoint = keep.go_on_from(checkpoints)
         if checkpoint is None:
             load_weights(model, self.folder / INITIAL)
-        return self._train("the dense training", model, [recorder, keep], checkpoints, checkpoint)
+        watch = Watch(self.figure, self.look_every, None)
+        return self._train("the dense training", model, [recorder, watch, keep], checkpoints, checkpoint)
 
     @property
     def _goes_on(self) -> bool:
         return self.config.restart == "continue" and self.recorded < self.steps
 
-    def _pruned(self, kind: str, model: nn.Module, causes: Causes) -> Round:
+    def _pruned(self, kind: str, model: nn.Module, causes: Causes, benchmark: float | None) -> Round:
         masks = self.series.masks(self.keep(kind, causes))
 
-        def train_it(checkpoints: Path) -> int:
+        def train_it(checkpoints: Path) -> Trained:
             if self.config.restart == "continue" and not self._goes_on:
                 # Nothing of the training is left: the survivors are what they were at its end.
                 load_weights(model, self.folder / "dense" / "model.safetensors")
                 with torch.no_grad():
                     for name, mask in masks.items():
                         model.get_parameter(name).mul_(mask.to(model.get_parameter(name).device))
-                return 0
+                return Trained(0)
             checkpoint = last_checkpoint(checkpoints)
             if checkpoint is None:
                 checkpoint = self.folder / "recorded" if self._goes_on else None
                 load_weights(model, self.folder / INITIAL)
-            callbacks: list[TrainerCallback] = [MaskCallback(masks)]
-            if self.good_enough is not None:
-                callbacks.append(UntilGoodEnough(self.good_enough, self.check_every))
+            callbacks = [MaskCallback(masks), Watch(self.figure, self.look_every, benchmark)]
             return self._train(f"the training of what {kind} keeps", model, callbacks, checkpoints, checkpoint)
 
         return make_round(self.decision_folder / kind, Round(1, kind), model, masks, train_it, self.measuring)
 
     def _train(
-        self, where: str, model: nn.Module, callbacks: list[TrainerCallback], folder: Path, checkpoint: Path | None
-    ) -> int:
+        self, where: str, model: nn.Module, callbacks: Sequence[TrainerCallback], folder: Path, checkpoint: Path | None
+    ) -> Trained:
         stop = StopAtNaN(where, folder)
         with only_weights_change(model):
             trainer = self.make_trainer(model, folder, [stop, *callbacks])
@@ -198,4 +227,4 @@ class LEGCNetSearch:
             stop.check(model, "after the training")
         if trainer.state.max_steps != self.steps:
             raise BadInputError(f"steps: the training has {trainer.state.max_steps}, and not {self.steps}.")
-        return int(trainer.state.global_step)
+        return Trained(int(trainer.state.global_step), Watch.looks(trainer.state))

@@ -34,6 +34,7 @@ class Round:
         metrics: what the evaluation said of the trained model.
         evaluation: fingerprint of that evaluation.
         steps: that the training took.
+        looks: (step, figure, seconds since the training was last gone on with), where a figure was watched.
         seconds: of the training and evaluation, since it was last gone on with.
     """
 
@@ -47,12 +48,21 @@ class Round:
     metrics: dict[str, Any] = field(default_factory=dict)
     evaluation: str = ""
     steps: int = 0
+    looks: list[tuple[int, float, float]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def sparsity(self) -> float:
         """Share of the weights that are gone."""
         return 1 - self.kept / self.total
+
+
+@dataclass
+class Trained:
+    """What a training says of itself; see `Round`."""
+
+    steps: int
+    looks: list[tuple[int, float, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -73,7 +83,7 @@ def make_round(
     begun: Round,
     model: nn.Module,
     masks: Mapping[str, Tensor],
-    train: Callable[[Path], int],
+    train: Callable[[Path], Trained],
     measuring: Measuring,
 ) -> Round:
     """Train and measure, or read what a run before has kept; `model` has the round's weights behind it.
@@ -81,7 +91,7 @@ def make_round(
     Args:
         folder: takes its name once the training is over; `FOLDER.unfinished` holds the Trainer's own checkpoints.
         begun: what is known beforehand; counts follow from the masks.
-        train: trains `model` under `masks` with its checkpoints in the folder given; returns the steps.
+        train: trains `model` under `masks` with its checkpoints in the folder given.
 
     Raises:
         RunError: the disk is full.
@@ -90,7 +100,7 @@ def make_round(
     start = perf_counter()
     if result is None:
         unfinished = folder.with_name(f"{folder.name}.unfinished")
-        steps = train(unfinished / CHECKPOINTS)
+        trained = train(unfinished / CHECKPOINTS)
         kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
         result = replace(
             begun,
@@ -100,7 +110,8 @@ def make_round(
             collapsed=[layer for layer, count in kept.items() if not count],
             metrics=measuring.evaluate(model),
             evaluation=measuring.identity,
-            steps=steps,
+            steps=trained.steps,
+            looks=trained.looks,
             seconds=perf_counter() - start,
         )
         if distributed.rank() == 0:

@@ -28,7 +28,7 @@ from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks, ran
 from hf_prune.progress import progress
 from hf_prune.training.checkpoints import IDENTITY, KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
-from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, load_weights, make_round, save_weights
+from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, load_weights, make_round, save_weights
 from hf_prune.training.trainer import only_weights_change, train
 
 INITIAL = "initial.safetensors"
@@ -114,8 +114,8 @@ class TicketSearch:
         name = f"round-{number:02d}" + (f"-{kind}" if kind != "ticket" else "")
         folder = (self.ticket_folder if number else self.folder) / name
 
-        def train_it(checkpoints: Path) -> int:
-            return self._train(model, masks, kind, number, checkpoints)
+        def train_it(checkpoints: Path) -> Trained:
+            return Trained(self._train(model, masks, kind, number, checkpoints))
 
         begun = Round(number, kind, held=list(held))
         return make_round(folder, begun, model, masks, train_it, Measuring(self.evaluate, self.evaluation))

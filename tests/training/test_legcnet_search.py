@@ -58,8 +58,10 @@ def search(folder: Path, seen: list | None = None, own: dict[str, Any] | None = 
         "series": WeightSeries(Net(), NAMES),
         "make_trainer": make_trainer,
         "target": error,
-        "good_enough": None,
-        "check_every": 24,
+        "figure": lambda model: 1 - error(model),
+        "look_every": 24,
+        # Never reached.
+        "benchmark": 2.0,
         "measuring": Measuring(lambda model: {"error": error(model)}),
         "steps": STEPS,
     }
@@ -142,8 +144,12 @@ def test_survivors_of_a_whole_training_go_on_as_they_are(tmp_path: Path) -> None
 
 
 def test_a_training_ends_where_it_is_good_enough(tmp_path: Path) -> None:
-    _, _, rounds = search(tmp_path, good_enough=lambda model: error(model) < 0.9, check_every=5).run()
+    _, _, rounds = search(tmp_path, benchmark=0.1, look_every=5).run()
     assert rounds[0].steps == STEPS and [found.steps for found in rounds[1:]] == [5, 5, 5]
+    assert [step for step, _, _ in rounds[0].looks] == list(range(5, STEPS, 5)) and rounds[0].looks[-1][1] > 0.1
+    # 99 % of what the dense one ended with, unless given.
+    own = search(tmp_path, benchmark=None, look_every=5)
+    assert own.benchmark_of(rounds[0]) == pytest.approx(0.99 * rounds[0].looks[-1][1])
 
 
 class Cut(Exception):
