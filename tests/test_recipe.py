@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hf_prune.arguments import matches
 from hf_prune.bench.grid import load_grid
 from hf_prune.bench.sweep import make_sweep
+from hf_prune.cli.train import make_recipe as make_any_train_recipe
 from hf_prune.compose import make_config, make_solver
 from hf_prune.errors import BadInputError
 from hf_prune.fields import coerce
-from hf_prune.methods.lottery_ticket import LotteryTicketConfig
 from hf_prune.recipe import dump_yaml, load_recipe, make_recipe, parse_flags, parse_yaml, read_recipe, read_values
 from hf_prune.training.arguments import make_train_recipe
 from hf_prune.training.recovery import RecoveryConfig
@@ -57,10 +57,11 @@ def test_every_shipped_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     if path.parent.name == "accelerate_configs":
         assert parse_yaml(text, path.name)
         return
-    method = {"lottery": LotteryTicketConfig, "tickets": LotteryTicketConfig, "recovery": RecoveryConfig}
-    trained = method.get(path.parent.name) or method.get(path.stem)
-    if trained:
-        assert path.name in text.splitlines()[0] and make_train_recipe(*read_recipe(path, {})[:1], trained).training
+    if path.parent.name in ("lottery", "legcnet", "recovery") or path.stem == "tickets":
+        values, _ = read_recipe(path, {})
+        recovers = path.parent.name == "recovery"
+        recipe = make_train_recipe(values, RecoveryConfig) if recovers else make_any_train_recipe(values)
+        assert path.name in text.splitlines()[0] and recipe.training
         return
     if path.parent.name == "benchmarks":
         assert path.name in text.splitlines()[0] and load_grid(path).cells

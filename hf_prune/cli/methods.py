@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, fields
+from typing import Any
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.cli.arguments import console, take_flags
@@ -17,12 +18,13 @@ def main(arguments: list[str]) -> None:
     take_flags(parse_flags(arguments))
     from hf_prune.allocation import ALLOCATIONS
     from hf_prune.methods import methods
+    from hf_prune.methods.legcnet import LEGCNetConfig
     from hf_prune.methods.lottery_ticket import LotteryTicketConfig
     from hf_prune.reconstruction import RECONSTRUCTIONS
     from hf_prune.report.tables import methods_table
 
     out = console()
-    trained = [LotteryTicketConfig]
+    trained: list[Any] = [LotteryTicketConfig, LEGCNetConfig]
     out.print(methods_table([asdict(config.info) for config in methods().values()]))
     out.print(methods_table([asdict(config.info) for config in trained], "Methods of hf-prune train"))
     for title, parts in (("Allocations", ALLOCATIONS), ("Reconstructions", RECONSTRUCTIONS)):

@@ -13,9 +13,7 @@ def help_text() -> str:
     from hf_prune.training.arguments import training_help
     from hf_prune.training.recovery import RecoveryConfig
 
-    return training_help(
-        "recover FOLDER", "Train a pruned model; every zero stays a zero.", RecoveryConfig, fresh=False
-    )
+    return training_help("recover FOLDER", "Train a pruned model; every zero stays a zero.", RecoveryConfig)
 
 
 def main(arguments: list[str]) -> int:

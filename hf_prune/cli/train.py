@@ -1,40 +1,79 @@
-"""hf-prune train: pruning while training; a recipe in, a verified folder out."""
+"""hf-prune train: pruning while training; a recipe in, a folder out."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from hf_prune.cli.arguments import console, quiet_libraries, take_text
 from hf_prune.cli.prune import relaunch
+from hf_prune.errors import BadInputError
 from hf_prune.recipe import parse_flags, read_recipe
+
+LOTTERY_TICKET, LEGCNET = "lottery_ticket", "legcnet"
 
 
 def help_text() -> str:
+    from hf_prune.methods.legcnet import LEGCNetConfig
     from hf_prune.methods.lottery_ticket import LotteryTicketConfig
-    from hf_prune.training.arguments import training_help
+    from hf_prune.training.arguments import FreshModelArguments, training_help
+    from hf_prune.training.tabular import PerceptronArguments, TableArguments
 
-    return training_help("train", "Prune a model while it trains, round by round.", LotteryTicketConfig, fresh=True)
+    tickets = "Prune a model while it trains, round by round (method: lottery_ticket, the default)."
+    causes = "Prune what does not cause a training's errors (method: legcnet)."
+    return "\n".join(
+        [
+            training_help("train", tickets, LotteryTicketConfig, FreshModelArguments),
+            training_help("train", causes, LEGCNetConfig, PerceptronArguments, TableArguments),
+        ]
+    )
 
 
 def main(arguments: list[str]) -> int:
     flags = parse_flags(arguments)
     values, text = read_recipe(take_text(flags, "config"), flags)
-    from hf_prune.methods.lottery_ticket import LotteryTicketConfig
-    from hf_prune.training.arguments import make_train_recipe
-
-    recipe = make_train_recipe(values, LotteryTicketConfig, text)
+    method = values.get("method") or LOTTERY_TICKET
+    if method not in (LOTTERY_TICKET, LEGCNET):
+        raise BadInputError(f"method: {method!r} prunes without training; choose {LOTTERY_TICKET} or {LEGCNET}.")
+    recipe = make_recipe(values, text)
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
-        from hf_prune.tickets import prepare_tickets
-
         # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
         quiet_libraries()
-        prepare_tickets(recipe)
+        _prepare(recipe, method)
         return relaunch(recipe.model.num_processes, ["train", *arguments])
+    quiet_libraries()
+    (_show_causes if method == LEGCNET else _show_tickets)(recipe)
+    return 0
+
+
+def make_recipe(values: dict[str, Any], text: str | None = None) -> Any:
+    """The recipe of the method that it names."""
+    from hf_prune.methods.legcnet import LEGCNetConfig
+    from hf_prune.methods.lottery_ticket import LotteryTicketConfig
+    from hf_prune.training.arguments import make_train_recipe
+    from hf_prune.training.tabular import PerceptronArguments, TableArguments
+
+    if values.get("method") == LEGCNET:
+        return make_train_recipe(values, LEGCNetConfig, text, PerceptronArguments, TableArguments)
+    return make_train_recipe(values, LotteryTicketConfig, text)
+
+
+def _prepare(recipe: Any, method: str) -> None:
+    if method == LEGCNET:
+        from hf_prune.legcnet import prepare_legcnet
+
+        prepare_legcnet(recipe)
+    else:
+        from hf_prune.tickets import prepare_tickets
+
+        prepare_tickets(recipe)
+
+
+def _show_tickets(recipe: Any) -> None:
     from hf_prune.report import tables
     from hf_prune.report.findings import next_step
     from hf_prune.tickets import run_tickets
 
-    quiet_libraries()
     report = run_tickets(recipe)
     out = console()
     out.print(tables.rounds_table(report["tickets"]))
@@ -43,4 +82,14 @@ def main(arguments: list[str]) -> int:
     out.print(tables.evaluation_table(report))
     for sentence in next_step(report, str(recipe.output.output_dir)):
         out.print(sentence, markup=False)
-    return 0
+
+
+def _show_causes(recipe: Any) -> None:
+    from hf_prune.legcnet import run_legcnet
+    from hf_prune.report.cause_table import causes_table, causes_text
+
+    report = run_legcnet(recipe)
+    out = console()
+    out.print(causes_table(report["rounds"]))
+    for sentence in [*causes_text(report), f"The model, its series and plots are in {recipe.output.output_dir}."]:
+        out.print(sentence, markup=False)

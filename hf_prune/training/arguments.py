@@ -65,8 +65,8 @@ class TrainRecipe:
     """A checked training recipe. `training` are the keys for TrainingArguments, `text_as_run` is what gets saved."""
 
     model: ModelArguments
-    fresh: FreshModelArguments
-    text: TrainingTextArguments
+    fresh: Any
+    text: Any
     evaluation: EvaluationArguments
     output: OutputArguments
     method: Any
@@ -127,11 +127,19 @@ _REFUSED = {
 }
 
 
-def make_train_recipe(values: Mapping[str, Any], method: type, text: str | None = None) -> TrainRecipe:
+def make_train_recipe(
+    values: Mapping[str, Any],
+    method: type,
+    text: str | None = None,
+    fresh: type = FreshModelArguments,
+    trained_on: type = TrainingTextArguments,
+) -> TrainRecipe:
     """Sort a flat mapping into its sections; keys of no section are those of TrainingArguments.
 
     Args:
         method: the config dataclass that holds the method's own keys.
+        text: the recipe as it was written.
+        fresh, trained_on: dataclasses of the keys for a fresh model and for what it is trained on.
 
     Raises:
         BadInputError: an unknown key, a value of the wrong type or out of range.
@@ -139,8 +147,8 @@ def make_train_recipe(values: Mapping[str, Any], method: type, text: str | None 
     rest = dict(values)
     sections = {
         "model": ModelArguments,
-        "fresh": FreshModelArguments,
-        "text": TrainingTextArguments,
+        "fresh": fresh,
+        "text": trained_on,
         "evaluation": EvaluationArguments,
         "output": OutputArguments,
         "method": method,
@@ -212,13 +220,16 @@ def make_training_arguments(
     return arguments
 
 
-def training_help(verb: str, text: str, method: type, *, fresh: bool) -> str:
-    """Usage of a verb that trains, from the dataclasses themselves; `fresh`: it may begin with random weights."""
+def training_help(
+    verb: str, text: str, method: type, fresh: type | None = None, trained_on: type = TrainingTextArguments
+) -> str:
+    """Usage of a verb that trains, from the dataclasses themselves; see `make_train_recipe`."""
     lines = [f"usage: hf-prune {verb} --config RECIPE.yaml [--key value ...]", "", text, ""]
     lines.append("Keys of a recipe and flags of the same names (a flag wins):")
     sections: list[tuple[str, type]] = [("model", ModelArguments)]
-    sections += [("fresh model", FreshModelArguments)] if fresh else []
-    sections += [("text", TrainingTextArguments), ("evaluation", EvaluationArguments), ("output", OutputArguments)]
+    sections += [("fresh model", fresh)] if fresh else []
+    text_too = [("evaluation", EvaluationArguments)] if trained_on is TrainingTextArguments else []
+    sections += [("trained on", trained_on), *text_too, ("output", OutputArguments)]
     for title, section in [*sections, ("method", method)]:
         lines += ["", f"{title}:", *field_lines(section)]
     lines += ["", "Every key of transformers' TrainingArguments is one too: learning_rate, max_steps, report_to, ..."]

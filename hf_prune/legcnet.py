@@ -1,0 +1,181 @@
+"""Recipe in, folder out: LEGCNet on a perceptron, beside magnitude and chance at the same count."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, set_seed
+
+from hf_prune.checkpoint.folder import RECIPE_FILE, beside, check_output_folder, output_folder
+from hf_prune.description import environment
+from hf_prune.engine import distributed
+from hf_prune.errors import BadInputError
+from hf_prune.methods.legcnet import LEGCNetConfig
+from hf_prune.report.cause_plots import plot_exponents, plot_p_values
+from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.causes import Causes, save_causes
+from hf_prune.training.checkpoints import fingerprint
+from hf_prune.training.legcnet import LEGCNetSearch
+from hf_prune.training.rounds import Measuring, Round
+from hf_prune.training.series import RowSeries, Series, WeightSeries
+from hf_prune.training.tabular import Perceptron, PerceptronConfig, Rows, load_table
+from hf_prune.training.trainer import make_trainer
+
+LEGCNET_REPORT, SERIES_FILE = "legcnet_report.json", "series.csv"
+
+
+def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
+    """Record, decide, prune and train what a recipe says; returns the report that stands in the output folder.
+
+    Rounds are kept in `OUTPUT_DIR.rounds`, from which a run that was cut goes on.
+
+    Raises:
+        BadInputError: something handed over cannot be used; nothing has been written.
+        RunError: the loss is not a number; finished rounds stay.
+    """
+    recipe.require("output_dir", "dataset_name")
+    output = recipe.output
+    assert output.output_dir is not None
+    if output.push_to_hub:
+        raise BadInputError("push_to_hub: a perceptron is no language model; leave the key out.")
+    check_output_folder(output.output_dir, output.overwrite_output_dir)
+    search, steps_an_epoch = prepare_legcnet(recipe)
+    model, causes, rounds = search.run()
+    dense = rounds[0]
+    report = {
+        **environment(),
+        "method": {**asdict(recipe.method.info), "options": _options(recipe.method)},
+        "dataset": recipe.text.dataset_name,
+        "sizes": _perceptron(model).config.sizes,
+        "seed": recipe.text.seed,
+        "steps_an_epoch": steps_an_epoch,
+        "recorded_steps": search.recorded,
+        "benchmark": search.benchmark_of(dense),
+        "series": {
+            "all": len(causes.keep),
+            "kept": int(causes.keep.sum()),
+            "untested": int((~causes.tested).sum()),
+            "windows": causes.exponents.shape[1],
+        },
+        "seconds": {**causes.seconds, **{found.kind: found.seconds for found in rounds}},
+        "rounds": [_summary(found, search.benchmark_of(dense), steps_an_epoch) for found in rounds],
+        "command": f"hf-prune train --config {RECIPE_FILE}",
+    }
+    if distributed.rank() == 0:
+        with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
+            _perceptron(model).save_pretrained(folder)
+            save_causes(folder, causes)
+            _write_series(folder / SERIES_FILE, search.series, causes)
+            plot_exponents(causes.exponents, causes.keep, search.config, folder / "plots" / "exponents.png")
+            plot_p_values(causes.p, causes.tested, search.config.alpha, folder / "plots" / "p_values.png")
+            (folder / RECIPE_FILE).write_text(recipe.text_as_run, encoding="utf-8")
+            (folder / LEGCNET_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
+    """Everything of a run but the training, and the steps of an epoch.
+
+    Raises:
+        BadInputError: something handed over cannot be used; nothing has been written.
+    """
+    config: LEGCNetConfig = recipe.method
+    if config.series == "units":
+        raise BadInputError("series: a perceptron has weights and rows; choose weights, sample or rows.")
+    # Before any process group: the arguments bring up the one that training wants.
+    arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
+    distributed.initialise(recipe.model.device)
+    training, held_out = load_table(recipe.text)
+    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    steps_an_epoch = math.ceil(len(training) / batch)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
+    sizes = [
+        training.inputs.shape[1], *(int(size) for size in recipe.fresh.hidden_sizes), int(training.labels.max()) + 1
+    ]  # fmt: skip
+
+    def make_model() -> Perceptron:
+        set_seed(recipe.text.seed)
+        return Perceptron(PerceptronConfig(sizes, recipe.fresh.activation))
+
+    def make(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        own = make_training_arguments(recipe.training, output_dir, recipe.text.seed, recipe.model.device)
+        return make_trainer(Trainer, model=model, args=own, train_dataset=training, callbacks=callbacks)
+
+    search = LEGCNetSearch(
+        make_model=make_model,
+        series=_series(make_model(), config, recipe.text.seed),
+        make_trainer=make,
+        target=lambda model: 1 - training.figures(model)[0],
+        figure=lambda model: training.figures(model)[0],
+        look_every=steps_an_epoch,
+        benchmark=recipe.fresh.benchmark_accuracy,
+        measuring=_measuring(training, held_out),
+        config=config,
+        steps=steps,
+        folder=beside(str(recipe.output.output_dir), ".rounds"),
+        fingerprint=fingerprint(recipe.decisive, {"inputs": training.inputs, "labels": training.labels}),
+        seed=recipe.text.seed,
+    )
+    return search, steps_an_epoch
+
+
+def _perceptron(model: nn.Module) -> Perceptron:
+    assert isinstance(model, Perceptron)
+    return model
+
+
+def _series(model: nn.Module, config: LEGCNetConfig, seed: int) -> Series:
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and not any(word in name for word in config.ignore)
+    ]
+    if config.series == "rows":
+        return RowSeries(model, names)
+    return WeightSeries(model, names, config.samples_per_matrix if config.series == "sample" else None, seed)
+
+
+def _measuring(training: Rows, held_out: Rows) -> Measuring:
+    def evaluate(model: nn.Module) -> dict[str, Any]:
+        (accuracy, loss), (own, own_loss) = held_out.figures(model), training.figures(model)
+        return {"accuracy": accuracy, "loss": loss, "train_accuracy": own, "train_loss": own_loss}
+
+    return Measuring(evaluate, fingerprint("", {"inputs": held_out.inputs, "labels": held_out.labels}))
+
+
+def _summary(found: Round, benchmark: float | None, steps_an_epoch: int) -> dict[str, Any]:
+    """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached."""
+    reached = next((look for look in found.looks if benchmark is not None and look[1] >= benchmark), None)
+    return {
+        "kind": found.kind,
+        "connections": found.kept,
+        "all_connections": found.total,
+        # A multiplication and an addition for each connection and row.
+        "flops": 2 * found.kept,
+        **found.metrics,
+        "steps": found.steps,
+        "epochs_to_benchmark": reached[0] / steps_an_epoch if reached else None,
+        "seconds_to_benchmark": reached[2] if reached else None,
+        "seconds": found.seconds,
+    }
+
+
+def _write_series(file: Path, series: Series, causes: Causes) -> None:
+    """A line for each series: what it is, p, its mean exponent, whether it was tested and stays."""
+    means = causes.exponents.mean(1)
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["series", "p", "mean_exponent", "tested", "kept"])
+        for place in range(len(causes.keep)):
+            flags = (bool(causes.tested[place]), bool(causes.keep[place]))
+            writer.writerow([series.label(place), float(causes.p[place]), float(means[place]), *flags])
+
+
+def _options(config: LEGCNetConfig) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config).items() if key != "method" and value not in ([], None)}

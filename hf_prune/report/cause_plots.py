@@ -1,0 +1,61 @@
+"""Plots of what causes errors: exponents over a training, and the p of every series."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from hf_prune.methods.legcnet import LEGCNetConfig
+
+DPI = 150
+KEPT, PRUNED = "#4878a8", "#d1873c"
+BINS = 40
+
+
+def plot_exponents(exponents: Tensor, keep: Tensor, config: LEGCNetConfig, path: str | Path) -> Figure:
+    """Draw median and quartiles of the exponents of kept and of pruned series over the windows, as a PNG at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    ends = config.record_every * (config.window + config.step * np.arange(exponents.shape[1]))
+    for name, which, colour in (("kept", keep, KEPT), ("pruned", ~keep, PRUNED)):
+        if not bool(which.any()):
+            continue
+        low, middle, high = np.quantile(exponents[which].numpy(), [0.25, 0.5, 0.75], axis=0)
+        axes.plot(ends, middle, color=colour, label=f"{name} ({int(which.sum()):,})")
+        axes.fill_between(ends, low, high, color=colour, alpha=0.25, linewidth=0)
+    axes.axhline(0, color="0.6", linewidth=1, zorder=0)
+    axes.set_xlabel("step at which a window ends")
+    axes.set_ylabel("largest Lyapunov exponent, nats a step")
+    axes.set_title("Exponents of the series: median and quartiles")
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def plot_p_values(p: Tensor, tested: Tensor, alpha: float, path: str | Path) -> Figure:
+    """Draw a histogram of p of the series that could be tested, as a PNG at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(p[tested].numpy(), bins=BINS, range=(0, 1), color=KEPT)
+    axes.axvline(alpha, color="0.1", linewidth=1, label=f"alpha = {alpha:g}")
+    axes.set_xlabel("p that a series does not Granger-cause the errors")
+    axes.set_ylabel("series")
+    untested = int((~tested).sum())
+    axes.set_title(f"{int(tested.sum()):,} series" + (f"; {untested:,} could not be tested" if untested else ""))
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> Figure:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return figure

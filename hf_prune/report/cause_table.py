@@ -1,0 +1,50 @@
+"""What LEGCNet kept, beside the same number kept by magnitude and by chance: a table and its sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from hf_prune.report.figures import percent
+
+
+def causes_table(rounds: list[dict[str, Any]]) -> Table:
+    """A line for the dense network and for each way to keep as many connections."""
+    table = Table(title="What was kept", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("Kept by")
+    for name in ("Connections", "Accuracy", "Loss", "Epochs to the benchmark", "Seconds to it"):
+        table.add_column(name, justify="right")
+    for row in rounds:
+        epochs, seconds = row["epochs_to_benchmark"], row["seconds_to_benchmark"]
+        table.add_row(
+            "all" if row["kind"] == "dense" else row["kind"].replace("legcnet", "LEGCNet"),
+            f"{row['connections']:,}",
+            percent(row["accuracy"]),
+            f"{row['loss']:.4f}",
+            "never" if epochs is None else f"{epochs:.0f}",
+            "" if seconds is None else f"{seconds:.1f}",
+        )
+    return table
+
+
+def causes_text(report: dict[str, Any]) -> list[str]:
+    """What was decided on what, what it cost, and who won."""
+    series, seconds, rounds = report["series"], report["seconds"], report["rounds"]
+    untested = f"; {series['untested']:,} could not be tested and stay" if series["untested"] else ""
+    sentences = [
+        f"{series['kept']:,} of {series['all']:,} series stay, by {series['windows']} windows of "
+        f"{report['recorded_steps']:,} steps{untested}. Exponents took {seconds['exponents']:.1f} s, Granger's test "
+        f"{seconds['granger']:.1f} s; the recorded training {seconds['dense']:.1f} s."
+    ]
+    if report["benchmark"] is not None:
+        sentences.append(f"The benchmark is {percent(report['benchmark'])} accuracy on the training rows.")
+    never = [row["kind"] for row in rounds[1:] if report["benchmark"] and row["epochs_to_benchmark"] is None]
+    if never:
+        sentences.append(f"Never reached by {' and '.join(never)}: the training ended at its limit.")
+    own, others = rounds[1], rounds[2:]
+    better = [row["kind"] for row in others if row["accuracy"] > own["accuracy"]]
+    if better:
+        sentences.append(f"As many kept by {' or '.join(better)} are more accurate on the held-out rows.")
+    return sentences
