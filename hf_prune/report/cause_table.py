@@ -36,7 +36,7 @@ def causes_text(report: dict[str, Any]) -> list[str]:
     sentences = [
         f"{series['kept']:,} of {series['all']:,} series stay, by {series['windows']} windows of "
         f"{report['recorded_steps']:,} steps{untested}. Exponents took {seconds['exponents']:.1f} s, Granger's test "
-        f"{seconds['granger']:.1f} s; the recorded training {seconds['dense']:.1f} s."
+        f"{seconds['granger']:.1f} s; the recorded training {seconds['recording']:.1f} s."
     ]
     if report["benchmark"] is not None:
         sentences.append(f"The benchmark is {percent(report['benchmark'])} accuracy on the training rows.")

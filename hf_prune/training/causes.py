@@ -16,7 +16,7 @@ from hf_prune.dynamics.granger import granger_test
 from hf_prune.errors import BadInputError
 from hf_prune.methods.legcnet import LEGCNetConfig, causal_p, decide
 from hf_prune.progress import progress
-from hf_prune.training.recorder import count_series, read_series, read_targets
+from hf_prune.training.recorder import count_series, read_series, read_targets, recording_seconds
 
 CAUSES = "causes.safetensors"
 SERIES_AT_ONCE = 4096
@@ -30,7 +30,7 @@ class Causes:
         exponents: float32 [series, windows].
         p: float64 [series]; 0 where a series could not be tested.
         tested, keep: bool [series].
-        seconds: of exponents and tests.
+        seconds: of the recorded training, of exponents and of tests.
     """
 
     exponents: Tensor
@@ -89,7 +89,11 @@ def find_causes(recording: Path, config: LEGCNetConfig, steps: int) -> Causes:
     between = perf_counter()
     test = granger_test(exponents, target, config.max_lag, config.statistic)
     keep = decide(test, exponents.numpy(), config)
-    seconds = {"exponents": between - start, "granger": perf_counter() - between}
+    seconds = {
+        "recording": recording_seconds(recording),
+        "exponents": between - start,
+        "granger": perf_counter() - between,
+    }
     return Causes(
         exponents,
         torch.from_numpy(causal_p(test, config)),

@@ -2,7 +2,7 @@
 
     FOLDER/series.f32     float32 [records, series], a record after another
     FOLDER/targets.jsonl  {"step": ..., "value": ...}, a line for each step at which the target was measured
-    FOLDER/recording.json how many series there are, and what lies between two records
+    FOLDER/recording.json how many series there are, what lies between two records, and the seconds to the last one
 
 A training that goes on from a checkpoint goes on recording behind it: later records of the run that was cut go.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class Recorder(TrainerCallback):
         self.until = until
         self._buffer: list[Tensor] = []
         self._series = 0
+        self._start = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,8 +66,8 @@ class Recorder(TrainerCallback):
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._go_on_behind(state.global_step)
-            about = {"series": self._series, "every": self.every}
-            write_whole(self.folder / ABOUT, json.dumps(about) + "\n")
+            self._describe(None)
+        self._start = perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -77,6 +79,8 @@ class Recorder(TrainerCallback):
             if distributed.rank() == 0:
                 with (self.folder / TARGETS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": state.global_step, "value": value}) + "\n")
+        if state.global_step == (self.until or state.max_steps) and distributed.rank() == 0:
+            self._describe(perf_counter() - self._start)
         # A checkpoint must not be ahead of its records.
         if control.should_save or 4 * self._series * len(self._buffer) >= BUFFER_BYTES:
             self._flush()
@@ -85,6 +89,10 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._flush()
+
+    def _describe(self, seconds: float | None) -> None:
+        about = {"series": self._series, "every": self.every, "seconds": seconds}
+        write_whole(self.folder / ABOUT, json.dumps(about) + "\n")
 
     def _go_on_behind(self, step: int) -> None:
         """Drop what lies behind a step; refuse to go on where records before it are missing."""
@@ -113,7 +121,17 @@ class Recorder(TrainerCallback):
 
 def count_series(folder: Path) -> int:
     """How many series a recording holds."""
-    return int(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["series"])
+    return int(_about(folder)["series"])
+
+
+def recording_seconds(folder: Path) -> float:
+    """From where the training was last gone on with to the last record."""
+    return float(_about(folder)["seconds"] or 0)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    return about
 
 
 def read_series(folder: Path, start: int = 0, stop: int | None = None) -> Tensor:

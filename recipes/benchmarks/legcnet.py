@@ -1,0 +1,139 @@
+"""LEGCNet on scikit-learn's tables, beside magnitude and chance at the same count; five seeds.
+
+    python recipes/benchmarks/legcnet.py --config recipes/benchmarks/legcnet.yaml --work_folder WORK \\
+        --readme recipes/benchmarks/LEGCNET.md
+
+Seconds to the benchmark hold everything: the recorded training, exponents and tests for LEGCNet, the whole dense
+training for magnitude, nothing for chance, and then the training of what is left until it is as good as the benchmark.
+A run that was cut, by --max_minutes too, goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hf_prune.bench.summary import write_between_markers
+from hf_prune.cli.train import make_recipe
+from hf_prune.legcnet import LEGCNET_REPORT, run_legcnet
+from hf_prune.recipe import read_recipe
+
+TABLES: dict[str, dict[str, Any]] = {
+    "breast_cancer": {"hidden_sizes": ["6"], "max_steps": 2250},
+    "iris": {"hidden_sizes": ["6"], "max_steps": 2250},
+    "wine": {"hidden_sizes": ["6"], "max_steps": 2250},
+    "digits": {"hidden_sizes": ["50", "30"], "max_steps": 2250},
+}
+# The published decision over the whole training and over its beginning, and one that has to choose.
+DECISIONS: dict[str, dict[str, Any]] = {
+    "FT": {},
+    "PT": {"variant": "pt", "recorded_share": 0.3, "window": 20, "max_lag": 10},
+    "FT, 30 % go": {"sparsity": 0.3},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--work_folder", type=Path, required=True)
+    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--tables", nargs="*", default=list(TABLES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)))
+    parser.add_argument("--max_minutes", type=float, default=60)
+    given = parser.parse_args()
+    started = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    for seed in given.seeds:
+        for table in given.tables:
+            for name, decision in DECISIONS.items():
+                folder = (
+                    given.work_folder / f"{table}-{name.replace(' ', '').replace('%', '').replace(',', '-')}-{seed}"
+                )
+                if not folder.is_dir():
+                    if time.monotonic() - started > 60 * given.max_minutes:
+                        continue
+                    own = {**TABLES[table], **decision, "dataset_name": f"sklearn:{table}", "seed": seed}
+                    values, text = read_recipe(given.config, {**own, "output_dir": str(folder)})
+                    run_legcnet(make_recipe(values, text))
+                rows += rows_of(json.loads((folder / LEGCNET_REPORT).read_text()), table, name)
+    text = to_markdown(rows)
+    print(text)
+    if given.readme:
+        write_between_markers(given.readme, "legcnet", text)
+
+
+def rows_of(report: dict[str, Any], table: str, decision: str) -> list[dict[str, Any]]:
+    """A row for the dense network and for each way to keep as many connections; seconds hold what came before."""
+    seconds = report["seconds"]
+    before = {
+        "dense": 0.0,
+        "legcnet": seconds["recording"] + seconds["exponents"] + seconds["granger"],
+        "magnitude": seconds["dense"],
+        "random": 0.0,
+    }
+    dense = report["rounds"][0]
+    found = []
+    for row in report["rounds"]:
+        if row["kind"] == "dense" and decision != "FT":
+            continue
+        reached = row["seconds_to_benchmark"]
+        found.append(
+            {
+                "table": table,
+                "row": "dense"
+                if row["kind"] == "dense"
+                else f"{decision}: {row['kind'].replace('legcnet', 'LEGCNet')}",
+                "connections": row["connections"],
+                "flops": row["flops"],
+                "accuracy": 100 * row["accuracy"],
+                "accuracy_change": 100 * (row["accuracy"] - dense["accuracy"]),
+                "loss_change": row["loss"] - dense["loss"],
+                "epochs": row["epochs_to_benchmark"],
+                "seconds": None if reached is None else reached + before[row["kind"]],
+            }
+        )
+    return found
+
+
+def spread(values: Iterable[float | None], form: str) -> str:
+    """Mean and standard deviation of those that are there, and how many are not."""
+    every = list(values)
+    there = [value for value in every if value is not None]
+    if not there:
+        return "never"
+    text = format(statistics.fmean(there), form)
+    text += f" ± {format(statistics.stdev(there), form.lstrip('+'))}" if len(there) > 1 else ""
+    return text + (f" ({len(every) - len(there)} never)" if len(there) < len(every) else "")
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, and below it who won."""
+    lines = ["| table | kept by | connections | FLOPs a row | accuracy % | change | loss change | epochs | seconds |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    keys = list(dict.fromkeys((row["table"], row["row"]) for row in rows))
+    means: dict[tuple[str, str], float] = {}
+    for table, name in keys:
+        own = [row for row in rows if (row["table"], row["row"]) == (table, name)]
+        means[table, name] = statistics.fmean(row["accuracy"] for row in own)
+        figures = [
+            spread([row["connections"] for row in own], ".0f"), spread([row["flops"] for row in own], ".0f"),
+            spread([row["accuracy"] for row in own], ".1f"), spread([row["accuracy_change"] for row in own], "+.1f"),
+            spread([row["loss_change"] for row in own], "+.3f"), spread([row["epochs"] for row in own], ".0f"),
+            spread([row["seconds"] for row in own], ".1f"),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join([table, name, *figures])} |")
+    lines.append("")
+    for other in ("magnitude", "random"):
+        own = [(key, (key[0], key[1].replace("LEGCNet", other))) for key in keys if "LEGCNet" in key[1]]
+        better = sum(means[two] > means[one] for one, two in own)
+        lines.append(f"Kept by {other}, as many are more accurate in {better} of {len(own)} cases.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
