@@ -12,7 +12,8 @@ from torch import Tensor
 # Of a window's variance, explained by one split in two parts with means of their own. A straight line has 3/4.
 ABRUPT = 0.9
 FLAT = 1e-5
-CHUNK_BYTES = 32 * 1024**2
+# Windows at once: what a core keeps in its cache.
+CHUNK_BYTES = 4 * 1024**2
 
 
 def window_starts(steps: int, window: int, stride: int) -> range:

@@ -8,7 +8,7 @@ from hf_prune.arguments import StructuredConfig
 from hf_prune.errors import BadInputError
 from hf_prune.methods.base import MethodInfo, register
 from hf_prune.structure.fusion import NORMALIZATIONS
-from hf_prune.structure.importance import IMPORTANCES
+from hf_prune.structure.importance import IMPORTANCES, is_file
 from hf_prune.structure.reduction import FUSIONS, Reducer
 from hf_prune.structure.transport import COSTS, MASSES, SOLVERS, TARGETS
 
@@ -63,7 +63,8 @@ class IntraFusionConfig(StructuredConfig):
         fusion: `none` drops units; `ot` fuses them by optimal transport (the paper); `ot+refit` then fits the consumer
             to the dense outputs on calibration text; `refit` drops, then fits.
         importance: which units stay: `l1` (the paper's default), `product` of norms, `random`, `taylor`, `activation`,
-            `wanda`, `variance`, or `output`, which removes the unit whose loss the others can make up for best.
+            `wanda`, `variance`, or `output`, which removes the unit whose loss the others can make up for best; or a
+            .safetensors file with float [units] under `mlp.0`, `attention.0`, ..., for every block.
         fusion_target: what units are fused towards: the `top` units (the paper's default) or `kmeans` centres.
         fusion_cost: distances between units by their `weights` (L1 between normalised features, the paper) or by their
             `activations` on calibration text.
@@ -104,12 +105,15 @@ class IntraFusionConfig(StructuredConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key, allowed in CHOICES.items():
-            if getattr(self, key) not in allowed:
+            named = key == "importance" and is_file(self.importance)
+            if getattr(self, key) not in allowed and not named:
                 raise BadInputError(f"{key}: {getattr(self, key)!r} is unknown; choose {', '.join(allowed)}.")
         if self.damping <= 0:
             raise BadInputError(f"damping: {self.damping} leaves a singular matrix; use a small positive share.")
         if self.importance == "output" and "importance" in (self.source_mass, self.target_mass):
             raise BadInputError("importance: output ranks units and gives no masses; set both masses to uniform.")
+        if is_file(self.importance) and {"heads", "depth"} & set(self.units or []):
+            raise BadInputError("importance: a file scores neurons and key-value groups; set units to these.")
         if self.fusion_target == "kmeans" and self.fusion_cost == "activations":
             raise BadInputError("fusion_target: kmeans finds centres of weights; set fusion_cost to weights.")
 
@@ -120,9 +124,10 @@ class IntraFusionConfig(StructuredConfig):
         if self.fusion.startswith("ot"):
             summary = f"fuses the units that go into those that stay by optimal transport{refit}{depth}"
             return replace(self.info, summary=summary)
-        title, paper, paper_title = _RANKINGS[self.importance]
+        scored = is_file(self.importance)
+        title, paper, paper_title = ("scores of a file", None, None) if scored else _RANKINGS[self.importance]
         return MethodInfo(
-            name=f"structured-{self.importance}" + ("-refit" if refit else ""),
+            name=f"structured-{'scores' if scored else self.importance}" + ("-refit" if refit else ""),
             title=f"structured pruning ({title}{', least-squares refit' if refit else ''})",
             summary=f"removes the units that matter least by {title}{refit}{depth}",
             paper=paper,

@@ -29,6 +29,7 @@ TEXT_KEYS = {
 PLACE_KEYS = (
     "model_name_or_path",
     "base_model",
+    "importance",
     "tokenizer_name",
     "output_dir",
     "rounds_folder",

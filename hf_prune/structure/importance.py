@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_prune.engine.statistics import Statistics
+from hf_prune.errors import BadInputError
 from hf_prune.structure.groups import MATCHING, Group, Stretch
 from hf_prune.structure.refit import factor
 
@@ -35,11 +39,30 @@ class Evidence:
         statistics: of the consumer's inputs, where the importance declares any.
         gradients: parameter name -> float32 gradient of the loss summed over calibration windows, stored layout.
         seed: of `random`.
+        scores: of a file, float [units] by `mlp.0`, `attention.0`, ...: the kind of unit and its block.
     """
 
     statistics: Statistics | None = None
     gradients: dict[str, Tensor] | None = None
     seed: int = 0
+    scores: dict[str, Tensor] | None = None
+
+
+def is_file(name: str) -> bool:
+    """Whether an importance is a file of scores."""
+    return name.endswith(".safetensors")
+
+
+def read_scores(path: str) -> dict[str, Tensor]:
+    """The scores that a file holds for each kind of unit and block.
+
+    Raises:
+        BadInputError: it is missing or damaged.
+    """
+    try:
+        return load_file(Path(path).expanduser())
+    except (OSError, SafetensorError) as error:
+        raise BadInputError(f"importance: {path} cannot be read ({str(error).rstrip('.')}).") from None
 
 
 def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
@@ -53,7 +76,13 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     - activation: root of the unit's summed squared activations.
     - wanda: L2 norm of a unit's columns times that of its activation (Wanda's score, squared and summed over columns).
     - variance: variance of the activation times the squared column norm (FLAP's fluctuation).
+    - a path: what a file says.
+
+    Raises:
+        BadInputError: a file has no such scores, or for another number of units.
     """
+    if is_file(name):
+        return _from_file(name, group, evidence.scores or {})
     if name == "l1":
         return l1([stretch.read() for stretch in (*group.producers, group.consumer)])
     if name == "product":
@@ -75,6 +104,14 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
         return (squares * columns).sum(dim=1).sqrt().float()
     assert name == "variance" and statistics.variance is not None
     return (_by_unit(group.consumer, statistics.variance) * columns).sum(dim=1).float()
+
+
+def _from_file(name: str, group: Group, scores: dict[str, Tensor]) -> Tensor:
+    key = f"{group.kind}.{group.block}"
+    if key not in scores or len(scores[key]) != group.units:
+        there = f"{len(scores[key])} scores" if key in scores else "no scores"
+        raise BadInputError(f"importance: {Path(name).name} has {there} for {key}, whose units are {group.units}.")
+    return scores[key].float()
 
 
 def _product(group: Group) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_prune.structure.fusion import Fusion, drop, from_transport
 from hf_prune.structure.groups import Group
-from hf_prune.structure.importance import IMPORTANCES, Evidence, importance, least_output_error, most_important
+from hf_prune.structure.importance import IMPORTANCES, Evidence, importance, is_file, least_output_error, most_important
 from hf_prune.structure.refit import damped
 from hf_prune.structure.transport import activation_cost, centroids, features, solver_for, transport, weight_cost
 
@@ -48,7 +48,7 @@ class Reducer:
     @property
     def statistics(self) -> frozenset[str]:
         """What must be known of the consumer's inputs."""
-        needed = IMPORTANCES[self.importance]
+        needed = frozenset() if is_file(self.importance) else IMPORTANCES[self.importance]
         if self.refits or (self.transports and self.fusion_cost == "activations"):
             needed |= {"gram"}
         return needed

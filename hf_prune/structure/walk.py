@@ -25,7 +25,7 @@ from hf_prune.structure.budget import Structure
 from hf_prune.structure.depth import remove_blocks
 from hf_prune.structure.fusion import Fusion
 from hf_prune.structure.groups import ATTENTION, HEADS, MLP, Group, Shape, find_groups, pad_units, rewrite, set_weight
-from hf_prune.structure.importance import Evidence
+from hf_prune.structure.importance import Evidence, is_file, read_scores
 from hf_prune.structure.reduction import Reducer, consumer_columns
 from hf_prune.structure.refit import damped, refit_kept, refit_new
 from hf_prune.structure.stock import set_remembered, set_sizes
@@ -86,6 +86,7 @@ def reduce_model(
         assert input_ids is not None
         result.removed_blocks, passes = remove_blocks(model, structure.blocks_removed, input_ids)
         result.forward_passes += passes
+    scores = read_scores(reducer.importance) if is_file(reducer.importance) else None
     gradients = None
     if reducer.needs_gradients and input_ids is not None:
         gradients = loss_gradients(model, input_ids)
@@ -98,7 +99,7 @@ def reduce_model(
             dense = Stream(runner, input_ids)
         shares: list[float] = []
         for index in progress(range(len(blocks)), "reducing blocks", total=len(blocks)):
-            worker = _Block(runner, stream, index, reducer, gradients, result, reconstruction is not None)
+            worker = _Block(runner, stream, index, reducer, gradients, result, reconstruction is not None, scores)
             targets: list[Tensor | None] = []
             if dense is not None:
                 dense.advance(index)
@@ -122,7 +123,7 @@ def reduce_model(
 
 @dataclass
 class _Block:
-    """One block's turn; `measures` its consumers' output errors where it is trained afterwards."""
+    """One block's turn; `measures` its consumers' output errors where it is trained afterwards; `scores` of a file."""
 
     runner: BlockRunner
     stream: Stream | None
@@ -131,6 +132,7 @@ class _Block:
     gradients: dict[str, Tensor] | None
     result: ReduceResult
     measures: bool
+    scores: dict[str, Tensor] | None = None
     error: float = 0.0
 
     def trained(self) -> list[tuple[WeightView, float]]:
@@ -167,7 +169,7 @@ class _Block:
         # Decided once: processes must not disagree over a tie.
         own: list[Fusion] | Exception = []
         if distributed.rank() == 0:
-            evidence = Evidence(statistics, self.gradients, self.reducer.seed)
+            evidence = Evidence(statistics, self.gradients, self.reducer.seed, self.scores)
             try:
                 own = [self.reducer.reduce(group, count, evidence) for group in groups]
             except Exception as error:

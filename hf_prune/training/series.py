@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_prune.structure.groups import block_shape, find_groups
+from hf_prune.weights import find_blocks
+
 
 class Series(Protocol):
     """Numbers of a model, one for each series, in an order that stays."""
@@ -74,6 +77,48 @@ class WeightSeries:
 
     def _split(self, values: Tensor) -> tuple[Tensor, ...]:
         return values.split([len(places) for places in self.places.values()])
+
+
+class UnitSeries:
+    """The Euclidean norms of all of a unit's weights: MLP neurons, key-value groups of attention, block by block.
+
+    Args:
+        model: a causal language model of a described family.
+        kinds: of `mlp` and `attention`.
+
+    Raises:
+        BadInputError: the family is not described.
+    """
+
+    def __init__(self, model: nn.Module, kinds: Sequence[str]) -> None:
+        shape = block_shape(model)
+        blocks = len(find_blocks(model)[1])
+        self.units = [
+            (kind, block, find_groups(model, block, kind, shape)[0].units) for block in range(blocks) for kind in kinds
+        ]
+
+    def observe(self, model: nn.Module) -> Tensor:
+        """A norm for each unit, float32."""
+        shape = block_shape(model)
+        norms = []
+        for kind, block, _ in self.units:
+            group = find_groups(model, block, kind, shape)[0]
+            parts = [stretch.read().square().sum(dim=(1, 2)) for stretch in (*group.producers, group.consumer)]
+            norms.append(torch.stack(parts).sum(dim=0).sqrt())
+        return torch.cat(norms)
+
+    def scores(self, values: Tensor) -> dict[str, Tensor]:
+        """A number for each unit as a file of importances holds them: `mlp.0`, `attention.0`, ..."""
+        parts = values.split([count for _, _, count in self.units])
+        return {f"{kind}.{block}": own.clone() for (kind, block, _), own in zip(self.units, parts, strict=True)}
+
+    def label(self, place: int) -> str:
+        """`mlp 3, unit 7`: kind, block, number."""
+        for kind, block, count in self.units:
+            if place < count:
+                return f"{kind} {block}, unit {place}"
+            place -= count
+        raise IndexError(place)
 
 
 class RowSeries:

@@ -3,11 +3,16 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import tiny_ids, tiny_model
 
 from hf_prune.engine.gradients import loss_gradients
 from hf_prune.engine.statistics import Statistics
+from hf_prune.errors import BadInputError
+from hf_prune.methods.intra_fusion import IntraFusionConfig
+from hf_prune.pruning import prune
 from hf_prune.structure.groups import MLP, block_shape, find_groups
 from hf_prune.structure.importance import Evidence, importance, least_output_error, most_important
 from hf_prune.structure.refit import damped, refit_kept, refit_new
@@ -135,3 +140,26 @@ def test_taylor_importance_is_the_gradient_of_the_loss():
 
 def test_ties_go_to_the_earlier_unit():
     assert most_important(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [1, 2]
+
+
+def test_a_file_of_scores_says_which_units_stay(tmp_path):
+    model = tiny_model("llama")
+    shape = block_shape(model)
+    generator = torch.Generator().manual_seed(5)
+    scores = {f"mlp.{block}": torch.rand(48, generator=generator) for block in range(len(model.model.layers))}
+    save_file(scores, tmp_path / "scores.safetensors")
+    dense = [layer.mlp.up_proj.weight.detach().clone() for layer in model.model.layers]
+    config = IntraFusionConfig(fusion="none", importance=str(tmp_path / "scores.safetensors"), sparsity=0.2)
+    result = prune(model, config)
+    for block, layer in enumerate(model.model.layers):
+        kept = scores[f"mlp.{block}"].argsort(descending=True)[: layer.mlp.up_proj.out_features].sort().values
+        assert len(kept) < 48 and torch.equal(layer.mlp.up_proj.weight, dense[block][kept])
+        assert result.reduction.kept[block]["mlp"] == kept.tolist()
+    group = find_groups(tiny_model("llama"), 1, MLP, shape)[0]
+    for wrong, message in (({}, "has no scores for mlp.1"), ({"mlp.1": torch.ones(3)}, "has 3 scores for mlp.1")):
+        with pytest.raises(BadInputError, match=f"importance: x.safetensors {message}, whose units are 48"):
+            importance("x.safetensors", group, Evidence(scores=wrong))
+    with pytest.raises(BadInputError, match=r"importance: .*gone\.safetensors cannot be read"):
+        prune(tiny_model("llama"), IntraFusionConfig(fusion="none", importance=str(tmp_path / "gone.safetensors")))
+    with pytest.raises(BadInputError, match="importance: a file scores neurons and key-value groups"):
+        IntraFusionConfig(fusion="none", importance="x.safetensors", units=["heads"])

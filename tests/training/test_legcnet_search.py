@@ -10,16 +10,18 @@ from plain_exponents import plain
 from safetensors.torch import load_file
 from small_net import Data, Net
 from statsmodels.tsa.stattools import grangercausalitytests
+from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune.dynamics.exponents import FLAT, changes_abruptly
 from hf_prune.errors import BadInputError
 from hf_prune.methods.legcnet import LEGCNetConfig
+from hf_prune.structure.groups import block_shape, find_groups
 from hf_prune.training.legcnet import LEGCNetSearch
 from hf_prune.training.recorder import read_series, read_targets
 from hf_prune.training.rounds import Measuring
-from hf_prune.training.series import RowSeries, WeightSeries
+from hf_prune.training.series import RowSeries, UnitSeries, WeightSeries
 
 NAMES = ["first.weight", "second.weight"]
 STEPS = 72
@@ -217,3 +219,26 @@ def test_rows_of_transposed_layers_are_columns() -> None:
     assert rows.observe(net).tolist() == [5.0, 1.0]
     masks: dict[str, Tensor] = rows.masks(torch.tensor([False, True]))
     assert masks["weight"].tolist() == [[False, True], [False, True]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_units_are_watched_by_the_norm_of_all_their_weights(family: str) -> None:
+    model = tiny_model(family)
+    series = UnitSeries(model, ["mlp", "attention"])
+    before = series.observe(model)
+    places = [series.label(place) for place in range(len(before))]
+    place = places.index("mlp 1, unit 7")
+    # One neuron made twice as large is one number twice as large.
+    shape = block_shape(model)
+    group = find_groups(model, 1, "mlp", shape)[0]
+    with torch.no_grad():
+        for stretch in (*group.producers, group.consumer):
+            weight = stretch.view.read()
+            side = weight if stretch.rows else weight.T
+            side[stretch.offset + 7 * stretch.size : stretch.offset + 8 * stretch.size] *= 2
+            stretch.view.write(weight)
+    ratio = series.observe(model) / before
+    assert ratio[place] == pytest.approx(2) and torch.equal(ratio != 1, torch.arange(len(before)) == place)
+    scores = series.scores(before)
+    assert torch.equal(torch.cat(list(scores.values())), before) and len(scores["mlp.1"]) == group.units
+    assert float(scores["mlp.1"][7]) == float(before[place])
