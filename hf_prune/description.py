@@ -51,7 +51,7 @@ def describe(ready: Preparation, model: Any, result: PruneResult, text: TextData
             "seq_length": ready.seq_length,
             "seed": recipe.data.seed,
         },
-        **(zeros_of(model, result, total) if result.reduction is None else _sizes(model, result, total)),
+        **(zeros_of(model, result, total) if result.reduction is None else sizes_of(model, result, total)),
         "forward_passes": result.forward_passes,
         "seed": recipe.data.seed,
         "hub_model_id": recipe.output.hub_model_id,
@@ -105,7 +105,7 @@ def _reconstruction(result: PruneResult) -> list[dict[str, Any]]:
     return [{"block": block, **asdict(outcome)} for block, outcome in result.reconstruction.items()]
 
 
-def _sizes(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
+def sizes_of(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
     """Shapes before and after, and how the units that stayed were made, where units went."""
     assert result.plan.structure is not None and result.reduction is not None
     left = sum(parameter.numel() for parameter in model.parameters())

@@ -92,6 +92,7 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
     distributed.initialise(recipe.model.device)
     training, held_out = load_table(recipe.text)
+    output_dir = str(recipe.output.output_dir)
     batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     steps_an_epoch = math.ceil(len(training) / batch)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
@@ -118,7 +119,7 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
         measuring=_measuring(training, held_out),
         config=config,
         steps=steps,
-        folder=beside(str(recipe.output.output_dir), ".rounds"),
+        folder=beside(config.rounds_folder, "") if config.rounds_folder else beside(output_dir, ".rounds"),
         fingerprint=fingerprint(recipe.decisive, {"inputs": training.inputs, "labels": training.labels}),
         seed=recipe.text.seed,
     )

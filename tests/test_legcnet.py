@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM
 
 from hf_prune.cli import main
 from hf_prune.cli.train import make_recipe
+from hf_prune.data.text import load_text
+from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError
+from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.legcnet import run_legcnet
 from hf_prune.recipe import dump_yaml
 from hf_prune.training.tabular import Perceptron, TableArguments, load_table
@@ -111,3 +116,54 @@ def test_bad_recipes_write_nothing(values: dict[str, Any], message: str, tmp_pat
 def test_a_method_that_does_not_train_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--method", "wanda"]) == 2
     assert "'wanda' prunes without training; choose lottery_ticket or legcnet" in capsys.readouterr().err
+
+
+TEXT = "".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(1500))
+
+
+def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    values = {
+        "method": "legcnet", "series": "units", "device": "cpu", "sparsity": 0.2, "window": 8, "max_lag": 2,
+        "model_name_or_path": str(tmp_path / "dense"), "dataset_name": str(tmp_path / "text.txt"), "seq_length": 32,
+        "target_windows": 4, "eval_dataset_name": str(tmp_path / "text.txt"), "eval_seq_length": 32,
+        "eval_max_windows": 8, "eval_efficiency": False, "max_steps": 80, "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3, "save_strategy": "no", "rounds_folder": str(tmp_path / "rounds"),
+        "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_yaml(values))
+    assert main(["train", "--config", str(recipe)]) == 0
+    out = tmp_path / "out"
+    report = json.loads((out / "prune_report.json").read_text())
+    assert all(row["passed"] for row in report["verification"]) and report["structure"]["removed"] > 0.1
+    causes, scores = (
+        load_file(out / "causes.safetensors"),
+        load_file(*(tmp_path / "rounds").rglob("legcnet.safetensors")),
+    )
+    assert (
+        report["legcnet"]["causal"] == int((causes["p"] < 0.05).sum())
+        and len(causes["p"]) == report["legcnet"]["series"]
+    )
+    # The neurons that stayed are those of the trained model with the smallest p.
+    trained = load_file(tmp_path / "rounds" / "dense" / "model.safetensors")
+    smaller = AutoModelForCausalLM.from_pretrained(out)
+    p = dict(zip(scores, causes["p"].split([len(own) for own in scores.values()]), strict=True))
+    for block, layer in enumerate(smaller.model.layers):
+        weight = trained[f"model.layers.{block}.mlp.down_proj.weight"]
+        columns = layer.mlp.down_proj.weight.T
+        kept = [place for place in range(weight.shape[1]) if bool((columns == weight[:, place]).all(1).any())]
+        gone = [place for place in range(weight.shape[1]) if place not in kept]
+        assert len(kept) == layer.mlp.down_proj.in_features < weight.shape[1]
+        own = p[f"mlp.{block}"]
+        assert own[kept].max() <= own[gone].min()
+    # What is saved has the perplexity that the report gives.
+    tokenizer = byte_tokenizer()
+    windows = evaluation_windows(load_text(str(tmp_path / "text.txt"), evaluation=True), tokenizer, 32, 8).input_ids
+    perplexities = report["legcnet"]["perplexities"]
+    assert float(window_nll(smaller, windows).mean().exp()) == pytest.approx(perplexities["legcnet"], rel=1e-5)
+    assert perplexities["legcnet"] == report["evaluation"]["pruned"]["perplexity"]
+    assert len(set(perplexities.values())) == 3
+    assert "units cause errors in" in capsys.readouterr().out and str(tmp_path) not in (out / "README.md").read_text()

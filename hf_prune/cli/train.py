@@ -42,7 +42,12 @@ def main(arguments: list[str]) -> int:
         _prepare(recipe, method)
         return relaunch(recipe.model.num_processes, ["train", *arguments])
     quiet_libraries()
-    (_show_causes if method == LEGCNET else _show_tickets)(recipe)
+    if _of_units(recipe, method):
+        _show_units(recipe)
+    elif method == LEGCNET:
+        _show_causes(recipe)
+    else:
+        _show_tickets(recipe)
     return 0
 
 
@@ -53,13 +58,25 @@ def make_recipe(values: dict[str, Any], text: str | None = None) -> Any:
     from hf_prune.training.arguments import make_train_recipe
     from hf_prune.training.tabular import PerceptronArguments, TableArguments
 
+    if values.get("method") == LEGCNET and values.get("series") == "units":
+        from hf_prune.legcnet_units import TargetArguments
+
+        return make_train_recipe(values, LEGCNetConfig, text, TargetArguments)
     if values.get("method") == LEGCNET:
         return make_train_recipe(values, LEGCNetConfig, text, PerceptronArguments, TableArguments)
     return make_train_recipe(values, LotteryTicketConfig, text)
 
 
+def _of_units(recipe: Any, method: str) -> bool:
+    return method == LEGCNET and recipe.method.series == "units"
+
+
 def _prepare(recipe: Any, method: str) -> None:
-    if method == LEGCNET:
+    if _of_units(recipe, method):
+        from hf_prune.legcnet_units import prepare_units
+
+        prepare_units(recipe)
+    elif method == LEGCNET:
         from hf_prune.legcnet import prepare_legcnet
 
         prepare_legcnet(recipe)
@@ -92,4 +109,21 @@ def _show_causes(recipe: Any) -> None:
     out = console()
     out.print(causes_table(report["rounds"]))
     for sentence in [*causes_text(report), f"The model, its series and plots are in {recipe.output.output_dir}."]:
+        out.print(sentence, markup=False)
+
+
+def _show_units(recipe: Any) -> None:
+    from hf_prune.legcnet_units import run_units
+    from hf_prune.report import tables
+    from hf_prune.report.cause_table import units_text
+    from hf_prune.report.findings import next_step
+
+    report = run_units(recipe)
+    out = console()
+    if report.get("verification"):
+        out.print(tables.verification_table(report))
+    out.print(tables.evaluation_table(report))
+    if report.get("efficiency"):
+        out.print(tables.efficiency_table(report))
+    for sentence in [units_text(report), *next_step(report, str(recipe.output.output_dir))]:
         out.print(sentence, markup=False)

@@ -46,7 +46,10 @@ class LEGCNetConfig:
         decision: what is kept: `causal`, `sensitive` (a positive mean exponent), or what is `both`.
         sparsity: share of the series that go, the least causal (or sensitive) first, instead of alpha.
         restart: survivors train once more from their initial values (`init`) or go on (`continue`).
+        units: what goes with `series: units`, `mlp` neurons or whole groups of `attention`; `sparsity` is then the
+            share of the blocks' parameters, 0.1 unless given, and what was trained is pruned, whatever `restart` says.
         ignore: layers that are never pruned, by name.
+        rounds_folder: where the recording is kept, OUTPUT_DIR.rounds unless given; other decisions find it there.
     """
 
     method: str | None = "legcnet"
@@ -65,7 +68,9 @@ class LEGCNetConfig:
     decision: str = "causal"
     sparsity: float | None = None
     restart: str = "init"
+    units: list[str] = field(default_factory=lambda: ["mlp"])
     ignore: list[str] = field(default_factory=list)
+    rounds_folder: str | None = None
 
     info = MethodInfo(
         name="legcnet",
@@ -105,6 +110,8 @@ class LEGCNetConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value < 1:
                 raise BadInputError(f"{key}: {value} is outside (0, 1).")
+        if set(self.units) not in ({"mlp"}, {"attention"}, {"mlp", "attention"}):
+            raise BadInputError(f"units: {', '.join(self.units) or 'none'} cannot be watched; choose mlp, attention.")
         if self.stride is not None and self.stride < 1:
             raise BadInputError(f"stride: {self.stride} is too few; use 1 or more.")
 

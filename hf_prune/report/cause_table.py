@@ -48,3 +48,14 @@ def causes_text(report: dict[str, Any]) -> list[str]:
     if better:
         sentences.append(f"As many kept by {' or '.join(better)} are more accurate on the held-out rows.")
     return sentences
+
+
+def units_text(report: dict[str, Any]) -> str:
+    """What was watched of a language model, and what as many units cost by LEGCNet, by their norms and by chance."""
+    own = report["legcnet"]
+    costs = own["perplexities"]
+    return (
+        f"{own['causal']:,} of {own['series']:,} units cause errors in {own['windows']} windows. With as many removed, "
+        f"perplexity is {costs['legcnet']:.2f} by LEGCNet, {costs['magnitude']:.2f} by their norms and "
+        f"{costs['random']:.2f} by chance."
+    )

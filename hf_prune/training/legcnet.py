@@ -110,7 +110,7 @@ class LEGCNetSearch:
     @property
     def decision_folder(self) -> Path:
         """Where this decision and what follows from it are."""
-        own = {key: value for key, value in asdict(self.config).items() if key not in RECORDED}
+        own = {key: value for key, value in asdict(self.config).items() if key not in (*RECORDED, "rounds_folder")}
         return self.folder / f"{self.config.variant}-{fingerprint(own, {})[:8]}"
 
     def run(self) -> tuple[nn.Module, Causes, list[Round]]:

@@ -1,0 +1,333 @@
+"""Recipe in, smaller language model out: the units that do not cause a fine-tuning's errors go (LEGCNet; ours)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, set_seed
+
+from hf_prune.checkpoint.folder import RECIPE_FILE, beside
+from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device, skeleton
+from hf_prune.data.builtin import ModelSource, resolve_model
+from hf_prune.data.windows import default_seq_length
+from hf_prune.description import environment, sizes_of
+from hf_prune.engine import distributed
+from hf_prune.errors import BadInputError
+from hf_prune.evaluation.perplexity import perplexity
+from hf_prune.evaluation.quality import Quality, QualityEvaluation
+from hf_prune.finish import Stopwatch, efficiency, finish
+from hf_prune.methods.intra_fusion import IntraFusionConfig
+from hf_prune.methods.legcnet import LEGCNetConfig
+from hf_prune.plan import Plan
+from hf_prune.preparation import check_output, check_unpruned
+from hf_prune.pruning import PruneResult, plan_pruning, prune
+from hf_prune.report.cause_plots import plot_exponents, plot_p_values
+from hf_prune.report.plots import plot_widths
+from hf_prune.report.privacy import may_show_samples
+from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.causes import Causes, find_causes, load_causes, save_causes, target_steps
+from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.legcnet import KINDS, RECORDED
+from hf_prune.training.recorder import Recorder, read_record
+from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, make_round
+from hf_prune.training.series import UnitSeries
+from hf_prune.training.text import Windows, describe_training, open_text, training_windows
+from hf_prune.training.trainer import make_trainer, only_weights_change, train
+
+SPARSITY = 0.1
+
+
+@dataclass
+class TargetArguments:
+    """What the units may cause."""
+
+    target_windows: int = field(
+        default=8,
+        metadata={"help": "last windows of the text, not trained on: errors on them are the target"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.target_windows < 1:
+            raise BadInputError(f"target_windows: {self.target_windows} is too few; use 1 or more.")
+
+
+@dataclass
+class Ready:
+    """Everything a recipe decides before weights are loaded."""
+
+    recipe: TrainRecipe
+    source: ModelSource
+    tokenizer: Any
+    windows: Windows
+    target: Tensor
+    evaluation: QualityEvaluation
+    config: IntraFusionConfig
+    plan: Plan
+    text: Any
+    arguments: Any
+    device: torch.device
+    steps: int
+
+    @property
+    def folder(self) -> Path:
+        """Where training and recording are kept."""
+        own = self.recipe.method.rounds_folder
+        return beside(own, "") if own else beside(str(self.recipe.output.output_dir), ".rounds")
+
+    @property
+    def recorded(self) -> int:
+        """Steps that are recorded."""
+        method = self.recipe.method
+        return self.steps if method.variant == "ft" else round(method.recorded_share * self.steps)
+
+
+def prepare_units(recipe: TrainRecipe) -> Ready:
+    """Check a recipe against its model without loading weights.
+
+    Raises:
+        BadInputError: something handed over cannot be used; nothing has been written.
+    """
+    recipe.require("output_dir", "model_name_or_path", "dataset_name", "eval_dataset_name")
+    if recipe.model.dtype not in ("auto", "float32"):
+        raise BadInputError("dtype: weights train in float32; leave the key out, or write bf16: true.")
+    method: LEGCNetConfig = recipe.method
+    check_output(recipe.output)
+    arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
+    distributed.initialise(recipe.model.device)
+    model = recipe.model
+    source = resolve_model(str(model.model_name_or_path), model.revision)
+    check_unpruned(source.path)
+    revision = source.revision or model.revision
+    model_config = load_config(source.path, model, revision)
+    tokenizer = load_tokenizer(source.path, model, revision)
+    text = open_text(recipe.text, tokenizer)
+    length = recipe.text.seq_length or default_seq_length(model_config)
+    every = training_windows(text, tokenizer, length, recipe.text.max_train_windows).input_ids
+    held_out = recipe.fresh.target_windows
+    if len(every) - held_out < 2:
+        raise BadInputError(
+            f"target_windows: {held_out} of {len(every)} windows leave nothing to train on; lower it or seq_length."
+        )
+    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    an_epoch = math.ceil((len(every) - held_out) / batch)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
+    config = IntraFusionConfig(fusion="none", sparsity=method.sparsity or SPARSITY, units=list(method.units))
+    plan = plan_pruning(skeleton(model_config, model), config, source.base_model)
+    ready = Ready(
+        recipe,
+        source,
+        tokenizer,
+        Windows(every[:-held_out]),
+        every[-held_out:],
+        QualityEvaluation(recipe.evaluation, tokenizer, model_config),
+        config,
+        plan,
+        text,
+        arguments,
+        pick_device(model.device, distributed.local_rank()),
+        steps,
+    )
+    target_steps(method, ready.recorded)
+    return ready
+
+
+def run_units(recipe: TrainRecipe) -> dict[str, Any]:
+    """Fine-tune and record, decide, remove units; returns the report that stands in the output folder.
+
+    The fine-tuned model is what the smaller ones are measured against: LEGCNet's, and as many units by their norms and
+    by chance.
+
+    Raises:
+        BadInputError: something handed over cannot be used; nothing has been written.
+        RunError: the training or the verification failed; the recording stays.
+    """
+    watch = Stopwatch()
+    with watch.phase("prepare"):
+        ready = prepare_units(recipe)
+        own = replace(recipe.model, dtype="float32")
+        revision = ready.source.revision or recipe.model.revision
+        model = load_model(ready.source.path, own, ready.device, revision)
+        series = UnitSeries(model, recipe.method.units)
+        _claim(ready, model)
+    with watch.phase("train"):
+        begun, measuring = Round(0, "dense"), _measuring(ready)
+        dense = make_round(ready.folder / "dense", begun, model, {}, partial(_train, ready, model, series), measuring)
+    with watch.phase("decide"):
+        causes = _causes(ready)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    found: dict[str, tuple[Quality, PruneResult]] = {}
+    smaller: Any = None
+    for kind in reversed(KINDS):
+        with watch.phase("prune"):
+            del smaller
+            smaller = copy.deepcopy(model).eval()
+            result = prune(
+                smaller, replace(ready.config, importance=_scores(ready, series, causes, kind)), plan=ready.plan
+            )
+        with watch.phase("evaluate"):
+            found[kind] = ready.evaluation.measure(smaller, f"evaluating what {kind} keeps"), result
+    del model
+    free_memory()
+    pruned, result = found[KINDS[0]]
+    before = _quality(dense)
+    report = {
+        **environment(),
+        "base_model": ready.source.base_model,
+        "base_revision": revision,
+        "base_license": ready.source.license,
+        "architecture": type(smaller).__name__,
+        "dtype": "float32",
+        "device": str(ready.device),
+        "method": {**asdict(recipe.method.info), "pattern": "structured", "options": _options(recipe.method)},
+        "training": describe_training(ready.text, ready.windows, ready.arguments, dense.steps),
+        **sizes_of(smaller, result, total),
+        "forward_passes": 0.0,
+        "legcnet": {
+            "series": len(causes.keep),
+            "untested": int((~causes.tested).sum()),
+            "causal": int((causes.p < recipe.method.alpha).sum()),
+            "windows": causes.exponents.shape[1],
+            "perplexities": {kind: perplexity(quality.nll) for kind, (quality, _) in found.items()},
+            "seconds": causes.seconds,
+        },
+        "seed": recipe.text.seed,
+        "hub_model_id": recipe.output.hub_model_id,
+        "seconds": watch.seconds,
+        "command": f"hf-prune train --config {RECIPE_FILE}",
+        "evaluation": ready.evaluation.report(dense=before, pruned=pruned),
+    }
+    if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
+        report["samples"] = ready.evaluation.samples(dense=before, pruned=pruned)
+
+    def complete(folder: Path) -> None:
+        if recipe.evaluation.eval_efficiency:
+            with watch.phase("efficiency"):
+                models: dict[str, str | Path] = {"dense": ready.source.path, "pruned": folder}
+                report.update(efficiency(models, own, ready.device, {"dense": revision} if revision else None))
+        save_causes(folder, causes)
+        plot_exponents(causes.exponents, causes.keep, recipe.method, folder / "plots" / "exponents.png")
+        plot_p_values(causes.p, causes.tested, recipe.method.alpha, folder / "plots" / "p_values.png")
+        if ready.plan.structure and ready.plan.structure["widths"]:
+            plot_widths(report["structure"], folder / "plots" / "widths.png")
+
+    if distributed.rank() == 0:
+        texts, trust = {RECIPE_FILE: recipe.text_as_run}, recipe.model.trust_remote_code
+        finish(recipe.output, smaller, ready.tokenizer, result, report, texts, watch, complete, trust_remote_code=trust)
+    return report
+
+
+def _claim(ready: Ready, model: nn.Module) -> None:
+    method = ready.recipe.method
+    identity = {
+        "training": fingerprint(ready.recipe.decisive, {"windows": ready.windows.input_ids, "target": ready.target}),
+        "weights": fingerprint("", model.state_dict()),
+        "recording": [*(getattr(method, key) for key in RECORDED), method.units, ready.recorded, ready.steps],
+        "processes": distributed.world_size(),
+    }
+    unfinished = ready.folder / "dense.unfinished" / CHECKPOINTS
+    claim(ready.folder, identity, (ready.folder / "dense").is_dir() or last_checkpoint(unfinished) is not None)
+
+
+def _train(ready: Ready, model: Any, series: UnitSeries, checkpoints: Path) -> Trained:
+    recipe = ready.recipe
+    method, ends = recipe.method, frozenset(target_steps(recipe.method, ready.recorded))
+    set_seed(recipe.text.seed)
+    recorder = Recorder(
+        series.observe,
+        ready.folder / "recording",
+        method.record_every,
+        partial(_errors, ready.target),
+        lambda step: step in ends,
+        until=ready.recorded,
+    )
+    stop = StopAtNaN("the recorded training", checkpoints)
+    callbacks: list[TrainerCallback] = [stop, recorder]
+    with only_weights_change(model):
+        model.train()
+        arguments = make_training_arguments(recipe.training, checkpoints, recipe.text.seed, recipe.model.device)
+        trainer = make_trainer(Trainer, model=model, args=arguments, train_dataset=ready.windows, callbacks=callbacks)
+        train(trainer, last_checkpoint(checkpoints))
+        stop.check(model, "after the training")
+    return Trained(int(trainer.state.global_step))
+
+
+@torch.no_grad()
+def _errors(windows: Tensor, model: Any) -> float:
+    """Share of the next tokens that a model does not predict."""
+    training = model.training
+    model.eval()
+    hits = total = 0
+    for row in windows.split(1):
+        own = row.to(next(model.parameters()).device)
+        guesses = model(input_ids=own, use_cache=False).logits[:, :-1].argmax(-1)
+        hits += int((guesses == own[:, 1:]).sum())
+        total += guesses.numel()
+    model.train(training)
+    return 1 - hits / total
+
+
+def _measuring(ready: Ready) -> Measuring:
+    def evaluate(model: Any) -> dict[str, Any]:
+        quality = ready.evaluation.measure(model, "evaluating the trained model")
+        return {"nll": quality.nll.tolist(), "continuations": quality.continuations, "seconds": quality.seconds}
+
+    prompts = ready.recipe.evaluation.sample_prompts
+    return Measuring(evaluate, fingerprint(prompts, {"windows": ready.evaluation.windows.input_ids}))
+
+
+def _quality(found: Round) -> Quality:
+    metrics = found.metrics
+    return Quality(torch.tensor(metrics["nll"], dtype=torch.float64), metrics["continuations"], metrics["seconds"])
+
+
+def _decision(ready: Ready) -> Path:
+    hidden = (*RECORDED, "rounds_folder", "sparsity", "restart")
+    own = {key: value for key, value in asdict(ready.recipe.method).items() if key not in hidden}
+    return ready.folder / f"{ready.recipe.method.variant}-{fingerprint(own, {})[:8]}"
+
+
+def _causes(ready: Ready) -> Causes:
+    """What the recording says, read where it is known."""
+    folder = _decision(ready)
+    causes = load_causes(folder)
+    if causes is None:
+        # Which of the units go follows from the sizes: here only how much each of them matters is decided.
+        causes = find_causes(ready.folder / "recording", replace(ready.recipe.method, sparsity=None), ready.recorded)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_causes(folder, causes)
+        distributed.barrier()
+    return causes
+
+
+def _scores(ready: Ready, series: UnitSeries, causes: Causes, kind: str) -> str:
+    """A file with a score for each unit: the least causal (or sensitive) go first, what could not be tested stays."""
+    method = ready.recipe.method
+    if kind == "magnitude":
+        scores = read_record(ready.folder / "recording", ready.recorded // method.record_every - 1)
+    elif kind == "random":
+        scores = torch.rand(len(causes.keep), generator=torch.Generator().manual_seed(ready.recipe.text.seed))
+    else:
+        ranks = {"causal": [-causes.p], "sensitive": [causes.exponents.mean(1)]}
+        ranks["both"] = [*ranks["causal"], *ranks["sensitive"]]
+        scores = torch.stack([own.argsort().argsort().double() for own in ranks[method.decision]]).sum(0)
+        scores[~causes.tested] = len(scores) * len(ranks[method.decision])
+    file = _decision(ready) / f"{kind}.safetensors"
+    if distributed.rank() == 0:
+        save_file(series.scores(scores.float()), file)
+    distributed.barrier()
+    return str(file)
+
+
+def _options(config: LEGCNetConfig) -> dict[str, Any]:
+    hidden = ("method", "rounds_folder")
+    return {key: value for key, value in asdict(config).items() if key not in hidden and value not in ([], None)}
