@@ -99,24 +99,39 @@ def _initial(stack: ExitStack, folder: str, named: str | None) -> _Tensors | Non
         own = _rounds_folder(folder) / "initial.safetensors"
         return _tensors(stack, [own]) if own.is_file() else None
     place = Path(named).expanduser()
-    if place.is_file():
-        return _tensors(stack, [place])
-    source = resolve_model(named)
-    return _tensors(stack, check_safetensors(local_folder(source.path, source.revision)))
+    files = [place]
+    if not place.is_file():
+        source = resolve_model(named)
+        files = check_safetensors(local_folder(source.path, source.revision))
+    tensors = _tensors(stack, files)
+    missing = [view.parameter for view in _plan(folder).views if view.parameter not in tensors]
+    if missing:
+        raise BadInputError(f"initial: {named} has no {missing[0]}; name the weights that the tickets began with.")
+    return tensors
 
 
 def _rounds_folder(folder: str) -> Path:
     """Where a ticket's rounds are, as its recipe says."""
     recipe = Path(folder) / RECIPE_FILE
-    values = parse_yaml(recipe.read_text(encoding="utf-8"), recipe.name) if recipe.is_file() else {}
+    values = parse_yaml(_text(recipe), recipe.name) if recipe.is_file() else {}
     named = values.get("rounds_folder")
     return beside(str(named), "") if named else beside(folder, ".rounds")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise BadInputError(f"{file} cannot be read as text; train again, or get the folder again.") from None
 
 
 def _rounds(stack: ExitStack, folder: str) -> list[_Tensors]:
     """The weights at the end of the dense training and of each of a ticket's rounds, as far as they are kept."""
     report = Path(folder) / REPORT_FILE
-    said = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    try:
+        said = json.loads(_text(report)) if report.is_file() else {}
+    except ValueError:
+        raise BadInputError(f"{report} is damaged; train again, or get the folder again.") from None
     place = _rounds_folder(folder)
     tickets = [own for own in said.get("tickets") or [] if own.get("kind") == "ticket"]
     files = [

@@ -19,7 +19,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.report.cause_plots import plot_exponents, plot_p_values
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
-from hf_prune.training.causes import Causes, save_causes
+from hf_prune.training.causes import Causes, save_causes, target_steps
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.legcnet import LEGCNetSearch
 from hf_prune.training.rounds import Measuring, Round
@@ -36,18 +36,16 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
     Rounds are kept in `OUTPUT_DIR.rounds`, from which a run that was cut goes on.
 
     Raises:
-        BadInputError: something handed over cannot be used; nothing has been written.
+        BadInputError: something handed over cannot be used, and nothing has been written; or the target never changed,
+            which is known once the training is over: it stays.
         RunError: the loss is not a number; finished rounds stay.
     """
-    recipe.require("output_dir", "dataset_name")
     output = recipe.output
-    assert output.output_dir is not None
-    if output.push_to_hub:
-        raise BadInputError("push_to_hub: a perceptron is no language model; leave the key out.")
-    check_output_folder(output.output_dir, output.overwrite_output_dir)
     search, steps_an_epoch = prepare_legcnet(recipe)
     model, causes, rounds = search.run()
     dense = rounds[0]
+    # Layers that `ignore` names are connections too.
+    unwatched = sum(own.numel() for own in model.parameters() if own.ndim == 2) - dense.total
     report = {
         **environment(),
         "method": {**asdict(recipe.method.info), "options": _options(recipe.method)},
@@ -64,16 +62,18 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
             "windows": causes.exponents.shape[1],
         },
         "seconds": {**causes.seconds, **{found.kind: found.seconds for found in rounds}},
-        "rounds": [_summary(found, search.benchmark_of(dense), steps_an_epoch) for found in rounds],
+        "rounds": [_summary(found, search.benchmark_of(dense), steps_an_epoch, unwatched) for found in rounds],
         "command": f"hf-prune train --config {RECIPE_FILE}",
     }
     if distributed.rank() == 0:
+        assert output.output_dir is not None
         with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
             _perceptron(model).save_pretrained(folder)
             save_causes(folder, causes)
             _write_series(folder / SERIES_FILE, search.series, causes)
             plot_exponents(causes.exponents, causes.keep, search.config, folder / "plots" / "exponents.png")
-            plot_p_values(causes.p, causes.tested, search.config.alpha, folder / "plots" / "p_values.png")
+            alpha = None if search.config.sparsity else search.config.alpha
+            plot_p_values(causes.p, causes.tested, alpha, folder / "plots" / "p_values.png")
             (folder / RECIPE_FILE).write_text(recipe.text_as_run, encoding="utf-8")
             (folder / LEGCNET_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
@@ -85,14 +85,20 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
     Raises:
         BadInputError: something handed over cannot be used; nothing has been written.
     """
+    recipe.require("output_dir", "dataset_name")
     config: LEGCNetConfig = recipe.method
+    output_dir = str(recipe.output.output_dir)
+    if recipe.output.push_to_hub:
+        raise BadInputError("push_to_hub: a perceptron is no language model; leave the key out.")
+    if recipe.training.get("dataloader_drop_last"):
+        raise BadInputError("dataloader_drop_last: an epoch is all rows; leave the key out.")
     if config.series == "units":
         raise BadInputError("series: a perceptron has weights and rows; choose weights, sample or rows.")
+    check_output_folder(output_dir, recipe.output.overwrite_output_dir)
     # Before any process group: the arguments bring up the one that training wants.
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
     distributed.initialise(recipe.model.device)
     training, held_out = load_table(recipe.text)
-    output_dir = str(recipe.output.output_dir)
     batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     steps_an_epoch = math.ceil(len(training) / batch)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
@@ -120,9 +126,12 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
         config=config,
         steps=steps,
         folder=beside(config.rounds_folder, "") if config.rounds_folder else beside(output_dir, ".rounds"),
-        fingerprint=fingerprint(recipe.decisive, {"inputs": training.inputs, "labels": training.labels}),
+        fingerprint=fingerprint(
+            [recipe.decisive, sizes, recipe.fresh.activation], {"inputs": training.inputs, "labels": training.labels}
+        ),
         seed=recipe.text.seed,
     )
+    target_steps(config, search.recorded)
     return search, steps_an_epoch
 
 
@@ -150,15 +159,15 @@ def _measuring(training: Rows, held_out: Rows) -> Measuring:
     return Measuring(evaluate, fingerprint("", {"inputs": held_out.inputs, "labels": held_out.labels}))
 
 
-def _summary(found: Round, benchmark: float | None, steps_an_epoch: int) -> dict[str, Any]:
+def _summary(found: Round, benchmark: float | None, steps_an_epoch: int, unwatched: int) -> dict[str, Any]:
     """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached."""
     reached = next((look for look in found.looks if benchmark is not None and look[1] >= benchmark), None)
     return {
         "kind": found.kind,
-        "connections": found.kept,
-        "all_connections": found.total,
+        "connections": found.kept + unwatched,
+        "all_connections": found.total + unwatched,
         # A multiplication and an addition for each connection and row.
-        "flops": 2 * found.kept,
+        "flops": 2 * (found.kept + unwatched),
         **found.metrics,
         "steps": found.steps,
         "epochs_to_benchmark": reached[0] / steps_an_epoch if reached else None,

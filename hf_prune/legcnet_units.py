@@ -146,7 +146,8 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
     by chance.
 
     Raises:
-        BadInputError: something handed over cannot be used; nothing has been written.
+        BadInputError: something handed over cannot be used, and nothing has been written; or the target never changed,
+            which is known once the training is over: it stays.
         RunError: the training or the verification failed; the recording stays.
     """
     watch = Stopwatch()
@@ -214,7 +215,7 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
                 report.update(efficiency(models, own, ready.device, {"dense": revision} if revision else None))
         save_causes(folder, causes)
         plot_exponents(causes.exponents, causes.keep, recipe.method, folder / "plots" / "exponents.png")
-        plot_p_values(causes.p, causes.tested, recipe.method.alpha, folder / "plots" / "p_values.png")
+        plot_p_values(causes.p, causes.tested, None, folder / "plots" / "p_values.png")
         if ready.plan.structure and ready.plan.structure["widths"]:
             plot_widths(report["structure"], folder / "plots" / "widths.png")
 
@@ -311,16 +312,13 @@ def _causes(ready: Ready) -> Causes:
 
 def _scores(ready: Ready, series: UnitSeries, causes: Causes, kind: str) -> str:
     """A file with a score for each unit: the least causal (or sensitive) go first, what could not be tested stays."""
-    method = ready.recipe.method
     if kind == "magnitude":
-        scores = read_record(ready.folder / "recording", ready.recorded // method.record_every - 1)
+        last = ready.recorded // ready.recipe.method.record_every - 1
+        scores = read_record(ready.folder / "recording", last)
     elif kind == "random":
         scores = torch.rand(len(causes.keep), generator=torch.Generator().manual_seed(ready.recipe.text.seed))
     else:
-        ranks = {"causal": [-causes.p], "sensitive": [causes.exponents.mean(1)]}
-        ranks["both"] = [*ranks["causal"], *ranks["sensitive"]]
-        scores = torch.stack([own.argsort().argsort().double() for own in ranks[method.decision]]).sum(0)
-        scores[~causes.tested] = len(scores) * len(ranks[method.decision])
+        scores = causes.scores.clamp(max=float(2 * len(causes.scores) + 1))
     file = _decision(ready) / f"{kind}.safetensors"
     if distributed.rank() == 0:
         save_file(series.scores(scores.float()), file)

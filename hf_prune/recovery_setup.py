@@ -43,11 +43,15 @@ class PrunedFolder:
                 f"{path}: there is no pruned model that hf_prune has written; give the output_dir of `hf-prune prune`."
             )
         self.plan = Plan.load(self.path / PLAN_FILE)
-        self.report: dict[str, Any] = json.loads((self.path / REPORT_FILE).read_text(encoding="utf-8"))
         names = [RECIPE_FILE, *(RECOVERY_FILE.format(number) for number in ("", *range(2, 100)))]
-        self.recipes = {
-            name: (self.path / name).read_text(encoding="utf-8") for name in names if (self.path / name).is_file()
-        }
+        texts = {}
+        for name in [REPORT_FILE, *(name for name in names if (self.path / name).is_file())]:
+            try:
+                texts[name] = (self.path / name).read_text(encoding="utf-8")
+                self.report: dict[str, Any] = json.loads(texts[REPORT_FILE])
+            except (OSError, ValueError):
+                raise BadInputError(f"{self.path / name} is damaged; prune again, or get the folder again.") from None
+        self.recipes = {name: text for name, text in texts.items() if name != REPORT_FILE}
 
     def dense_model(self, method: RecoveryConfig) -> ModelSource | None:
         """The dense model to compare with and to distil from: the one named, else what the pruning began with.

@@ -102,6 +102,9 @@ def test_what_cannot_be_compared_is_refused(three: list[str], tmp_path: Path) ->
     with pytest.raises(BadInputError, match="two folders"):
         compare_tickets(three[:1])
     save_file({"x.weight": torch.ones(1, 3), "y.weight": torch.ones(2, 2)}, tmp_path / "initial.safetensors")
+    save_file({"x.weight": torch.ones(1, 4)}, tmp_path / "part.safetensors")
+    with pytest.raises(BadInputError, match=r"initial: .*part\.safetensors has no y\.weight"):
+        compare_tickets(three, str(tmp_path / "part.safetensors"))
     with pytest.raises(BadInputError, match=r"initial: a weight is \[1, 3\] there and \[1, 4\] in the ticket"):
         compare_tickets(three, str(tmp_path / "initial.safetensors"))
     other = ticket(tmp_path / "other", {"x": torch.ones(1, 5)})

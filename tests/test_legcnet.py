@@ -80,6 +80,13 @@ def test_tables_are_split_by_class_and_standardised_on_what_is_trained_on() -> N
     assert float(held_out.inputs.mean().abs()) > 1e-4
 
 
+def test_another_activation_is_another_training(tmp_path: Path) -> None:
+    rounds = {"rounds_folder": str(tmp_path / "rounds")}
+    run_legcnet(make_recipe({**RECIPE, **rounds, "output_dir": str(tmp_path / "relu")}))
+    with pytest.raises(BadInputError, match="holds a training of another model, text or recipe"):
+        run_legcnet(make_recipe({**RECIPE, **rounds, "activation": "tanh", "output_dir": str(tmp_path / "tanh")}))
+
+
 @pytest.mark.slow
 def test_two_processes_decide_the_same(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -101,9 +108,11 @@ def test_two_processes_decide_the_same(tmp_path: Path) -> None:
         ({"hidden_sizes": ["six"]}, "hidden_sizes: 'six' is no number of units"),
         ({"activation": "swish"}, "activation: 'swish' is unknown"),
         ({"max_lag": 14}, "max_lag: 14 lags need 44 windows, and 80 recorded steps make 11; lower max_lag, window or"),
-        ({"series": "units"}, "series: a perceptron has weights and rows"),
+        ({"series": "units"}, "hidden_sizes: unknown recipe key"),
         ({"push_to_hub": True, "hub_model_id": "me/x"}, "push_to_hub: a perceptron is no language model"),
         ({"windw": 8}, "windw: unknown recipe key"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last: an epoch is all rows"),
+        ({"dataset_name": "sklearn:iris", "held_out_share": 0.01}, r"held_out_share: 0.01 cannot split sklearn:iris"),
         ({"benchmark_accuracy": 98.0}, r"benchmark_accuracy: 98.0 is outside \(0, 1\]"),
     ],
 )
@@ -115,7 +124,7 @@ def test_bad_recipes_write_nothing(values: dict[str, Any], message: str, tmp_pat
 
 def test_a_method_that_does_not_train_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--method", "wanda"]) == 2
-    assert "'wanda' prunes without training; choose lottery_ticket or legcnet" in capsys.readouterr().err
+    assert "'wanda' is unknown or prunes without training; choose lottery_ticket or legcnet" in capsys.readouterr().err
 
 
 TEXT = "".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(1500))

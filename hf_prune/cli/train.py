@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> int:
     values, text = read_recipe(take_text(flags, "config"), flags)
     method = values.get("method") or LOTTERY_TICKET
     if method not in (LOTTERY_TICKET, LEGCNET):
-        raise BadInputError(f"method: {method!r} prunes without training; choose {LOTTERY_TICKET} or {LEGCNET}.")
+        raise BadInputError(
+            f"method: {method!r} is unknown or prunes without training; choose {LOTTERY_TICKET} or {LEGCNET}."
+        )
     recipe = make_recipe(values, text)
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
         # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.

@@ -24,7 +24,7 @@ def window_starts(steps: int, window: int, stride: int) -> range:
 def windowed_exponents(
     series: Tensor, window: int = 50, stride: int | None = None, first: int = 0, last: int = 1
 ) -> Tensor:
-    """Nats a step, [series, windows], in the series' dtype.
+    """Nats from one value of a series to the next, [series, windows], in the series' dtype.
 
     A window whose range is below 1e-5, or whose mean changes abruptly, has exponent 0. The paper says no more of
     abrupt changes; here one is where a single split into two parts explains more than 90 % of the window's variance.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import stats
+from scipy.special import gammaln
 from torch import Tensor
 
 from hf_prune.errors import BadInputError
@@ -18,29 +19,38 @@ from hf_prune.errors import BadInputError
 STATISTICS = ("chi2", "F")
 # Below this share of a column that the others leave, normal equations lose too many digits.
 WELL_CONDITIONED = 1e-4
+NEARLY_PERFECT = 1e-8
 CHUNK = 8192
 
 
 @dataclass
 class GrangerTest:
-    """Attributes:
-    p: float64 [series, max_lag], of lags 1 to max_lag; NaN where a lag cannot be tested.
-    bic: float64 [series, max_lag], of the regression with the series' past, divided by its observations.
-    tested: bool [series]; False where a lag is constant or the fit is perfect, which statsmodels refuses.
+    """What was tested; logarithms, because p of a strong cause is smaller than a float can be.
+
+    Attributes:
+        log_p: float64 [series, max_lag], ln p of lags 1 to max_lag; NaN where a lag cannot be tested.
+        bic: float64 [series, lags], of the regression with the series' past on the same observations for every lag,
+            divided by their number; of the lags that leave it three observations a parameter, one at least.
+        tested: bool [series]; False where a lag is constant or the fit is perfect, which statsmodels refuses.
     """
 
-    p: np.ndarray
+    log_p: np.ndarray
     bic: np.ndarray
     tested: np.ndarray
 
+    @property
+    def p(self) -> np.ndarray:
+        """float64 [series, max_lag]."""
+        return np.exp(self.log_p)
+
     def smallest(self) -> np.ndarray:
-        """The smallest p over all lags, as published: uncorrected for their number. 0 where nothing could be tested."""
-        return np.where(self.tested, np.nan_to_num(self.p, nan=1.0).min(1), 0.0)
+        """ln of the smallest p over all lags, as published: uncorrected for their number; -inf where untested."""
+        return np.where(self.tested, np.nan_to_num(self.log_p, nan=0.0, neginf=-np.inf).min(1), -np.inf)
 
     def at_chosen_lag(self) -> np.ndarray:
-        """p at the lag of the lowest BIC (our extension); 0 where nothing could be tested."""
+        """ln p at the lag of the lowest BIC (our extension); -inf where untested."""
         chosen = np.nan_to_num(self.bic, nan=np.inf).argmin(1)
-        return np.where(self.tested, self.p[np.arange(len(self.p)), chosen], 0.0)
+        return np.where(self.tested, self.log_p[np.arange(len(self.log_p)), chosen], -np.inf)
 
 
 def largest_lag(observations: int) -> int:
@@ -69,15 +79,24 @@ def granger_test(causes: Tensor, effect: Tensor, max_lag: int = 14, statistic: s
         )
     if not bool(causes.isfinite().all() and effect.isfinite().all()):
         raise BadInputError("granger: a series holds numbers that are not finite; lower learning_rate.")
-    shape = (len(causes), max_lag)
-    test = GrangerTest(np.full(shape, np.nan), np.full(shape, np.nan), np.ones(len(causes), dtype=bool))
+    # 2 lag + 1 parameters on count - lag observations.
+    comparable = max(min((count - 3) // 7, max_lag), 1)
+    test = GrangerTest(
+        np.full((len(causes), max_lag), np.nan),
+        np.full((len(causes), comparable), np.nan),
+        np.ones(len(causes), dtype=bool),
+    )
     for lag in range(1, max_lag + 1):
         own = _Own(effect, lag)
+        late = comparable - lag
+        common = _Own(effect[late:], lag) if lag <= comparable else None
         for start in range(0, len(causes), CHUNK):
             part = slice(start, start + CHUNK)
-            p, bic, tested = own.test(causes[part], statistic)
-            test.p[part, lag - 1], test.bic[part, lag - 1] = p, bic
+            log_p, tested = own.test(causes[part], statistic)
+            test.log_p[part, lag - 1] = log_p
             test.tested[part] &= tested
+            if common is not None:
+                test.bic[part, lag - 1] = common.bic(causes[part, late:])
     return test
 
 
@@ -97,24 +116,36 @@ class _Own:
         self.residual = self.target - self.basis @ (self.basis.T @ self.target)
         self.centred = float((self.target - self.target.mean()).square().sum())
 
-    def test(self, causes: Tensor, statistic: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """p, BIC and whether statsmodels would test, for each of `causes` [series, observations]."""
-        past = causes.unfold(1, self.lag, 1)[:, :-1].flip(2)
-        constant = (past.amax(1) == past.amin(1)).any(1)
-        joint, rank = self._residual_squares(past, ~constant)
+    def test(self, causes: Tensor, statistic: str) -> tuple[np.ndarray, np.ndarray]:
+        """ln p and whether statsmodels would test, for each of `causes` [series, observations]."""
+        joint, rank, tested = self._joint(causes)
         observations = len(self.target)
         own = float(self.residual.square().sum())
-        tested = ~constant.numpy() & (joint > np.finfo(float).eps * self.centred) & (self.centred > 0)
-        tested &= not self.refused
         with np.errstate(divide="ignore", invalid="ignore"):
             gain = (own - joint) / joint
             if statistic == "chi2":
-                p = stats.chi2.sf(observations * gain, self.lag)
+                log_p = _chi2_log_sf(observations * gain, self.lag)
             else:
                 freedom = observations - rank
-                p = stats.f.sf(gain / self.lag * freedom, self.lag, freedom)
+                log_p = stats.f.logsf(gain / self.lag * freedom, self.lag, freedom)
+        return np.where(tested, log_p, np.nan), tested
+
+    def bic(self, causes: Tensor) -> np.ndarray:
+        """Of the joint regression, divided by the observations; NaN where it cannot be tested."""
+        joint, rank, tested = self._joint(causes)
+        observations = len(self.target)
+        with np.errstate(divide="ignore", invalid="ignore"):
             bic = np.log(joint / observations) + rank * np.log(observations) / observations
-        return np.where(tested, p, np.nan), np.where(tested, bic, np.nan), tested
+        return np.where(tested, bic, np.nan)
+
+    def _joint(self, causes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Residual squares and rank of the joint regression, and whether statsmodels would test."""
+        past = causes.unfold(1, self.lag, 1)[:, :-1].flip(2)
+        constant = (past.amax(1) == past.amin(1)).any(1)
+        joint, rank = self._residual_squares(past, ~constant)
+        tested = ~constant.numpy() & (joint > np.finfo(float).eps * self.centred) & (self.centred > 0)
+        tested &= not self.refused
+        return joint, rank, tested
 
     def _residual_squares(self, past: Tensor, wanted: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Of the regression on both pasts, and its rank; normal equations where they are well conditioned."""
@@ -130,17 +161,27 @@ class _Own:
             factor[places], rest[places].mT @ self.residual[:, None], upper=False
         ).squeeze(2)
         squares[places.numpy()] = (self.residual.square().sum() - along.square().sum(1)).clamp(min=0).numpy()
-        for place in (~good & wanted).nonzero().squeeze(1).tolist():
-            squares[place], ranks[place] = self._by_singular_values(past[place])
+        # A difference of equal numbers has lost what a nearly perfect fit is judged by.
+        poor = torch.from_numpy(~(squares > NEARLY_PERFECT * self.centred)) | ~good
+        for place in (poor & wanted).nonzero().squeeze(1).tolist():
+            squares[place], ranks[place] = self._by_pseudoinverse(past[place])
         return squares, ranks
 
-    def _by_singular_values(self, past: Tensor) -> tuple[float, int]:
-        """As statsmodels does it: a pseudoinverse of the joint design."""
-        left, values, _ = torch.linalg.svd(
-            torch.cat([self.design[:, :-1], past, self.design[:, -1:]], 1), full_matrices=False
-        )
-        basis = left[:, values > 1e-15 * values[0]]
-        return float((self.target - basis @ (basis.T @ self.target)).square().sum()), _rank(values)
+    def _by_pseudoinverse(self, past: Tensor) -> tuple[float, int]:
+        """As statsmodels does it, digit by digit: at the edge of a perfect fit its answer is one of rounding."""
+        design = torch.cat([self.design[:, :-1], past, self.design[:, -1:]], 1).numpy()
+        left, values, right = np.linalg.svd(design, full_matrices=False)
+        inverse = np.where(values > 1e-15 * values[0], 1 / np.where(values == 0, 1, values), 0)
+        residual = self.target.numpy() - design @ (right.T @ (inverse[:, None] * left.T) @ self.target.numpy())
+        return float(residual @ residual), _rank(torch.from_numpy(values))
+
+
+def _chi2_log_sf(value: np.ndarray, freedom: int) -> np.ndarray:
+    """ln of the survival function, also where that is smaller than a float can be."""
+    log_sf = stats.chi2.logsf(value, freedom)
+    half = freedom / 2
+    far = (half - 1) * np.log(value / 2) - value / 2 - gammaln(half)
+    return np.where(np.isneginf(log_sf), far, log_sf)
 
 
 def _rank(values: Tensor) -> int:

@@ -121,13 +121,30 @@ class LEGCNetConfig:
         return self.stride or max(round(0.9 * self.window), 1)
 
 
-def causal_p(test: GrangerTest, config: LEGCNetConfig) -> np.ndarray:
-    """One p for each series, float64 [series]; 0, and so kept, where it could not be tested."""
-    p = test.smallest() if config.lag == "min" else test.at_chosen_lag()
+def causal_log_p(test: GrangerTest, config: LEGCNetConfig) -> np.ndarray:
+    """ln of one p for each series, float64 [series]; -inf, and so kept, where it could not be tested."""
+    log_p = test.smallest() if config.lag == "min" else test.at_chosen_lag()
     if config.correction == "benjamini_hochberg" and test.tested.any():
-        p = p.copy()
-        p[test.tested] = stats.false_discovery_control(p[test.tested])
-    return p
+        corrected = stats.false_discovery_control(np.exp(log_p[test.tested]))
+        log_p = log_p.copy()
+        with np.errstate(divide="ignore"):
+            log_p[test.tested] = np.log(corrected)
+    return log_p
+
+
+def scores(test: GrangerTest, exponents: np.ndarray, config: LEGCNetConfig) -> np.ndarray:
+    """How much each series is worth keeping, float64 [series], by ranks; inf where it could not be tested.
+
+    Args:
+        exponents: float [series, windows].
+    """
+    # Uncorrected: the correction keeps the order and makes ties.
+    log_p = test.smallest() if config.lag == "min" else test.at_chosen_lag()
+    mean = exponents.mean(1)
+    # Ranks, so that both measures weigh the same.
+    order = {"causal": [-log_p], "sensitive": [mean], "both": [-log_p, mean]}[config.decision]
+    rank = np.sum([stats.rankdata(values, method="average") for values in order], axis=0)
+    return np.where(test.tested, rank, np.inf)
 
 
 def decide(test: GrangerTest, exponents: np.ndarray, config: LEGCNetConfig) -> np.ndarray:
@@ -136,17 +153,12 @@ def decide(test: GrangerTest, exponents: np.ndarray, config: LEGCNetConfig) -> n
     Args:
         exponents: float [series, windows].
     """
-    p, mean = causal_p(test, config), exponents.mean(1)
-    tested = test.tested
     if config.sparsity is not None:
-        # The lowest goes first. Ranks, so that both measures weigh the same.
-        order = {"causal": [-p], "sensitive": [mean], "both": [-p, mean]}[config.decision]
-        rank = np.sum([stats.rankdata(values, method="average") for values in order], axis=0)
-        rank[~tested] = np.inf
-        keep = np.ones(len(p), dtype=bool)
-        gone = min(round(config.sparsity * len(p)), int(tested.sum()))
+        rank = scores(test, exponents, config)
+        keep = np.ones(len(rank), dtype=bool)
+        gone = min(round(config.sparsity * len(rank)), int(test.tested.sum()))
         keep[np.argsort(rank, kind="stable")[:gone]] = False
         return keep
-    causal, sensitive = p < config.alpha, mean > 0
+    causal, sensitive = causal_log_p(test, config) < np.log(config.alpha), exponents.mean(1) > 0
     keep = {"causal": causal, "sensitive": sensitive, "both": causal & sensitive}[config.decision]
-    return keep | ~tested
+    return keep | ~test.tested

@@ -33,25 +33,26 @@ def plot_exponents(exponents: Tensor, keep: Tensor, config: LEGCNetConfig, path:
         axes.fill_between(ends, low, high, color=colour, alpha=0.25, linewidth=0)
     axes.axhline(0, color="0.6", linewidth=1, zorder=0)
     axes.set_xlabel("step at which a window ends")
-    axes.set_ylabel("largest Lyapunov exponent, nats a step")
+    axes.set_ylabel("largest Lyapunov exponent, nats a record")
     axes.set_title("Exponents of the series: median and quartiles")
     axes.legend(frameon=False)
     return _save(figure, path)
 
 
-def plot_p_values(p: Tensor, tested: Tensor, alpha: float, path: str | Path) -> Figure:
-    """Draw a histogram of p of the series that could be tested, as a PNG at `path`."""
+def plot_p_values(p: Tensor, tested: Tensor, alpha: float | None, path: str | Path) -> Figure:
+    """Draw a histogram of p of the series that could be tested, as a PNG at `path`; `alpha` where it decided."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.hist(p[tested].numpy(), bins=BINS, range=(0, 1), color=KEPT)
-    axes.axvline(alpha, color="0.1", linewidth=1, label=f"alpha = {alpha:g}")
-    axes.set_xlabel("p that a series does not Granger-cause the errors")
+    if alpha is not None:
+        axes.axvline(alpha, color="0.1", linewidth=1, label=f"alpha = {alpha:g}")
+        axes.legend(frameon=False)
+    axes.set_xlabel("p of Granger's test: series against errors")
     axes.set_ylabel("series")
     untested = int((~tested).sum())
     axes.set_title(f"{int(tested.sum()):,} series" + (f"; {untested:,} could not be tested" if untested else ""))
-    axes.legend(frameon=False)
     return _save(figure, path)
 
 

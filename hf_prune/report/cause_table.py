@@ -1,4 +1,4 @@
-"""What LEGCNet kept, beside the same number kept by magnitude and by chance: a table and its sentences."""
+"""What LEGCNet kept, beside as many series kept by magnitude and by chance: a table and its sentences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_prune.report.figures import percent
 
 
 def causes_table(rounds: list[dict[str, Any]]) -> Table:
-    """A line for the dense network and for each way to keep as many connections."""
+    """A line for the dense network and for each way to keep as many series."""
     table = Table(title="What was kept", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("Kept by")
     for name in ("Connections", "Accuracy", "Loss", "Epochs to the benchmark", "Seconds to it"):
@@ -34,7 +34,7 @@ def causes_text(report: dict[str, Any]) -> list[str]:
     series, seconds, rounds = report["series"], report["seconds"], report["rounds"]
     untested = f"; {series['untested']:,} could not be tested and stay" if series["untested"] else ""
     sentences = [
-        f"{series['kept']:,} of {series['all']:,} series stay, by {series['windows']} windows of "
+        f"{series['kept']:,} of {series['all']:,} series stay, by {series['windows']} windows over "
         f"{report['recorded_steps']:,} steps{untested}. Exponents took {seconds['exponents']:.1f} s, Granger's test "
         f"{seconds['granger']:.1f} s; the recorded training {seconds['recording']:.1f} s."
     ]

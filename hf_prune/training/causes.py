@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_prune.dynamics.exponents import window_starts, windowed_exponents
 from hf_prune.dynamics.granger import granger_test
 from hf_prune.errors import BadInputError
-from hf_prune.methods.legcnet import LEGCNetConfig, causal_p, decide
+from hf_prune.methods.legcnet import LEGCNetConfig, causal_log_p, decide, scores
 from hf_prune.progress import progress
 from hf_prune.training.recorder import count_series, read_series, read_targets, recording_seconds
 
@@ -28,13 +28,15 @@ class Causes:
 
     Attributes:
         exponents: float32 [series, windows].
-        p: float64 [series]; 0 where a series could not be tested.
+        p: float64 [series]; 0 where a series could not be tested, or p is smaller than a float can be.
+        scores: float64 [series], the higher the more a series is worth keeping.
         tested, keep: bool [series].
         seconds: of the recorded training, of exponents and of tests.
     """
 
     exponents: Tensor
     p: Tensor
+    scores: Tensor
     tested: Tensor
     keep: Tensor
     seconds: dict[str, float]
@@ -96,7 +98,8 @@ def find_causes(recording: Path, config: LEGCNetConfig, steps: int) -> Causes:
     }
     return Causes(
         exponents,
-        torch.from_numpy(causal_p(test, config)),
+        torch.from_numpy(np.exp(causal_log_p(test, config))),
+        torch.from_numpy(scores(test, exponents.numpy(), config)),
         torch.from_numpy(test.tested),
         torch.from_numpy(np.ascontiguousarray(keep)),
         seconds,
@@ -105,7 +108,8 @@ def find_causes(recording: Path, config: LEGCNetConfig, steps: int) -> Causes:
 
 def save_causes(folder: Path, causes: Causes) -> None:
     """Write `causes.safetensors`."""
-    tensors = {"exponents": causes.exponents, "p": causes.p, "tested": causes.tested, "keep": causes.keep}
+    names = ("exponents", "p", "scores", "tested", "keep")
+    tensors = {name: getattr(causes, name) for name in names}
     seconds = {key: str(value) for key, value in causes.seconds.items()}
     part = folder / f"{CAUSES}.part"
     save_file({name: own.contiguous() for name, own in tensors.items()}, part, metadata=seconds)

@@ -11,6 +11,7 @@ Sahu et al. (2023), https://arxiv.org/abs/2308.09955.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from hf_prune.training.recorder import Recorder, read_record
 from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, load_weights, make_round, save_weights
 from hf_prune.training.series import Series
 from hf_prune.training.tickets import INITIAL, MakeTrainer
-from hf_prune.training.trainer import only_weights_change, train
+from hf_prune.training.trainer import FinishedBefore, only_weights_change, train
 
 KINDS = ("legcnet", "magnitude", "random")
 BENCHMARK_SHARE = 0.99
@@ -42,31 +43,55 @@ class Watch(TrainerCallback):
     """Looks at a figure every `every` steps, and ends a training that has reached the benchmark.
 
     What it has seen is in the Trainer's log, and so in its checkpoints.
+
+    Args:
+        figure: higher is better.
+        every: steps from one look to the next.
+        benchmark: a training that has reached it ends; None, none does.
+        steps: that the training must have, so that what was planned with them holds.
+        behind: looks up to this step are those of the training that a checkpoint comes from.
+
+    Raises:
+        BadInputError: the training has other steps.
     """
 
-    def __init__(self, figure: Callable[[nn.Module], float], every: int, benchmark: float | None) -> None:
+    def __init__(
+        self, figure: Callable[[nn.Module], float], every: int, benchmark: float | None, steps: int, behind: int = 0
+    ) -> None:
         self.figure = figure
         self.every = every
         self.benchmark = benchmark
+        self.steps = steps
+        self.behind = behind
         self._start = perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._start = perf_counter()
+        if state.max_steps != self.steps:
+            raise BadInputError(
+                f"max_steps: the training has {state.max_steps} steps and {self.steps} were planned; write max_steps."
+            )
+        looks = self.looks(state)
+        self._start = perf_counter() - (looks[-1][2] if looks else 0.0)
+        if looks and self._reached(looks[-1][1]):
+            raise FinishedBefore
+
+    def _reached(self, value: float) -> bool:
+        return self.benchmark is not None and value >= self.benchmark
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
             value = float(self.figure(kwargs["model"]))
             look = {"step": state.global_step, "watched": value, "seconds": perf_counter() - self._start}
             state.log_history.append(look)
-            if self.benchmark is not None and value >= self.benchmark:
+            if self._reached(value):
                 control.should_training_stop = True
 
-    @staticmethod
-    def looks(state: TrainerState) -> list[tuple[int, float, float]]:
+    def looks(self, state: TrainerState) -> list[tuple[int, float, float]]:
         """(step, figure, seconds) of every look."""
-        return [(int(own["step"]), own["watched"], own["seconds"]) for own in state.log_history if "watched" in own]
+        every = [(int(own["step"]), own["watched"], own["seconds"]) for own in state.log_history if "watched" in own]
+        return [look for look in every if look[0] > self.behind]
 
 
 @dataclass
@@ -111,7 +136,7 @@ class LEGCNetSearch:
     def decision_folder(self) -> Path:
         """Where this decision and what follows from it are."""
         own = {key: value for key, value in asdict(self.config).items() if key not in (*RECORDED, "rounds_folder")}
-        return self.folder / f"{self.config.variant}-{fingerprint(own, {})[:8]}"
+        return self.folder / f"{self.config.variant}-{fingerprint([own, self.benchmark], {})[:8]}"
 
     def run(self) -> tuple[nn.Module, Causes, list[Round]]:
         """The module that LEGCNet leaves, what was found, and the rounds: dense, LEGCNet, magnitude, random.
@@ -168,12 +193,15 @@ class LEGCNetSearch:
             "training": self.fingerprint,
             "weights": fingerprint("", model.state_dict()),
             "recording": [*(getattr(self.config, key) for key in RECORDED), self.recorded, self.steps],
+            "series": self.series.identity,
             "processes": distributed.world_size(),
         }
         unfinished = self.folder / "dense.unfinished" / CHECKPOINTS
         began = (self.folder / "dense").is_dir() or last_checkpoint(unfinished) is not None
         claim(self.folder, identity, began)
         if distributed.rank() == 0 and not began:
+            # Of a run whose checkpoints are gone.
+            shutil.rmtree(self.folder / "recorded", ignore_errors=True)
             save_weights(model, self.folder / INITIAL)
         distributed.barrier()
 
@@ -186,12 +214,15 @@ class LEGCNetSearch:
             lambda step: step in ends,
             until=self.recorded,
         )
-        keep = KeepCheckpoint(self.recorded if self._goes_on else 0, self.folder / "recorded")
+        keep = KeepCheckpoint(self.recorded if self.recorded < self.steps else 0, self.folder / "recorded")
         checkpoint = keep.go_on_from(checkpoints)
         if checkpoint is None:
             load_weights(model, self.folder / INITIAL)
-        watch = Watch(self.figure, self.look_every, None)
-        return self._train("the dense training", model, [recorder, watch, keep], checkpoints, checkpoint)
+        # What asks for a checkpoint comes before those that look whether there will be one.
+        return self._train("the dense training", model, [keep, recorder], self._watch(None), checkpoints, checkpoint)
+
+    def _watch(self, benchmark: float | None, behind: int = 0) -> Watch:
+        return Watch(self.figure, self.look_every, benchmark, self.steps, behind)
 
     @property
     def _goes_on(self) -> bool:
@@ -207,24 +238,29 @@ class LEGCNetSearch:
                 with torch.no_grad():
                     for name, mask in masks.items():
                         model.get_parameter(name).mul_(mask.to(model.get_parameter(name).device))
-                return Trained(0)
+                return Trained(0, [(0, float(self.figure(model)), 0.0)])
             checkpoint = last_checkpoint(checkpoints)
             if checkpoint is None:
                 checkpoint = self.folder / "recorded" if self._goes_on else None
                 load_weights(model, self.folder / INITIAL)
-            callbacks = [MaskCallback(masks), Watch(self.figure, self.look_every, benchmark)]
-            return self._train(f"the training of what {kind} keeps", model, callbacks, checkpoints, checkpoint)
+            watch = self._watch(benchmark, self.recorded if self._goes_on else 0)
+            where = f"the training of what {kind} keeps"
+            return self._train(where, model, [MaskCallback(masks)], watch, checkpoints, checkpoint)
 
         return make_round(self.decision_folder / kind, Round(1, kind), model, masks, train_it, self.measuring)
 
     def _train(
-        self, where: str, model: nn.Module, callbacks: Sequence[TrainerCallback], folder: Path, checkpoint: Path | None
+        self,
+        where: str,
+        model: nn.Module,
+        callbacks: Sequence[TrainerCallback],
+        watch: Watch,
+        folder: Path,
+        checkpoint: Path | None,
     ) -> Trained:
         stop = StopAtNaN(where, folder)
         with only_weights_change(model):
-            trainer = self.make_trainer(model, folder, [stop, *callbacks])
+            trainer = self.make_trainer(model, folder, [*callbacks, watch, stop])
             train(trainer, checkpoint)
             stop.check(model, "after the training")
-        if trainer.state.max_steps != self.steps:
-            raise BadInputError(f"steps: the training has {trainer.state.max_steps}, and not {self.steps}.")
-        return Trained(int(trainer.state.global_step), Watch.looks(trainer.state))
+        return Trained(int(trainer.state.global_step), watch.looks(trainer.state))

@@ -65,9 +65,10 @@ class Recorder(TrainerCallback):
         self._series = len(self.observe(kwargs["model"]))
         if distributed.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            before = recording_seconds(self.folder) if state.global_step and (self.folder / ABOUT).is_file() else 0.0
             self._go_on_behind(state.global_step)
-            self._describe(None)
-        self._start = perf_counter()
+            self._start = perf_counter() - before
+            self._describe()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -79,8 +80,9 @@ class Recorder(TrainerCallback):
             if distributed.rank() == 0:
                 with (self.folder / TARGETS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": state.global_step, "value": value}) + "\n")
-        if state.global_step == (self.until or state.max_steps) and distributed.rank() == 0:
-            self._describe(perf_counter() - self._start)
+        last = state.global_step == (self.until or state.max_steps)
+        if not past and (last or control.should_save) and distributed.rank() == 0:
+            self._describe()
         # A checkpoint must not be ahead of its records.
         if control.should_save or 4 * self._series * len(self._buffer) >= BUFFER_BYTES:
             self._flush()
@@ -90,8 +92,8 @@ class Recorder(TrainerCallback):
     ) -> None:
         self._flush()
 
-    def _describe(self, seconds: float | None) -> None:
-        about = {"series": self._series, "every": self.every, "seconds": seconds}
+    def _describe(self) -> None:
+        about = {"series": self._series, "every": self.every, "seconds": perf_counter() - self._start}
         write_whole(self.folder / ABOUT, json.dumps(about) + "\n")
 
     def _go_on_behind(self, step: int) -> None:
@@ -125,8 +127,8 @@ def count_series(folder: Path) -> int:
 
 
 def recording_seconds(folder: Path) -> float:
-    """From where the training was last gone on with to the last record."""
-    return float(_about(folder)["seconds"] or 0)
+    """Of the training up to the last record; what a kill took away behind a checkpoint does not count."""
+    return float(_about(folder)["seconds"])
 
 
 def _about(folder: Path) -> dict[str, Any]:

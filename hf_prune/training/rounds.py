@@ -98,8 +98,8 @@ def make_round(
     """
     result = read_round(folder)
     start = perf_counter()
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
     if result is None:
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
         trained = train(unfinished / CHECKPOINTS)
         kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
         result = replace(
@@ -116,8 +116,9 @@ def make_round(
         )
         if distributed.rank() == 0:
             keep_round(folder, model, masks, result)
-            shutil.rmtree(unfinished, ignore_errors=True)
         distributed.barrier()
+    if distributed.rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
     load_weights(model, folder / WEIGHTS)
     if result.evaluation != measuring.identity:
         result.metrics, result.evaluation = measuring.evaluate(model), measuring.identity

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.structure.groups import block_shape, find_groups
+from hf_prune.training.checkpoints import fingerprint
 from hf_prune.weights import find_blocks
 
 
@@ -25,6 +26,11 @@ class Series(Protocol):
 
     def label(self, place: int) -> str:
         """What a series is, for people."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of what is watched."""
         ...
 
 
@@ -74,6 +80,11 @@ class WeightSeries:
                 return f"{name}[{', '.join(str(int(own)) for own in index)}]"
             place -= len(places)
         raise IndexError(place)
+
+    @property
+    def identity(self) -> str:
+        """Of names and places."""
+        return fingerprint({name: list(shape) for name, shape in self.shapes.items()}, self.places)
 
     def _split(self, values: Tensor) -> tuple[Tensor, ...]:
         return values.split([len(places) for places in self.places.values()])
@@ -150,6 +161,11 @@ class RowSeries:
                 return f"{name}, output {place}"
             place -= outputs
         raise IndexError(place)
+
+    @property
+    def identity(self) -> str:
+        """Of names and sizes."""
+        return fingerprint([{name: list(own) for name, own in self.shapes.items()}, sorted(self.transposed)], {})
 
     def _inputs(self, name: str) -> int:
         return 0 if name in self.transposed else 1

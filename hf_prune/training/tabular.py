@@ -120,7 +120,7 @@ def load_table(arguments: TableArguments) -> tuple[Rows, Rows]:
     """(training, held-out) rows, as many of each class in both, features standardised on the training rows.
 
     Raises:
-        BadInputError: no such table, or scikit-learn is not installed.
+        BadInputError: no such table, no such split of it, or scikit-learn is not installed.
     """
     name = str(arguments.dataset_name or "")
     if not name.startswith("sklearn:") or name.removeprefix("sklearn:") not in TABLES:
@@ -131,13 +131,16 @@ def load_table(arguments: TableArguments) -> tuple[Rows, Rows]:
     except ImportError:
         raise BadInputError("dataset_name: tables need scikit-learn; pip install hf-prune[tables].") from None
     table = getattr(datasets, f"load_{name.removeprefix('sklearn:')}")()
-    parts = train_test_split(
-        torch.tensor(table.data, dtype=torch.float32),
-        torch.tensor(table.target, dtype=torch.int64),
-        test_size=arguments.held_out_share,
-        random_state=arguments.seed,
-        stratify=table.target,
-    )
+    try:
+        parts = train_test_split(
+            torch.tensor(table.data, dtype=torch.float32),
+            torch.tensor(table.target, dtype=torch.int64),
+            test_size=arguments.held_out_share,
+            random_state=arguments.seed,
+            stratify=table.target,
+        )
+    except ValueError as error:
+        raise BadInputError(f"held_out_share: {arguments.held_out_share} cannot split {name} ({error}).") from None
     training, held_out, labels, held_out_labels = parts
     mean, deviation = training.mean(0), training.std(0, correction=0)
     # A feature that never changes says nothing.

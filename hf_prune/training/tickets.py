@@ -104,6 +104,8 @@ class TicketSearch:
         began = (self.folder / "round-00").is_dir() or last_checkpoint(unfinished) is not None
         claim(self.folder, identity, began)
         if distributed.rank() == 0 and not began:
+            # Of a run whose checkpoints are gone.
+            shutil.rmtree(self.folder / "rewind", ignore_errors=True)
             save_weights(model, self.folder / INITIAL)
         distributed.barrier()
 
@@ -130,7 +132,8 @@ class TicketSearch:
                 checkpoint = rewind.folder
             load_weights(model, self.folder / INITIAL)
         with only_weights_change(model):
-            trainer = self.make_trainer(model, folder, [stop, MaskCallback(masks) if number else rewind])
+            # What asks for a checkpoint comes before what looks whether there will be one.
+            trainer = self.make_trainer(model, folder, [MaskCallback(masks) if number else rewind, stop])
             try:
                 train(trainer, checkpoint)
             except BadInputError:

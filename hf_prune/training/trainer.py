@@ -44,12 +44,12 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
     try:
         with explained_disk_errors(folder, folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except _FinishedBefore:
+    except FinishedBefore:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
-class _FinishedBefore(Exception):
-    pass
+class FinishedBefore(Exception):
+    """Raised when a training begins by a callback that knows that nothing of it is left."""
 
 
 class _AtTheEnd(TrainerCallback):
@@ -58,7 +58,7 @@ class _AtTheEnd(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step >= state.max_steps:
-            raise _FinishedBefore
+            raise FinishedBefore
 
 
 @contextmanager

@@ -3,9 +3,10 @@
     python recipes/benchmarks/legcnet.py --config recipes/benchmarks/legcnet.yaml --work_folder WORK \\
         --readme recipes/benchmarks/LEGCNET.md
 
-Seconds to the benchmark hold everything: the recorded training, exponents and tests for LEGCNet, the whole dense
-training for magnitude, nothing for chance, and then the training of what is left until it is as good as the benchmark.
-A run that was cut, by --max_minutes too, goes on.
+Seconds to the benchmark hold everything: what was trained and recorded before the decision for LEGCNet and magnitude,
+exponents and tests for LEGCNet, nothing for chance, and then the training of what is left until it is as good as the
+benchmark. The dense training is the recorded one. A run that was cut, by --max_minutes too, goes on; the README gets
+what is whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_prune.bench.summary import write_between_markers
+from hf_prune.checkpoint.folder import RECIPE_FILE
 from hf_prune.cli.train import make_recipe
 from hf_prune.legcnet import LEGCNET_REPORT, run_legcnet
 from hf_prune.recipe import read_recipe
@@ -48,22 +50,28 @@ def main() -> None:
     given = parser.parse_args()
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
+    left = 0
     for seed in given.seeds:
         for table in given.tables:
             for name, decision in DECISIONS.items():
                 folder = (
                     given.work_folder / f"{table}-{name.replace(' ', '').replace('%', '').replace(',', '-')}-{seed}"
                 )
+                own = {**TABLES[table], **decision, "dataset_name": f"sklearn:{table}", "seed": seed}
+                values, text = read_recipe(given.config, {**own, "output_dir": str(folder)})
+                if folder.is_dir() and (folder / RECIPE_FILE).read_text(encoding="utf-8") != text:
+                    raise SystemExit(f"{folder} is of another recipe; remove it and its .rounds")
                 if not folder.is_dir():
                     if time.monotonic() - started > 60 * given.max_minutes:
+                        left += 1
                         continue
-                    own = {**TABLES[table], **decision, "dataset_name": f"sklearn:{table}", "seed": seed}
-                    values, text = read_recipe(given.config, {**own, "output_dir": str(folder)})
                     run_legcnet(make_recipe(values, text))
                 rows += rows_of(json.loads((folder / LEGCNET_REPORT).read_text()), table, name)
     text = to_markdown(rows)
     print(text)
-    if given.readme:
+    if left:
+        print(f"{left} runs are left for another time: the same command goes on.")
+    elif given.readme:
         write_between_markers(given.readme, "legcnet", text)
 
 
@@ -73,7 +81,7 @@ def rows_of(report: dict[str, Any], table: str, decision: str) -> list[dict[str,
     before = {
         "dense": 0.0,
         "legcnet": seconds["recording"] + seconds["exponents"] + seconds["granger"],
-        "magnitude": seconds["dense"],
+        "magnitude": seconds["recording"],
         "random": 0.0,
     }
     dense = report["rounds"][0]

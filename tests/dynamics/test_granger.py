@@ -32,7 +32,7 @@ def agree(causes: Tensor, effect: Tensor, max_lag: int, statistic: str) -> list[
         assert (wanted is not None) == test.tested[place], place
         if wanted is not None:
             np.testing.assert_allclose(test.p[place], wanted, rtol=1e-6, atol=1e-6)
-            assert test.smallest()[place] == pytest.approx(min(wanted), rel=1e-6, abs=1e-6)
+            assert np.exp(test.smallest()[place]) == pytest.approx(min(wanted), rel=1e-6, abs=1e-6)
     return test.tested.tolist()
 
 
@@ -48,8 +48,13 @@ def test_random_and_causal_series(statistic: str, steps: int, max_lag: int) -> N
     causes[:6, :-1] = effect[1:] + torch.linspace(0.1, 3, 6)[:, None] * causes[:6, :-1]
     assert all(agree(causes, effect, max_lag, statistic))
     if steps == 200:
-        p = granger_test(causes, effect, max_lag, statistic).smallest()
+        test = granger_test(causes, effect, max_lag, statistic)
+        p = np.exp(test.smallest())
         assert p[:2].max() < 1e-6 < p[6:].min()
+        # Small ones too, as far as floats go.
+        wanted = np.array([reference(cause, effect.numpy(), max_lag, statistic) for cause in causes.numpy()])
+        normal = wanted > np.finfo(float).tiny
+        np.testing.assert_allclose(test.log_p[normal], np.log(wanted[normal]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("statistic", ["chi2", "F"])
@@ -66,7 +71,7 @@ def test_series_that_can_hardly_be_tested_or_not_at_all(statistic: str) -> None:
     causes[7] = torch.sin(torch.arange(44.0))
     tested = agree(causes, effect, 14, statistic)
     assert not tested[0] and tested[3]
-    assert granger_test(causes, effect, 14, statistic).smallest()[0] == 0
+    assert granger_test(causes, effect, 14, statistic).smallest()[0] == -np.inf
 
 
 def test_an_effect_that_never_changes_tests_nothing() -> None:
@@ -93,7 +98,22 @@ def test_the_lag_of_lowest_bic_is_the_one_that_causes() -> None:
         cause[:-3] += 2 * effect[3:]
     test = granger_test(causes, effect, 8)
     chosen = test.bic.argmin(1)
-    assert (chosen == 2).mean() > 0.8 and test.at_chosen_lag().max() < 1e-10
+    assert (chosen == 2).mean() > 0.8 and test.at_chosen_lag().max() < np.log(1e-10)
+
+
+def test_bic_does_not_choose_a_saturated_regression() -> None:
+    """With 44 windows and 14 lags 29 parameters meet 30 observations, and noise would cause noise."""
+    test = granger_test(series(400, 44, 7), series(1, 44, 8)[0], 14)
+    assert test.bic.shape[1] == 5
+    assert (test.at_chosen_lag() < np.log(0.05)).mean() < 0.2 < (test.smallest() < np.log(0.05)).mean()
+
+
+def test_p_too_small_for_a_float_has_a_logarithm() -> None:
+    """An effect that is its cause's past but for a millionth: the statistic is about 1e14."""
+    cause = series(1, 400, 9)
+    effect = torch.cat([torch.zeros(1, dtype=torch.float64), cause[0, :-1]]) + 1e-6 * series(1, 400, 10)[0]
+    test = granger_test(cause, effect, 2)
+    assert test.tested[0] and np.isfinite(test.log_p).all() and test.log_p.max() < -1000
 
 
 def test_too_few_windows_say_how_many_there_must_be() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from hf_prune.dynamics.granger import GrangerTest
 from hf_prune.errors import BadInputError
-from hf_prune.methods.legcnet import LEGCNetConfig, causal_p, decide
+from hf_prune.methods.legcnet import LEGCNetConfig, causal_log_p, decide
 
 NAN = np.nan
 P = np.array([[0.03, 0.5], [0.2, 0.01], [0.6, 0.7], [NAN, NAN], [0.04, 0.3], [0.051, 0.9]])
@@ -15,7 +15,7 @@ EXPONENTS = np.array([[1.0, 2.0], [-0.02, -0.02], [3.0, 5.0], [0.0, 0.0], [-0.2,
 
 
 def kept(**options: object) -> list[bool]:
-    return decide(GrangerTest(P, BIC, TESTED), EXPONENTS, LEGCNetConfig(**options)).tolist()  # type: ignore[arg-type]
+    return decide(GrangerTest(np.log(P), BIC, TESTED), EXPONENTS, LEGCNetConfig(**options)).tolist()  # type: ignore[arg-type]
 
 
 def test_published_decision_keeps_what_causes_errors_and_what_cannot_be_tested() -> None:
@@ -24,15 +24,15 @@ def test_published_decision_keeps_what_causes_errors_and_what_cannot_be_tested()
 
 
 def test_p_is_the_smallest_or_that_of_the_chosen_lag() -> None:
-    test = GrangerTest(P, BIC, TESTED)
-    assert causal_p(test, LEGCNetConfig()).tolist() == [0.03, 0.01, 0.6, 0, 0.04, 0.051]
-    assert causal_p(test, LEGCNetConfig(lag="bic")).tolist() == [0.03, 0.2, 0.7, 0, 0.3, 0.051]
+    test = GrangerTest(np.log(P), BIC, TESTED)
+    assert np.exp(causal_log_p(test, LEGCNetConfig())) == pytest.approx([0.03, 0.01, 0.6, 0, 0.04, 0.051])
+    assert np.exp(causal_log_p(test, LEGCNetConfig(lag="bic"))) == pytest.approx([0.03, 0.2, 0.7, 0, 0.3, 0.051])
 
 
 def test_correction_is_benjamini_and_hochbergs() -> None:
     """Sorted: 0.01, 0.03, 0.04, 0.051, 0.6 of five tests, times 5 over the rank, the least of what follows."""
-    found = causal_p(GrangerTest(P, BIC, TESTED), LEGCNetConfig(correction="benjamini_hochberg"))
-    assert found == pytest.approx([0.06375, 0.05, 0.6, 0, 0.06375, 0.06375])
+    found = causal_log_p(GrangerTest(np.log(P), BIC, TESTED), LEGCNetConfig(correction="benjamini_hochberg"))
+    assert np.exp(found) == pytest.approx([0.06375, 0.05, 0.6, 0, 0.06375, 0.06375])
 
 
 def test_exponents_decide_where_they_are_asked_to() -> None:
@@ -50,6 +50,12 @@ def test_a_target_takes_the_least_first(decision: str, gone: list[int]) -> None:
 
 def test_a_target_leaves_what_cannot_be_tested() -> None:
     assert kept(sparsity=0.99) == [False, False, False, True, False, False]
+
+
+def test_causes_too_strong_for_a_float_still_have_an_order() -> None:
+    log_p = np.array([[-900.0], [-5000.0], [-800.0], [-1000.0]])
+    test = GrangerTest(log_p, log_p, np.ones(4, dtype=bool))
+    assert decide(test, np.zeros((4, 2)), LEGCNetConfig(sparsity=0.5)).tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

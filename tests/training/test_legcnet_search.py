@@ -133,6 +133,8 @@ def test_a_part_of_the_training_is_recorded_and_gone_on_from(tmp_path: Path) -> 
     _, causes, rounds = search(tmp_path, seen, own).run()
     assert read_series(tmp_path / "recording").shape[1] == 63 and int(causes.keep.sum()) == 72
     assert [began["step"] for began in seen] == [0, 63, 63, 63] and [found.steps for found in rounds] == [STEPS] * 4
+    assert [step for step, _, _ in rounds[0].looks] == [24, 48, 72]
+    assert [[step for step, _, _ in found.looks] for found in rounds[1:]] == [[72]] * 3, "dense looks are dense ones"
     there = read_series(tmp_path / "recording")[:, -1]
     assert torch.equal(seen[1]["first.weight"].flatten(), there[:96] * causes.keep[:96])
 
@@ -142,6 +144,7 @@ def test_survivors_of_a_whole_training_go_on_as_they_are(tmp_path: Path) -> None
     model, causes, rounds = search(tmp_path, seen, {"restart": "continue", "sparsity": 0.3}).run()
     end = load_file(tmp_path / "dense" / "model.safetensors")
     assert len(seen) == 1 and rounds[1].steps == 0
+    assert rounds[1].looks == [(0, pytest.approx(1 - rounds[1].metrics["error"]), 0.0)]
     assert torch.equal(model.second.weight.flatten(), end["second.weight"].flatten() * causes.keep[96:])
 
 
@@ -177,6 +180,65 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(parameter, model.get_parameter(name))
 
 
+class KillBehind(TrainerCallback):
+    """Ends a training when a step begins, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        if state.global_step == self.step:
+            raise Cut
+
+
+def cut_search(folder: Path, step: int, own: dict[str, Any], **more: Any) -> LEGCNetSearch:
+    """A search whose trainings are killed once a step begins."""
+    killed = search(folder, None, own, **more)
+    make = killed.make_trainer
+    killed.make_trainer = lambda model, place, callbacks: make(model, place, [*callbacks, KillBehind(step)])
+    return killed
+
+
+def test_a_run_killed_behind_the_recorded_part_goes_on(tmp_path: Path) -> None:
+    own = {"variant": "pt", "recorded_share": 0.875, "restart": "continue", "window": 6, "sparsity": 0.5}
+    whole, _, _ = search(tmp_path / "whole", None, own).run()
+    with pytest.raises(Cut):
+        cut_search(tmp_path / "cut", 65, own).run()
+    seen: list[dict[str, Any]] = []
+    model, _, _ = search(tmp_path / "cut", seen, own).run()
+    assert seen[0]["step"] == 63
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+    # From the beginning and from the recorded part are two decisions on one recording.
+    _, _, rounds = search(tmp_path / "cut", seen, {**own, "restart": "init"}).run()
+    assert len(rounds) == 4 and seen[-1]["step"] == 0
+
+
+def test_another_benchmark_trains_anew(tmp_path: Path) -> None:
+    _, _, early = search(tmp_path, benchmark=0.1, look_every=5).run()
+    _, _, late = search(tmp_path, benchmark=2.0, look_every=5).run()
+    assert [found.steps for found in early[1:]] == [5] * 3 and [found.steps for found in late[1:]] == [STEPS] * 3
+
+
+def test_what_has_reached_the_benchmark_is_not_trained_on(tmp_path: Path) -> None:
+    """Killed behind the checkpoint of the look that ended it, before the round was kept."""
+    options: dict[str, Any] = {"benchmark": 0.1, "look_every": 20}
+    _, _, whole = search(tmp_path / "whole", **options).run()
+    measured = []
+
+    def cut_at_the_second(model: nn.Module) -> dict[str, float]:
+        measured.append(model)
+        if len(measured) == 2:
+            raise Cut
+        return {"error": error(model)}
+
+    with pytest.raises(Cut):
+        search(tmp_path / "cut", **options, measuring=Measuring(cut_at_the_second)).run()
+    _, _, rounds = search(tmp_path / "cut", **options).run()
+    assert [found.steps for found in rounds] == [found.steps for found in whole] == [STEPS, 20, 20, 20]
+    assert [found.metrics for found in rounds] == [found.metrics for found in whole]
+
+
 def test_rows_go_as_a_whole(tmp_path: Path) -> None:
     rows = RowSeries(Net(), ["first.weight"])
     model, causes, _ = search(tmp_path, None, {"sparsity": 0.25}, series=rows).run()
@@ -208,8 +270,10 @@ def test_what_cannot_be_decided_says_why(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"the target is 0\.5 in every window, so that nothing can cause it"):
         search(tmp_path / "still", target=constant).run()
     search(tmp_path / "other").run()
-    with pytest.raises(BadInputError, match="holds a training of another model, text or recipe"):
-        search(tmp_path / "other", None, {"window": 7}).run()
+    others = ({"window": 7}, {}), ({}, {"series": RowSeries(Net(), NAMES)})
+    for own, more in others:
+        with pytest.raises(BadInputError, match="holds a training of another model, text or recipe"):
+            search(tmp_path / "other", None, own, **more).run()
 
 
 def test_rows_of_transposed_layers_are_columns() -> None:
