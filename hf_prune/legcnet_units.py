@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_prune.checkpoint.folder import RECIPE_FILE, beside
-from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device, skeleton
-from hf_prune.data.builtin import ModelSource, resolve_model
-from hf_prune.data.windows import default_seq_length
+from hf_prune.checkpoint.folder import RECIPE_FILE
+from hf_prune.checkpoint.load import free_memory, load_model
 from hf_prune.description import environment, sizes_of
 from hf_prune.engine import distributed
-from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import perplexity
-from hf_prune.evaluation.quality import Quality, QualityEvaluation
+from hf_prune.evaluation.quality import Quality
 from hf_prune.finish import Stopwatch, efficiency, finish
-from hf_prune.methods.intra_fusion import IntraFusionConfig
+from hf_prune.legcnet_units_setup import Ready, prepare_units
 from hf_prune.methods.legcnet import LEGCNetConfig
-from hf_prune.plan import Plan
-from hf_prune.preparation import check_output, check_unpruned
-from hf_prune.pruning import PruneResult, plan_pruning, prune
+from hf_prune.pruning import PruneResult, prune
 from hf_prune.report.cause_plots import plot_exponents, plot_p_values
 from hf_prune.report.plots import plot_widths
 from hf_prune.report.privacy import may_show_samples
@@ -39,104 +33,8 @@ from hf_prune.training.legcnet import KINDS, RECORDED
 from hf_prune.training.recorder import Recorder, read_record
 from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, make_round
 from hf_prune.training.series import UnitSeries
-from hf_prune.training.text import Windows, describe_training, open_text, training_windows
+from hf_prune.training.text import describe_training
 from hf_prune.training.trainer import make_trainer, only_weights_change, train
-
-SPARSITY = 0.1
-
-
-@dataclass
-class TargetArguments:
-    """What the units may cause."""
-
-    target_windows: int = field(
-        default=8,
-        metadata={"help": "last windows of the text, not trained on: errors on them are the target"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.target_windows < 1:
-            raise BadInputError(f"target_windows: {self.target_windows} is too few; use 1 or more.")
-
-
-@dataclass
-class Ready:
-    """Everything a recipe decides before weights are loaded."""
-
-    recipe: TrainRecipe
-    source: ModelSource
-    tokenizer: Any
-    windows: Windows
-    target: Tensor
-    evaluation: QualityEvaluation
-    config: IntraFusionConfig
-    plan: Plan
-    text: Any
-    arguments: Any
-    device: torch.device
-    steps: int
-
-    @property
-    def folder(self) -> Path:
-        """Where training and recording are kept."""
-        own = self.recipe.method.rounds_folder
-        return beside(own, "") if own else beside(str(self.recipe.output.output_dir), ".rounds")
-
-    @property
-    def recorded(self) -> int:
-        """Steps that are recorded."""
-        method = self.recipe.method
-        return self.steps if method.variant == "ft" else round(method.recorded_share * self.steps)
-
-
-def prepare_units(recipe: TrainRecipe) -> Ready:
-    """Check a recipe against its model without loading weights.
-
-    Raises:
-        BadInputError: something handed over cannot be used; nothing has been written.
-    """
-    recipe.require("output_dir", "model_name_or_path", "dataset_name", "eval_dataset_name")
-    if recipe.model.dtype not in ("auto", "float32"):
-        raise BadInputError("dtype: weights train in float32; leave the key out, or write bf16: true.")
-    method: LEGCNetConfig = recipe.method
-    check_output(recipe.output)
-    arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
-    distributed.initialise(recipe.model.device)
-    model = recipe.model
-    source = resolve_model(str(model.model_name_or_path), model.revision)
-    check_unpruned(source.path)
-    revision = source.revision or model.revision
-    model_config = load_config(source.path, model, revision)
-    tokenizer = load_tokenizer(source.path, model, revision)
-    text = open_text(recipe.text, tokenizer)
-    length = recipe.text.seq_length or default_seq_length(model_config)
-    every = training_windows(text, tokenizer, length, recipe.text.max_train_windows).input_ids
-    held_out = recipe.fresh.target_windows
-    if len(every) - held_out < 2:
-        raise BadInputError(
-            f"target_windows: {held_out} of {len(every)} windows leave nothing to train on; lower it or seq_length."
-        )
-    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    an_epoch = math.ceil((len(every) - held_out) / batch)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
-    config = IntraFusionConfig(fusion="none", sparsity=method.sparsity or SPARSITY, units=list(method.units))
-    plan = plan_pruning(skeleton(model_config, model), config, source.base_model)
-    ready = Ready(
-        recipe,
-        source,
-        tokenizer,
-        Windows(every[:-held_out]),
-        every[-held_out:],
-        QualityEvaluation(recipe.evaluation, tokenizer, model_config),
-        config,
-        plan,
-        text,
-        arguments,
-        pick_device(model.device, distributed.local_rank()),
-        steps,
-    )
-    target_steps(method, ready.recorded)
-    return ready
 
 
 def run_units(recipe: TrainRecipe) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def make_recipe(values: dict[str, Any], text: str | None = None) -> Any:
     from hf_prune.training.tabular import PerceptronArguments, TableArguments
 
     if values.get("method") == LEGCNET and values.get("series") == "units":
-        from hf_prune.legcnet_units import TargetArguments
+        from hf_prune.legcnet_units_setup import TargetArguments
 
         return make_train_recipe(values, LEGCNetConfig, text, TargetArguments)
     if values.get("method") == LEGCNET:
@@ -75,7 +75,7 @@ def _of_units(recipe: Any, method: str) -> bool:
 
 def _prepare(recipe: Any, method: str) -> None:
     if _of_units(recipe, method):
-        from hf_prune.legcnet_units import prepare_units
+        from hf_prune.legcnet_units_setup import prepare_units
 
         prepare_units(recipe)
     elif method == LEGCNET:
