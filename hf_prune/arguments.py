@@ -10,6 +10,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.patterns import Pattern
 
 RECONSTRUCT = ("none", "linear", "block")
+OUTPUT_IMPORTANCE = ("none", "fisher")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -51,8 +52,12 @@ class PruneConfig:
         sparsity: share of the targeted weights set to zero, in [0, 1); follows from the pattern where there is one.
         pattern: `unstructured`, or `n:m`: at most n of m consecutive inputs of an output row are kept.
         allocation: how the budget is shared out: `uniform`, `global`, `erk`, `owl`, `alpha`, `layerwise_l1`,
-            `layerwise_l2`, `fcpts`, or the path of a saved `prune_plan.json` whose densities are used; `auto` is
-            `fcpts` where the pattern is unstructured and `uniform` otherwise.
+            `layerwise_l2`, `fisher`, `fcpts`, or the path of a saved `prune_plan.json` whose densities are used; `auto`
+            is `fisher` where the pattern is unstructured and `uniform` otherwise.
+        output_importance: how much an error of each output counts where weights are compared over the whole matrix:
+            `none`, all alike; `fisher`, by the mean square of the log-likelihood's gradient by it, which takes a
+            forward and a backward pass over a few calibration windows; `auto` is `fisher` where the pattern is
+            unstructured and the criterion is the method's own, and `none` otherwise.
         min_keep_ratio: floor in [0, 1): each weight matrix and each of its rows keep at least this share.
         targets: modules to prune, by suffix (`q_proj`), full name, or `re:` and a regular expression over the full
             name; every linear layer of every block unless given. Embeddings and the LM head are never included
@@ -72,6 +77,7 @@ class PruneConfig:
     sparsity: float | None = None
     pattern: str = "unstructured"
     allocation: str = "uniform"
+    output_importance: str = "none"
     min_keep_ratio: float = 0.0
     targets: list[str] | None = None
     ignore: list[str] | None = None
@@ -96,6 +102,10 @@ class PruneConfig:
     def __post_init__(self) -> None:
         pattern = Pattern.parse(self.pattern)
         self.allocation = resolved_allocation(self.allocation, self.pattern)
+        if self.output_importance == "auto":
+            # Under n:m, and for some criteria, weights are compared inside a row, whatever its outputs count.
+            own = self.criterion in (None, self.criterion_name) and self.pattern == "unstructured"
+            self.output_importance = "fisher" if own else "none"
         self.reconstruct = resolved_reconstruct(self.reconstruct, self.pattern, self.propagate)
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise BadInputError(f"sparsity: {self.sparsity} is outside [0, 1); 0.5 removes half of the weights.")
@@ -118,6 +128,11 @@ class PruneConfig:
         if self.reconstruct not in RECONSTRUCT:
             raise BadInputError(
                 f"reconstruct: {self.reconstruct!r} is unknown; choose {', '.join(RECONSTRUCT)} or auto."
+            )
+        if self.output_importance not in OUTPUT_IMPORTANCE:
+            raise BadInputError(
+                f"output_importance: {self.output_importance!r} is unknown; choose {', '.join(OUTPUT_IMPORTANCE)} or "
+                "auto."
             )
         for key in ("targets", "ignore"):
             for pattern_text in getattr(self, key) or []:
@@ -168,7 +183,8 @@ class StructuredConfig(PruneConfig):
         defaults = PruneConfig()
         if self.reconstruct == "linear":
             raise BadInputError(f"reconstruct: linear refits zeros; with method {self.method} set fusion to refit.")
-        unused = ("criterion", "update", "pattern", "targets", "ignore", "min_keep_ratio", "propagate")
+        unused = ("criterion", "update", "pattern", "targets", "ignore", "min_keep_ratio", "propagate",
+                  "output_importance")  # fmt: skip
         for key in unused:
             if getattr(self, key) != getattr(defaults, key):
                 raise BadInputError(f"{key}: method {self.method} removes whole units; leave it out, units says which.")
@@ -202,7 +218,7 @@ def resolved_allocation(name: str, pattern: str) -> str:
     """What `auto` stands for; an n:m pattern keeps the same share everywhere and leaves nothing to decide."""
     if name != "auto":
         return name
-    return "fcpts" if pattern == "unstructured" else "uniform"
+    return "fisher" if pattern == "unstructured" else "uniform"
 
 
 def resolved_reconstruct(name: str, pattern: str, propagate: bool) -> str:

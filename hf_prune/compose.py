@@ -41,7 +41,7 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
         make_block_reconstruction(config)
         return config
     # The parts check their own values.
-    make_solver(config)
+    _check_output_importance(config, make_solver(config))
     make_block_reconstruction(config)
     rule = make_allocation(config)
     if getattr(config, "train_weights", False) and not getattr(rule, "learns", False):
@@ -50,6 +50,22 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
             "not learn; set allocation to fcpts."
         )
     return config
+
+
+def _check_output_importance(config: PruneConfig, solver: Solver) -> None:
+    """Raise BadInputError where weights are compared inside a row, so that nothing depends on it."""
+    if config.output_importance == "none":
+        return
+    if config.pattern != "unstructured":
+        raise BadInputError(
+            f"output_importance: pattern {config.pattern} compares weights inside a row, whatever its outputs count; "
+            "leave it out or set pattern to unstructured."
+        )
+    if solver.criterion is not None and solver.criterion.by_row:
+        raise BadInputError(
+            f"output_importance: criterion {solver.criterion_name} compares weights inside a row, whatever its outputs "
+            "count; leave it out or choose another criterion."
+        )
 
 
 def _with_method(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,5 +256,14 @@ def needs_text(config: PruneConfig) -> bool:
         return bool(reducer.statistics or reducer.needs_gradients or shared or config.reconstruct != "none")
     allocation = make_allocation(config)
     return bool(
-        make_solver(config).statistics or (allocation and allocation.needs_text) or config.reconstruct != "none"
+        make_solver(config).statistics
+        or (allocation and allocation.needs_text)
+        or needs_fisher(config)
+        or config.reconstruct != "none"
     )
+
+
+def needs_fisher(config: PruneConfig) -> bool:
+    """Whether the run takes output gradients of the dense model."""
+    rule = make_allocation(config)
+    return config.output_importance != "none" or bool(rule and rule.needs_fisher)

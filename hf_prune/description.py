@@ -150,6 +150,7 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
         "update": solver.update_name,
         "reconstruct": config.reconstruct,
         "allocation": Path(config.allocation).name,
+        "output_importance": config.output_importance,
         "options": own_options(config),
         "paper": owner.info.paper,
         "paper_title": owner.info.paper_title,

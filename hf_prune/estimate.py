@@ -17,6 +17,7 @@ from hf_prune.allocation import Allocation
 from hf_prune.allocation.base import Work
 from hf_prune.arguments import StructuredConfig
 from hf_prune.compose import make_block_reconstruction
+from hf_prune.engine.gradients import FISHER_WINDOWS
 from hf_prune.engine.stream import TOKENS_PER_FORWARD
 from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Solver
@@ -56,6 +57,7 @@ def estimate(
     solver: Solver,
     reconstruction: BlockReconstruction | None,
     allocation: Allocation | None,
+    fisher: bool,
     samples: int,
     seq_length: int,
     dtype: str,
@@ -67,6 +69,7 @@ def estimate(
         solver: its statistics need forward passes, its update operations.
         reconstruction: of each block, if there is one.
         allocation: None where a saved plan has decided already.
+        fisher: whether output gradients are taken.
         samples, seq_length: calibration windows and their length in tokens.
         dtype: as in a recipe; `auto` is the config's.
     """
@@ -91,6 +94,9 @@ def estimate(
             walk_flops += sum(1.2 * tokens * width**2 + 2 * width**3 for _, width, _ in distinct)
     if allocation is not None:
         walk_flops += allocation.window_passes(samples) * seq_length * per_token
+    if fisher:
+        # Forward, the same again, and a backward by activations alone.
+        walk_flops += 3.0 * min(samples, FISHER_WINDOWS) * seq_length * per_token
     walk_flops += sum(solver.update.flops(*view.shape) for view in plan.views)
     hidden = model.config.get_text_config().hidden_size
     # The distinct Gram matrices of a block at once, and what a factorisation holds beside its own, all in float64.
@@ -113,6 +119,13 @@ def estimate(
         text = model.config.get_text_config()
         work = Work(list(own.values()), samples, seq_length, hidden, text.vocab_size, size)
         memory = max(memory, sum(weights.values()) * size + allocation.memory_bytes(work))
+    if fisher:
+        # One block's activations, every block's inputs, logits with their gradient and the drawing's sums in float32.
+        widths = [view.shape for view in plan.views if view.block == plan.views[0].block]
+        blocks = len({view.block for view in plan.views})
+        kept = (3 * sum(rows + columns for rows, columns in widths) + blocks * hidden) * size
+        kept += 5 * 4 * model.config.get_text_config().vocab_size
+        memory = max(memory, sum(weights.values()) * size + seq_length * kept)
     disk = sum(weights.values()) * size
     if device.type == "cpu":
         memory += _PYTHON_BYTES

@@ -61,6 +61,8 @@ class Plan:
     views: list[ViewPlan]
     skipped: list[dict[str, str]] = field(default_factory=list)
     structure: dict[str, Any] | None = None
+    # What was found out about the dense model on the way to a plan; not saved, and found again where it is missing.
+    fisher_factors: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def rule(self, view: ViewPlan) -> MaskRule:
         """The selection rule of one weight matrix."""
@@ -68,7 +70,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The versioned JSON form."""
-        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        values = dataclasses.asdict(dataclasses.replace(self, fisher_factors=None))
+        del values["fisher_factors"]
+        return {"format": FORMAT, "version": VERSION, **values}
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form."""

@@ -11,7 +11,14 @@ import torch
 from hf_prune.arguments import OutputArguments, PruneConfig, StructuredConfig
 from hf_prune.checkpoint.folder import PLAN_FILE, check_output_folder
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
-from hf_prune.compose import make_allocation, make_block_reconstruction, make_config, make_solver, needs_text
+from hf_prune.compose import (
+    make_allocation,
+    make_block_reconstruction,
+    make_config,
+    make_solver,
+    needs_fisher,
+    needs_text,
+)
 from hf_prune.data.builtin import ModelSource, resolve_model
 from hf_prune.data.windows import default_seq_length, stored_shape
 from hf_prune.engine import distributed
@@ -73,7 +80,10 @@ def prepare(recipe: Recipe) -> Preparation:
     else:
         solver, reconstruction = make_solver(config), make_block_reconstruction(config)
         rule = make_allocation(config)
-        predicted = estimate(empty, plan, solver, reconstruction, rule, samples, seq_length, model.dtype, device)
+        gradients = needs_fisher(config)
+        predicted = estimate(
+            empty, plan, solver, reconstruction, rule, gradients, samples, seq_length, model.dtype, device
+        )
     return Preparation(recipe, config, source, model_config, plan, final, predicted, device, samples, seq_length)
 
 

@@ -13,6 +13,7 @@ from hf_prune.allocation.saved import saved_plan
 from hf_prune.arguments import DataArguments, PruneConfig, StructuredConfig
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_solver, needs_text
 from hf_prune.engine import distributed
+from hf_prune.engine.gradients import FisherFactors, fisher_factors
 from hf_prune.engine.measure import measure_views
 from hf_prune.engine.stream import windows_per_forward
 from hf_prune.engine.walk import ViewResult, walk
@@ -21,7 +22,7 @@ from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reconstruction.block import BlockOutcome
 from hf_prune.reduction import as_sparsity, budget_candidates, mlp_views, plan_reduction, reduce, search_budget
 from hf_prune.structure.walk import ReduceResult
-from hf_prune.weights import WeightView
+from hf_prune.weights import WeightView, find_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def plan_pruning(
         densities = None
         if config.layout == "pad":
             inner, views = as_sparsity(config, model), mlp_views(model)
-            by_view, _ = _densities(model, inner, views, input_ids, statistics_folder)
+            by_view, _, _ = _densities(model, inner, views, input_ids, statistics_folder)
             densities = _by_block(views, by_view)
         shares = None
         if config.searches_budget:
@@ -87,8 +88,9 @@ def plan_pruning(
     if make_allocation(config) is None:
         saved, patterns = saved_plan(config, views)
         return make_plan(model, config, views, saved, patterns=patterns, skipped=skipped, base_model=base_model)
-    shared, held = _densities(model, config, views, input_ids, statistics_folder)
-    return make_plan(model, config, views, shared, held=held, skipped=skipped, base_model=base_model)
+    shared, held, found = _densities(model, config, views, input_ids, statistics_folder)
+    plan = make_plan(model, config, views, shared, held=held, skipped=skipped, base_model=base_model)
+    return replace(plan, fisher_factors=found)
 
 
 def _densities(
@@ -97,12 +99,16 @@ def _densities(
     views: list[WeightView],
     input_ids: Tensor | None,
     statistics_folder: str | Path | None,
-) -> tuple[dict[str, float], frozenset[str]]:
-    """Density of each view by name under the config's allocation and budget, and those that the floor raised."""
+) -> tuple[dict[str, float], frozenset[str], dict[str, FisherFactors] | None]:
+    """Density of each view by name under the config's allocation and budget, those that the floor raised, and the
+    Fisher factors, if the rule needed them.
+    """
     rule = make_allocation(config)
     assert rule is not None and config.sparsity is not None
-    measures = {}
-    if rule.needs_weights:
+    measures: dict[str, Any] = {}
+    if rule.needs_fisher:
+        measures = fisher_factors(model, views, _needed(input_ids))
+    elif rule.needs_weights:
         windows = None if input_ids is None else _measured(input_ids, rule.measured_windows)
         measures = measure_views(model, views, rule.measure, rule.statistics, windows)
     folder = Path(statistics_folder) if statistics_folder else None
@@ -110,7 +116,26 @@ def _densities(
     sizes = [view.shape[0] * view.shape[1] for view in views]
     met = meet_budget(wanted, sizes, 1 - config.sparsity, config.min_keep_ratio)
     densities = {view.name: density for view, density in zip(views, met, strict=True)}
-    return densities, frozenset(name for name, density in densities.items() if 0 < density <= config.min_keep_ratio)
+    held = frozenset(name for name, density in densities.items() if 0 < density <= config.min_keep_ratio)
+    return densities, held, measures if rule.needs_fisher else None
+
+
+def _needed(input_ids: Tensor | None) -> Tensor:
+    if input_ids is None:
+        raise BadInputError("dataset_name: output gradients need calibration text; name a dataset or pass input_ids.")
+    return input_ids
+
+
+def row_scales(model: nn.Module, config: PruneConfig, plan: Plan, input_ids: Tensor | None) -> dict[str, Tensor]:
+    """What the rows of each planned matrix are multiplied by while it is pruned; empty where all count alike."""
+    if config.output_importance == "none":
+        return {}
+    found = plan.fisher_factors
+    if found is None:
+        planned = {view.name for view in plan.views}
+        views = [view for view in find_views(model) if view.name in planned]
+        found = fisher_factors(model, views, _needed(input_ids))
+    return {name: own.row_scale for name, own in found.items()}
 
 
 def _by_block(views: list[WeightView], densities: dict[str, float]) -> list[float]:
@@ -196,6 +221,7 @@ def prune(
         plan,
         make_solver(config),
         input_ids,
+        row_scales=row_scales(model, config, plan, input_ids),
         reconstruction=reconstruction,
         propagate=config.propagate,
         statistics_folder=Path(statistics_folder) if statistics_folder else None,

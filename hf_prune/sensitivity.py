@@ -22,7 +22,7 @@ from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.plan import Plan, ViewPlan
 from hf_prune.preparation import prepare
 from hf_prune.progress import progress
-from hf_prune.pruning import load_calibration, plan_pruning
+from hf_prune.pruning import load_calibration, plan_pruning, row_scales
 from hf_prune.recipe import Recipe
 from hf_prune.weights import WeightView, find_views
 
@@ -128,8 +128,8 @@ def measure_sensitivity(
     if input_ids is None and needs_text(config):
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset.")
     rule = make_allocation(config)
-    if rule is not None and rule.learns:
-        # Parts are compared at one sparsity, and learning takes minutes.
+    if rule is not None and (rule.learns or rule.needs_fisher):
+        # Parts are compared at one sparsity, and what looks at the whole model takes its time.
         config = replace(config, allocation="uniform")
     plan = plan_pruning(model, config, input_ids=input_ids)
     planned = {view.name for view in plan.views}
@@ -143,7 +143,8 @@ def measure_sensitivity(
 
     dense_nll = evaluate("dense")
     try:
-        walk(model, plan, make_solver(config), input_ids, propagate=False)
+        scales = row_scales(model, config, plan, input_ids)
+        walk(model, plan, make_solver(config), input_ids, row_scales=scales, propagate=False)
         pruned = {view.name: view.parameter.detach().clone() for view in views}
         all_pruned = perplexity(evaluate("all parts"))
         put(dense, views)
@@ -175,7 +176,7 @@ def agreement(
     prices = pandas.Series({part.part: part.cost / max(part.weights, 1) for part in measured.parts})
     found = {}
     for name, rule in ALLOCATIONS.items():
-        if name == "uniform" or rule.learns or (rule.statistics and input_ids is None):
+        if name == "uniform" or rule.learns or (rule().needs_text and input_ids is None):
             continue
         plan = plan_pruning(model, replace(config, allocation=name, pattern="unstructured"), input_ids=input_ids)
         kept: dict[str, float] = {}

@@ -6,6 +6,7 @@ from hf_prune.allocation.alpha import AlphaPruning
 from hf_prune.allocation.base import Allocation, Uniform
 from hf_prune.allocation.erk import ErdosRenyi
 from hf_prune.allocation.fcpts import Fcpts
+from hf_prune.allocation.fisher import Fisher
 from hf_prune.allocation.owl import Owl
 from hf_prune.allocation.threshold import Global, LayerwiseL1, LayerwiseL2
 
@@ -17,6 +18,7 @@ ALLOCATIONS: dict[str, type[Allocation]] = {
     "alpha": AlphaPruning,
     "layerwise_l1": LayerwiseL1,
     "layerwise_l2": LayerwiseL2,
+    "fisher": Fisher,
     "fcpts": Fcpts,
 }
 

@@ -39,10 +39,12 @@ class Allocation:
 
     `measure` looks at one dense matrix at a time and keeps something small of it; `densities` sees what it kept of all.
     A rule with `needs_weights = False` works on shapes alone, a model on the meta device included; one with
+    `needs_fisher = True` is handed the dense model's Fisher factors instead of what `measure` returns; one with
     `learns = True` takes many passes over calibration windows.
     """
 
     needs_weights: ClassVar[bool] = False
+    needs_fisher: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     statistics: ClassVar[frozenset[str]] = frozenset()
     summary: ClassVar[str] = ""

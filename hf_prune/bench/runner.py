@@ -1,7 +1,8 @@
 """Running a grid: each cell in a process of its own, then every folder scored by the same evaluator.
 
-A work folder keeps everything that is finished (`results.json`, replaced in one step), so that a run that was cut off
-goes on where it was. Weights are deleted once they are scored.
+Everything that is finished stands in one file (`results.json` of the work folder unless another is named, replaced in
+one step), so that a run that was cut off goes on where it was, on another machine as well. Weights are deleted once
+they are scored.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Results:
     def save(self) -> None:
         """Replace the file in one step."""
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        temporary.write_text(_lines(self.content) + "\n")
         temporary.replace(self.path)
 
 
@@ -84,6 +85,7 @@ class Bench:
         work_folder: Path,
         variables: dict[str, str],
         *,
+        results: Path | None = None,
         share_learning: bool = False,
         look: Callable[[Cell, Path], dict[str, Any]] | None = None,
     ) -> None:
@@ -91,6 +93,7 @@ class Bench:
 
         Args:
             variables: what a peer's command may name in braces.
+            results: the file that keeps what is finished; `results.json` of the work folder unless given.
             share_learning: rows with the same learned allocation learn it once; their seconds are then not comparable.
             look: what else is noted of a pruned folder before its weights are deleted.
         """
@@ -110,8 +113,11 @@ class Bench:
         self.model_config = load_config(self.source.path, self.recipe.model, self.source.revision)
         self.tokenizer = load_tokenizer(self.source.path, self.recipe.model, self.source.revision)
         self._evaluation: QualityEvaluation | None = None
-        scored = [str(self.source.path), self.revision, vars(self.recipe.evaluation), vars(self.recipe.model)]
-        self.results = Results(work_folder / "results.json", _short_digest(scored))
+        # A folder's place differs from machine to machine, its weights do not.
+        place = Path(self.source.path)
+        dense = _digest(place) if place.is_dir() else str(place)
+        scored = [dense, self.revision, vars(self.recipe.evaluation), vars(self.recipe.model)]
+        self.results = Results(results or work_folder / "results.json", _short_digest(scored))
 
     @property
     def revision(self) -> str | None:
@@ -285,7 +291,7 @@ class Bench:
         summary = inspect_checkpoint(place, revision).summary
         return {
             "perplexity": float(measured.nll.mean().exp()),
-            "nll": measured.nll.tolist(),
+            "nll": [round(value, 6) for value in measured.nll.tolist()],
             "sparsity": summary["block_sparsity"],
             "total_sparsity": summary["total_sparsity"],
             "parameters": summary["total_parameters"],
@@ -306,14 +312,29 @@ def _place(number: int, at_once: int) -> dict[str, str]:
     return place
 
 
+def _lines(content: dict[str, Any]) -> str:
+    """JSON with a line for each run and each model's figures: a file that is kept changes where it was added to."""
+
+    def write(value: Any, depth: int) -> str:
+        if depth == 4 or not value:
+            return json.dumps(value)
+        opened, closed = "[]" if isinstance(value, list) else "{}"
+        names = [""] * len(value) if isinstance(value, list) else [f"{json.dumps(name)}: " for name in value]
+        held = value if isinstance(value, list) else value.values()
+        lines = [" " * depth + name + write(own, depth + 1) for name, own in zip(names, held, strict=True)]
+        return f"{opened}\n" + ",\n".join(lines) + f"\n{' ' * (depth - 1)}{closed}"
+
+    return write(content, 1)
+
+
 def _short_digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _densities(report: dict[str, Any]) -> dict[str, float] | None:
-    """The planned density of each matrix, where they differ."""
-    planned = {view["name"]: view["target_density"] for view in report.get("views") or []}
-    return planned if len(set(planned.values())) > 1 else None
+def _densities(report: dict[str, Any]) -> list[float] | None:
+    """The planned density of each matrix in the plan's order, where they differ."""
+    planned = [round(view["target_density"], 5) for view in report.get("views") or []]
+    return planned if len(set(planned)) > 1 else None
 
 
 def _peak(value: Any) -> int | None:

@@ -80,7 +80,7 @@ def gone(figures: dict[str, Any], dense: dict[str, Any]) -> float:
 def _agreement(grid: Grid, results: Results, row: str, setting: str) -> dict[str, float | None]:
     """Mean rank correlation (Spearman) of a row's allocations: over its seeds, and with the reference row's."""
 
-    def allocations(name: str | None) -> list[dict[str, float]]:
+    def allocations(name: str | None) -> list[list[float]]:
         cells = [cell for cell in grid.cells if (cell.row, cell.setting) == (name, setting)]
         found = {cell.seed: run.get("densities") for cell in cells for run in reversed(results.runs(cell))}
         return [densities for densities in found.values() if densities]
@@ -93,10 +93,10 @@ def _agreement(grid: Grid, results: Results, row: str, setting: str) -> dict[str
     }
 
 
-def _mean_correlation(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> float | None:
+def _mean_correlation(pairs: list[tuple[list[float], list[float]]]) -> float | None:
     from scipy.stats import spearmanr
 
-    values = [float(spearmanr(*zip(*[(a[name], b[name]) for name in a], strict=True)).statistic) for a, b in pairs]
+    values = [float(spearmanr(a, b).statistic) for a, b in pairs]
     return sum(values) / len(values) if values else None
 
 

@@ -9,13 +9,13 @@ from hf_prune.cli.arguments import console, quiet_libraries, split_positional, t
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.fields import coerce
 
-TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--readme README.md]
+TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--results FILE.json] [--readme README.md]
            [--rows NAME ...] [--settings NAME ...] [--max_minutes N] [--key value ...]
 
 Runs every row of the grid under every setting, each in a process of its own, and scores all of them with one
-evaluator. What is finished is kept in the work folder: start again to go on. Writes NAME.csv, NAME.md and NAME.png
-there, and the table into the README between its lines <!-- benchmark:NAME:start --> and
-<!-- benchmark:NAME:end -->.
+evaluator. What is finished is kept in the work folder, or in --results, a file to keep and take along: start again to
+go on. Writes NAME.csv, NAME.md and NAME.png into the work folder, and the table into the README between its lines
+<!-- benchmark:NAME:start --> and <!-- benchmark:NAME:end -->.
 
 --rows and --settings take names, --seeds numbers: only those are run this time; the tables hold everything that is
 finished. After --max_minutes no further run is begun.
@@ -31,6 +31,7 @@ def help_text() -> str:
 def main(arguments: list[str]) -> None:
     path, flags = split_positional(arguments, "the benchmark's file")
     work_folder, readme = take_text(flags, "work_folder") or "bench", take_text(flags, "readme")
+    results = take_text(flags, "results")
     chosen = [set(coerce(key, flags.pop(key, []), list[str])) for key in ("rows", "settings")]
     seeds = [coerce("seeds", seed, int) for seed in coerce("seeds", flags.pop("seeds", []), list[str])]
     max_minutes = coerce("max_minutes", flags.pop("max_minutes"), float) if "max_minutes" in flags else math.inf
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
     variables = {key: str(value) for key, value in flags.items() if key not in own}
     for key in variables.keys() - grid.words:
         raise BadInputError(f"{key}: neither a key of a recipe nor a word of a peer's command in {path}.")
-    bench = Bench(grid, Path(work_folder), variables)
+    bench = Bench(grid, Path(work_folder), variables, results=Path(results) if results else None)
     for names, known_names in zip(chosen, ({row["name"] for row in grid.rows}, set(grid.settings)), strict=True):
         if names - known_names:
             raise BadInputError(f"{min(names - known_names)!r} is neither a row nor a setting of {path}.")

@@ -80,7 +80,7 @@ def thresholded(
             stack.enter_context(patched(own.view.module, _masked_forward(own, thresholds, number)))
         if recompute:
             for block in blocks:
-                stack.enter_context(patched(block, _recomputed(block.forward)))
+                stack.enter_context(patched(block, recomputed(block.forward)))
         yield
 
 
@@ -95,5 +95,6 @@ def _masked_forward(own: ThresholdedView, thresholds: Tensor, number: int) -> Ca
     return forward
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward that keeps its inputs alone for the backward pass and computes the rest again."""
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)

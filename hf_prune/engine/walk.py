@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +94,7 @@ def walk(
     solver: WeightSolver,
     input_ids: Tensor | None,
     *,
+    row_scales: Mapping[str, Tensor] | None = None,
     reconstruction: BlockUpdater | None = None,
     propagate: bool = True,
     statistics_folder: Path | None = None,
@@ -103,6 +104,8 @@ def walk(
     Args:
         input_ids: int64 [samples, tokens], calibration windows without padding, the same on every process; None for
             a solver that declares no statistics.
+        row_scales: float32 [out] by view: what its rows are multiplied by while it is solved, so that errors of its
+            outputs count by how much they matter; each row as it is where it is missing.
         reconstruction: trains each block after its solves.
         propagate: hand pruned outputs on; False lets every block see the dense model's hidden states.
         statistics_folder: keeps the statistics for further runs on the same model and windows; used only where
@@ -115,9 +118,10 @@ def walk(
     views = _views_of(model, plan)
     rules = {view.name: plan.rule(view) for view in plan.views}
     result = WalkResult()
+    scales = row_scales or {}
     if not solver.statistics and reconstruction is None:
         for view in progress(views, "pruning"):
-            result.views.append(_prune(view, None, solver, rules[view.name]))
+            result.views.append(_prune(view, None, solver, rules[view.name], scales.get(view.name)))
         return result
     if input_ids is None:
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
@@ -131,7 +135,7 @@ def walk(
         for index in progress(range(last + 1), "pruning blocks", total=last + 1):
             own = [view for view in views if view.block == index]
             if cache is not None and cache.complete:
-                result.views += _solve(cache.load(index), solver, rules) if own else []
+                result.views += _solve(cache.load(index), solver, rules, scales) if own else []
                 continue
             inside = index < len(runner.blocks)
             # The dense block's outputs on the pruned prefix come with the observation for one layer's product more.
@@ -143,7 +147,7 @@ def walk(
                 dense.advance(index)
                 outputs = dense.hidden
             if own:
-                solved = _solve(groups, solver, rules)
+                solved = _solve(groups, solver, rules, scales)
                 if reconstruction is not None and inside:
                     assert outputs is not None
                     changes = {view.name: view.change for view in solved}
@@ -187,7 +191,10 @@ def _views_of(model: nn.Module, plan: Plan) -> list[WeightView]:
 
 
 def _solve(
-    groups: list[tuple[Statistics, list[WeightView]]], solver: WeightSolver, rules: dict[str, MaskRule]
+    groups: list[tuple[Statistics, list[WeightView]]],
+    solver: WeightSolver,
+    rules: dict[str, MaskRule],
+    scales: Mapping[str, Tensor],
 ) -> list[ViewResult]:
     """Solve each group on one process and hand the weights out, so that all processes hold the same bits."""
     owners = _assign([sum(view.parameter.numel() for view in members) * members[0].shape[1] for _, members in groups])
@@ -200,7 +207,7 @@ def _solve(
     for (statistics, members), owner in zip(groups, owners, strict=True):
         if owner == distributed.rank():
             check_finite(statistics, members[0].name)
-            results += [_prune(view, statistics, solver, rules[view.name]) for view in members]
+            results += [_prune(view, statistics, solver, rules[view.name], scales.get(view.name)) for view in members]
             statistics.release()
     for (_, members), owner in zip(groups, owners, strict=True):
         for view in members:
@@ -218,13 +225,22 @@ def _assign(costs: Sequence[float]) -> list[int]:
     return owners
 
 
-def _prune(view: WeightView, statistics: Statistics | None, solver: WeightSolver, rule: MaskRule) -> ViewResult:
+def _prune(
+    view: WeightView, statistics: Statistics | None, solver: WeightSolver, rule: MaskRule, row_scale: Tensor | None
+) -> ViewResult:
     """Solve one weight matrix and write it back."""
     dense = view.read()
     if not bool(torch.isfinite(dense).all()):
         raise BadInputError(f"{view.name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
     zeros_before = dense.numel() - view.count_nonzero()
-    weight, mask = solver.solve(dense, statistics, rule)
+    if row_scale is None or rule.pattern.n is not None:
+        # An n:m pattern compares weights inside a row alone.
+        weight, mask = solver.solve(dense, statistics, rule)
+    else:
+        scaled = dense * row_scale[:, None]
+        weight, mask = solver.solve(scaled, statistics, rule)
+        # What was not changed stays as it was, to the bit.
+        weight = torch.where(weight == scaled, dense, weight / row_scale[:, None])
     if not bool(torch.isfinite(weight).all()):
         raise RunError(f"{view.name}: pruning gave NaN or Inf; the calibration inputs overflow, use dtype float32.")
     weight = weight * mask

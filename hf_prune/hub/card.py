@@ -145,7 +145,8 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
     link = f"[{title}]({paper})" if re.fullmatch(r"https://[\w./%:~-]+", paper) else ""
     name = escape(findings.method_title(report) or "")
     summary = escape(method.get("summary") or "").rstrip(".")
-    steps = {key: method.get(key) for key in ("criterion", "update", "reconstruct", "allocation", "pattern")}
+    parts = ("criterion", "update", "reconstruct", "allocation", "output_importance", "pattern")
+    steps = {key: method.get(key) for key in parts}
     steps |= method.get("options") or {}
     settings = [code(f"{key}: {_yaml_scalar(value)}") for key, value in steps.items() if _is_said(value)]
     revision = f", revision {code(report['base_revision'])}" if report.get("base_revision") else ""

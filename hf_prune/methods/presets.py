@@ -22,18 +22,14 @@ class FastConfig(SparseGPTConfig):
 @register
 @dataclass
 class BalancedConfig(AdmmConfig):
-    """A short ADMM with a faster growing rho, on densities of a short learning (FCPTS).
+    """A short ADMM with a faster growing rho; densities and rows by the Fisher information.
 
-    Where a pattern leaves no densities to learn, half a pass of block reconstruction takes that time instead.
+    Where a pattern leaves no densities to share out, half a pass of block reconstruction takes that time instead.
     """
 
     method: str | None = "balanced"
     allocation: str = "auto"
-    fcpts_steps: int = 6
-    fcpts_learning_rate: float = 0.1
-    # Too few steps to come back from ERK's densities.
-    fcpts_start: str = "uniform"
-    fcpts_held_out: float = 0.03
+    output_importance: str = "auto"
     iterations: int = 12
     rho_growth: float = 3.0
     factorization: str = "cholesky"
@@ -44,22 +40,21 @@ class BalancedConfig(AdmmConfig):
         AdmmConfig.info,
         name="balanced",
         title="Balanced preset (short ADMM)",
-        summary="the default: quickly learned densities (FCPTS), a short ADMM; half a pass of block training under n:m",
+        summary="the default: Fisher information for densities and rows, a short ADMM; under n:m block training",
     )
 
 
 @register
 @dataclass
 class BestConfig(AdmmConfig):
-    """Learned densities (FCPTS), the whole ADMM, and each block trained towards its dense outputs.
+    """Densities and rows by the Fisher information, the whole ADMM, and each block trained towards its dense outputs.
 
     Passes were chosen on SmolLM2-135M and the validation split.
     """
 
     method: str | None = "best"
     allocation: str = "auto"
-    # At 60 % and less ERK's densities are too far from good ones for these steps.
-    fcpts_start: str = "uniform"
+    output_importance: str = "auto"
     reconstruct: str = "block"
     reconstruct_passes: float = 4
 
@@ -67,5 +62,5 @@ class BestConfig(AdmmConfig):
         AdmmConfig.info,
         name="best",
         title="Best preset (ADMM, block reconstruction)",
-        summary="learned densities (FCPTS) unless n:m, ADMM, then each block is trained towards its dense outputs",
+        summary="Fisher information for densities and rows unless n:m, ADMM, then training of each block",
     )

@@ -183,6 +183,20 @@ def test_what_is_finished_is_not_run_again(place: Path, results: dict) -> None:
     assert len(changed) == 1 and changed[0].startswith("peer")
 
 
+@pytest.mark.slow
+def test_a_file_of_results_is_taken_along(place: Path, results: dict) -> None:
+    kept = place / "kept.json"
+    kept.write_bytes((place / "work" / "results.json").read_bytes())
+    flags = [word.replace(str(place / "work"), str(place / "elsewhere")) for word in arguments(place)]
+    assert cli.main([*flags, "--results", str(kept)]) == 0
+    assert not list((place / "elsewhere").glob("*.log")) and not (place / "elsewhere" / "results.json").exists()
+    assert (place / "elsewhere" / "small.md").read_text() == (place / "work" / "small.md").read_text()
+    # A line for each run and for each model's figures: nothing else changes when one is added.
+    lines = [line.strip().rstrip(",") for line in kept.read_text().splitlines()]
+    runs = [run for own in json.loads(kept.read_text())["runs"].values() for run in own]
+    assert all(json.dumps(run) in lines for run in runs)
+
+
 def test_flags_are_recipe_keys_or_words_of_a_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*arguments(place), "--eval_max_window", "5"]) == 2
     assert "eval_max_window: neither a key of a recipe" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""Fisher: drop what the second-order loss misses least, over all layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hf_prune.allocation.base import Allocation
+from hf_prune.allocation.histogram import Histogram, shares_above
+from hf_prune.engine.gradients import FisherFactors
+from hf_prune.weights import WeightView
+
+
+@dataclass(frozen=True)
+class Fisher(Allocation):
+    """One threshold over W_ij^2 E[g_i^2] E[x_j^2]: what dropping a weight alone costs, in nats a token, times two.
+
+    x_j is the layer's input and g_i the gradient of the log-likelihood by its output on the dense model, with tokens
+    drawn from the model's own distribution: the diagonal of the Kronecker-factored Fisher information (K-FAC, Martens &
+    Grosse, 2015, https://arxiv.org/abs/1503.05671), as the LLM Surgeon (van der Ouderaa et al., 2024,
+    https://arxiv.org/abs/2312.17244) takes it for the loss. As an allocation for any criterion and update it is our
+    extension.
+    """
+
+    needs_weights = True
+    needs_fisher = True
+    summary = "one threshold over what each weight costs the loss by the Fisher information"
+    paper = "https://arxiv.org/abs/2312.17244"
+
+    @property
+    def needs_text(self) -> bool:
+        return True
+
+    def densities(
+        self, views: Sequence[WeightView], measures: Mapping[str, FisherFactors], sparsity: float
+    ) -> list[float]:
+        histograms = []
+        for view in views:
+            own = measures[view.name]
+            costs = view.read().square_().mul_(own.inputs).mul_(own.outputs[:, None])
+            histograms.append(Histogram.of(costs))
+        return shares_above(histograms, [1.0] * len(views), 1 - sparsity)
