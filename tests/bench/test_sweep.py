@@ -40,15 +40,15 @@ def test_every_sensible_combination_is_a_cell_and_the_others_are_named() -> None
 
 
 def test_a_key_of_a_part_goes_to_the_combinations_that_choose_the_part() -> None:
-    axes = {"method": "sparsegpt", "allocation": ["uniform", "auto"], "pattern": ["unstructured", "2:4"]}
-    grid, refused = sweep.make_sweep({**COMMON, **axes, "fcpts_steps": 64}, "mine")
+    axes = {"method": "sparsegpt", "reconstruct": ["none", "auto"], "pattern": ["unstructured", "2:4"]}
+    grid, refused = sweep.make_sweep({**COMMON, **axes, "reconstruct_passes": 3}, "mine")
     assert refused == []
-    found = {(cell.row, cell.setting): cell.values.get("fcpts_steps") for cell in grid.cells}
+    found = {(cell.row, cell.setting): cell.values.get("reconstruct_passes") for cell in grid.cells}
     assert found == {
-        ("uniform", "unstructured"): None,
-        ("uniform", "2:4"): None,
-        ("auto (unstructured)", "unstructured"): 64,
-        ("auto (2:4)", "2:4"): None,
+        ("none", "unstructured"): None,
+        ("none", "2:4"): None,
+        ("auto (unstructured)", "unstructured"): None,
+        ("auto (2:4)", "2:4"): 3,
     }
 
 

@@ -35,7 +35,7 @@ def prune(folder: Path, recipe: dict, processes: int) -> dict:
     "own",
     [
         {"method": "sparsegpt"},
-        {"method": "balanced", "allocation": "owl", "reconstruct": "block", "reconstruct_passes": 2},
+        {"method": "balanced", "reconstruct": "block", "reconstruct_passes": 2},
         {"method": "fcpts", "fcpts_score": "wanda", "fcpts_steps": 4, "fcpts_batch_size": 2},
     ],
     ids=lambda own: "+".join(map(str, own.values())),
