@@ -53,7 +53,16 @@ class Results:
     def __init__(self, path: Path, identity: str) -> None:
         self.path = path
         self.identity = identity
-        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}, "quality": {}}
+        self.content: dict[str, Any] = {"runs": {}, "quality": {}}
+        if path.exists():
+            try:
+                self.content = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                self.content = {}
+            if not isinstance(self.content, dict) or self.content.keys() != {"runs", "quality"}:
+                raise BadInputError(
+                    f"results: {path} is no file of benchmark results; name another, or remove it to begin anew."
+                )
 
     def runs(self, cell: Cell) -> list[dict[str, Any]]:
         """Reports of a cell's finished runs, oldest first; those that this evaluation has not scored do not count."""

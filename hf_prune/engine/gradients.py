@@ -63,7 +63,8 @@ def loss_gradients(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
     return totals
 
 
-# Mean squares over tokens settle with few windows: on SmolLM2-135M more changed nothing that could be told from chance.
+# A few thousand tokens: on SmolLM2-135M at 60 % two sets of eight windows led to perplexities 4 % apart, where the
+# Fisher information as a whole gains 30 %.
 FISHER_WINDOWS = 8
 # A row whose outputs never matter counts as this share of the mean row.
 _LEAST_ROW = 1e-3
@@ -102,7 +103,7 @@ def fisher_factors(
         input_ids: int64 [samples, tokens], the same on every process; each takes its share.
 
     Raises:
-        RunError: a gradient is not finite, or all of them are zero.
+        RunError: a gradient is not finite.
     """
     device = next(model.parameters()).device
     windows = input_ids[:FISHER_WINDOWS]

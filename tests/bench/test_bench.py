@@ -197,6 +197,15 @@ def test_a_file_of_results_is_taken_along(place: Path, results: dict) -> None:
     assert all(json.dumps(run) in lines for run in runs)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": {}}', "a,b\n1,2\n"])
+def test_a_file_that_holds_no_results_is_left_alone(place: Path, tmp_path: Path, content: str, capsys) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    assert cli.main([*arguments(place), "--results", str(file)]) == 2
+    assert "is no file of benchmark results" in capsys.readouterr().err
+    assert file.read_text() == content
+
+
 def test_flags_are_recipe_keys_or_words_of_a_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*arguments(place), "--eval_max_window", "5"]) == 2
     assert "eval_max_window: neither a key of a recipe" in capsys.readouterr().err
