@@ -437,7 +437,7 @@ def test_sensitivity_writes_a_table_a_picture_and_a_plan_to_edit(
     assert [part["part"] for part in report["parts"]][-1] == "mlp.down_proj" and len(report["parts"]) == 7
     assert "all together" in out and "Rank correlation" in out
     # OWL gives a density to a block: it cannot tell kinds of layer apart.
-    assert set(report["agreement"]) == {"erk", "global", "layerwise_l1", "layerwise_l2"}
+    assert set(report["agreement"]) == {"erk", "fisher", "global", "layerwise_l1", "layerwise_l2"}
     assert (tmp_path / "parts" / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "parts" / "sensitivity.csv").read_text().splitlines()) == 8
     assert json.loads((tmp_path / "parts" / "prune_plan.json").read_text())["sparsity"] == pytest.approx(0.8)

@@ -103,7 +103,7 @@ def fisher_factors(
         input_ids: int64 [samples, tokens], the same on every process; each takes its share.
 
     Raises:
-        RunError: a gradient is not finite.
+        RunError: an input or a gradient is not finite.
     """
     device = next(model.parameters()).device
     windows = input_ids[:FISHER_WINDOWS]
@@ -151,13 +151,12 @@ def fisher_factors(
             parameter.requires_grad_(was)
     found = {}
     for view in views:
-        sums = inputs[view.name], outputs[view.name]
-        for total in sums:
+        sums = {"calibration inputs": inputs[view.name], "output gradients": outputs[view.name]}
+        for kind, total in sums.items():
             distributed.sum_everywhere(total)
-        if not all(bool(torch.isfinite(total).all()) for total in sums):
-            raise RunError(f"{view.name}: its gradients hold NaN or Inf; use dtype bfloat16 or float32.")
-        x, g = ((total / windows.numel()).float().to(device) for total in sums)
-        found[view.name] = FisherFactors(x, g)
+            if not bool(torch.isfinite(total).all()):
+                raise RunError(f"{view.name}: its {kind} hold NaN or Inf; use dtype bfloat16 or float32.")
+        found[view.name] = FisherFactors(*((total / windows.numel()).float().to(device) for total in sums.values()))
     return found
 
 

@@ -32,6 +32,8 @@ SCHEDULE_EVERY = 3
 SCHEDULE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 # The search has begun once this share of the support has changed.
 START = 0.005
+# A support that so small a rho does not move is final: it holds everything or nothing, say.
+LEAST_RHO = 1e-6
 # From this iteration on, so small a share of changed support ends the search.
 SETTLED_AFTER = 30
 SETTLED = 3e-4
@@ -128,6 +130,8 @@ class Admm(Update):
                     break
                 rho *= next(factor for share, factor in SCHEDULE if changed > share) ** self.growth
                 continue
+            if rho < LEAST_RHO:
+                break
             # So large a rho nails the first support down: begin again with a smaller one.
             rho /= 5
             if changed:

@@ -192,3 +192,14 @@ def test_senseless_combinations_are_refused_with_the_reason() -> None:
         make_config({"method": "admm", "iterations": 0})
     with pytest.raises(BadInputError, match="rho_growth"):
         AdmmConfig(rho_growth=0)
+
+
+@pytest.mark.parametrize("density", [1e-12, 1.0])
+def test_a_layer_that_keeps_everything_or_nothing_needs_no_search(density: float) -> None:
+    """Allocations may ask for either; no rho moves such a support."""
+    weight, inputs = layer(seed=5)
+    for name in ("admm", "balanced"):
+        solver = make_solver(make_config({"method": name, "sparsity": 0.5}))
+        pruned, mask = solver.solve(weight, observe(inputs, "gram"), MaskRule(density))
+        assert int(mask.sum()) == round(density * weight.numel())
+        torch.testing.assert_close(pruned, weight * density, atol=1e-4, rtol=1e-3)
