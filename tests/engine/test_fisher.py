@@ -130,15 +130,17 @@ def test_a_trained_model_loses_less(shared_folder: Path) -> None:
     place = shared_folder / "models" / "stories260K"
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     torch.manual_seed(0)
-    start = torch.full((64, 1), model.config.bos_token_id)
-    stories = model.generate(start, do_sample=True, top_k=0, min_new_tokens=127, max_new_tokens=127)
-    calibration, held_out = stories[:48], stories[48:]
+    start = torch.full((160, 1), model.config.bos_token_id)
+    own = {"attention_mask": torch.ones_like(start), "min_new_tokens": 127, "max_new_tokens": 127}
+    stories = model.generate(start, do_sample=True, top_k=0, **own)
+    calibration, held_out = stories[:128], stories[128:]
     dense = float(window_nll(model, held_out).mean())
     excess = {}
     for name in ("none", "fisher"):
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
         allocation = {"none": "uniform", "fisher": "fisher"}[name]
-        config = {"method": "sparsegpt", "sparsity": 0.6, "allocation": allocation, "output_importance": name}
+        config = {"method": "sparsegpt", "sparsity": 0.3, "allocation": allocation, "output_importance": name}
         prune(model, make_config(config), input_ids=calibration)
         excess[name] = float(window_nll(model, held_out).mean()) - dense
-    assert 0 < excess["fisher"] < 0.8 * excess["none"], excess
+    # 0.096 and 0.172 nats a token when this was written.
+    assert 0 < excess["fisher"] < 0.75 * excess["none"], excess
