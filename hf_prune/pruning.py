@@ -107,7 +107,7 @@ def _densities(
     assert rule is not None and config.sparsity is not None
     measures: dict[str, Any] = {}
     if rule.needs_fisher:
-        measures = fisher_factors(model, views, _needed(input_ids))
+        measures = fisher_factors(model, views, input_ids)
     elif rule.needs_weights:
         windows = None if input_ids is None else _measured(input_ids, rule.measured_windows)
         measures = measure_views(model, views, rule.measure, rule.statistics, windows)
@@ -120,12 +120,6 @@ def _densities(
     return densities, held, measures if rule.needs_fisher else None
 
 
-def _needed(input_ids: Tensor | None) -> Tensor:
-    if input_ids is None:
-        raise BadInputError("dataset_name: output gradients need calibration text; name a dataset or pass input_ids.")
-    return input_ids
-
-
 def row_scales(model: nn.Module, config: PruneConfig, plan: Plan, input_ids: Tensor | None) -> dict[str, Tensor]:
     """What the rows of each planned matrix are multiplied by while it is pruned; empty where all count alike."""
     if config.output_importance == "none":
@@ -134,7 +128,7 @@ def row_scales(model: nn.Module, config: PruneConfig, plan: Plan, input_ids: Ten
     if found is None:
         planned = {view.name for view in plan.views}
         views = [view for view in find_views(model) if view.name in planned]
-        found = fisher_factors(model, views, _needed(input_ids))
+        found = fisher_factors(model, views, input_ids)
     return {name: own.row_scale for name, own in found.items()}
 
 
