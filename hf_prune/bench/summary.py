@@ -22,6 +22,8 @@ QUIET = 0.1
 def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
     """A flat line for every row and setting that has a finished run, seeds and repeats put together.
 
+    Seconds are the median over runs that had an idle machine to themselves, over all where none had.
+
     `excess` is log(perplexity / dense perplexity), the mean over seeds; `excess_ratio` and `time_ratio` are to the
     grid's reference row under the same setting.
     """
@@ -39,6 +41,7 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
             if not runs:
                 continue
             first = {run["seed"]: quality[run["weights"]] for run in reversed(runs)}
+            timed = [run for run in runs if run["cores_busy_elsewhere"] <= QUIET] or runs
             logs = [math.log(figures["perplexity"] / dense["perplexity"]) for figures in first.values()]
             seed = min(first)
             # Windows are drawn, seeds are what they are: their mean is that of the perplexity shown.
@@ -55,13 +58,13 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
                     "excess": excess,
                     "seeds": len(logs),
                     "excess_spread": max(logs) - min(logs),
-                    "seconds": median(run["seconds"] for run in runs),
-                    "allocation_seconds": median(run.get("allocation_seconds") or 0.0 for run in runs),
+                    "seconds": median(run["seconds"] for run in timed),
+                    "allocation_seconds": median(run.get("allocation_seconds") or 0.0 for run in timed),
                     "runs": len(runs),
                     "peak_memory_bytes": median(run["peak_memory_bytes"] or 0 for run in runs),
                     "sparsity": first[seed]["sparsity"],
                     "total_sparsity": gone(first[seed], dense),
-                    "cores_busy_elsewhere": max(run["cores_busy_elsewhere"] for run in runs),
+                    "cores_busy_elsewhere": max(run["cores_busy_elsewhere"] for run in timed),
                     **_agreement(grid, results, row["name"], setting),
                 }
             )

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import cli
 from hf_prune.bench.grid import load_grid
-from hf_prune.bench.runner import Bench
-from hf_prune.bench.summary import _add_ratios, write_between_markers
+from hf_prune.bench.runner import Bench, Results
+from hf_prune.bench.summary import _add_ratios, summarise, write_between_markers
 from hf_prune.compose import make_config
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
@@ -271,6 +271,24 @@ def test_ratios_are_to_the_reference_under_the_same_setting() -> None:
     _add_ratios(lines, "peer")
     assert [line["excess_ratio"] for line in lines] == [1.0, 0.4, None, None, None]
     assert [line["time_ratio"] for line in lines] == [1.0, 2.5, None, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(("busy", "seconds"), [((0.0, 0.9, 0.05), 11.0), ((0.5, 0.9, 0.7), 12.0)])
+def test_seconds_are_those_of_an_idle_machine_where_there_are_any(
+    tmp_path: Path, busy: tuple[float, ...], seconds: float
+) -> None:
+    text = GRID.format(model="model", text="text.txt", python="python")
+    (tmp_path / "grid.yaml").write_text(text)
+    grid = load_grid(tmp_path / "grid.yaml")
+    results = Results(tmp_path / "results.json", "tiny")
+    figures = {"nll": [1.0, 1.0], "perplexity": math.e, "sparsity": 0.5, "total_sparsity": 0.4, "parameters": 10}
+    results.quality.update({"dense": figures, "own": figures})
+    cell = next(cell for cell in grid.cells if cell.row == "wanda")
+    for own, took in zip(busy, (10.0, 40.0, 12.0), strict=True):
+        run = {"seed": 0, "weights": "own", "seconds": took, "peak_memory_bytes": 1, "cores_busy_elsewhere": own}
+        results.add(cell, run)
+    (line,) = summarise(grid, results)
+    assert (line["seconds"], line["runs"]) == (seconds, 3)
 
 
 def test_a_readme_without_the_markers_is_left_as_it_was(tmp_path: Path) -> None:
