@@ -33,6 +33,8 @@ def displacement(folder: Path, dense: nn.Module, views: Sequence[ViewPlan]) -> d
             if view.parameter not in shards or view.parameter not in parameters:
                 continue
             pruned, before = shards[view.parameter].get_tensor(view.parameter), parameters[view.parameter].detach()
+            if view.expert is not None:
+                pruned, before = pruned[view.expert], before[view.expert]
             kept = pruned != 0
             squared = float(before[kept].double().square().sum())
             change = float((pruned[kept].double() - before[kept].double()).square().sum())

@@ -83,7 +83,7 @@ def expectation(
     finally:
         model.train(was_training)
     expected = {
-        "views": [{**view, "nonzeros": int(torch.count_nonzero(parameters[view["parameter"]]))} for view in views],
+        "views": [{**view, "nonzeros": int(torch.count_nonzero(script.matrix(parameters, view)))} for view in views],
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
         "num_threads": torch.get_num_threads(),
