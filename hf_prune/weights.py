@@ -153,9 +153,7 @@ def _block_views(prefix: str, index: int, block: nn.Module) -> Iterator[WeightVi
 def find_views(model: nn.Module) -> list[WeightView]:
     """Every prunable weight of a causal language model: each block's linear layers and experts, then the LM head."""
     prefix, blocks = find_blocks(model)
-    views = [
-        view for index, block in enumerate(blocks) for view in _block_views(f"{prefix}.{index}", index, block)
-    ]
+    views = [view for index, block in enumerate(blocks) for view in _block_views(f"{prefix}.{index}", index, block)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(head, nn.Linear):
         name = next(name for name, module in model.named_modules() if module is head)

@@ -152,9 +152,7 @@ def fisher_factors(
                 stack.enter_context(patched(block, recomputed(block.forward)))
             # Something has to ask for gradients, and no weight does.
             handles = [embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
-            handles += [
-                view.module.register_forward_hook(observer(view.name)) for view in views if view.expert is None
-            ]
+            handles += [view.module.register_forward_hook(observer(view.name)) for view in views if view.expert is None]
             experts = members_of(views)
             stack.enter_context(computed_by({own: experts_observer(own, members) for own, members in experts.items()}))
             for handle in handles:
@@ -193,9 +191,7 @@ def fisher_factors(
 
 def _mean(factors: Sequence[FisherFactors]) -> FisherFactors:
     """The same for all inputs and for all outputs, of the size that some factors have on average."""
-    inputs, outputs = (
-        torch.stack([getattr(own, side) for own in factors]) for side in ("inputs", "outputs")
-    )
+    inputs, outputs = (torch.stack([getattr(own, side) for own in factors]) for side in ("inputs", "outputs"))
     return FisherFactors(inputs.mean().expand(inputs.shape[1]), outputs.mean().expand(outputs.shape[1]))
 
 
