@@ -84,8 +84,9 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
 
     Rows are {"name", "block", "kind", "shape", "density", "zeros", "pattern"} in the order of the blocks. kind is
     `linear`, `conv1d` (GPT-2's, stored [in, out] and shown as [out, in] like the others), `embedding`, `head` (a linear
-    layer outside the blocks), `experts` (a mixture's, where the file keeps them in one 3-D tensor; its pattern is that of
-    all together) or `other` (anything else of two or more dimensions, routers of mixtures among them). block: None outside the blocks.
+    layer outside the blocks), `experts` (a mixture's, where the file keeps them in one 3-D tensor; its pattern is that
+    of all together) or `other` (anything else of two or more dimensions, routers of mixtures among them). block: None
+    outside the blocks.
     The summary counts the blocks' linear weights (`block_*`) and every parameter in the files (`total_*`; a tied head
     is stored once). Integer tensors, as quantized checkpoints hold, are listed under `skipped`.
 

@@ -1,7 +1,7 @@
 """The experts of a mixture, one at a time: every expert's own tokens, weights and outputs, for any architecture.
 
-transformers keeps the experts of a block as 3-D parameters and computes them by a function that is chosen by name. Inside
-`computed_by` that function is ours.
+transformers keeps the experts of a block as 3-D parameters and computes them by a function that is chosen by name.
+Inside `computed_by` that function is ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_prune.weights import WeightView, expert_tensors
 
 _NAME = "hf_prune"
-# (the module's own function, hidden states [tokens, width], chosen experts and their weights [tokens, top k]) -> output.
+# (the module's own function, hidden states [tokens, width], chosen experts, their weights [tokens, top k]) -> output.
 ExpertsFunction = Callable[..., Tensor]
 # (expert, parameter, inputs [tokens, in], weight [out, in]) -> outputs [tokens, out], without the bias.
 ExpertLinear = Callable[[int, str, Tensor, Tensor], Tensor]

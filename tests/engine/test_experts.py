@@ -8,6 +8,7 @@ from tiny import MIXTURES, tiny_ids, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
+from hf_prune.checkpoint.displacement import displacement
 from hf_prune.checkpoint.inspect import inspect_checkpoint
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.compose import make_config
@@ -231,6 +232,12 @@ def test_a_pruned_mixture_is_verified_inspected_and_reloaded_stock(name: str, tm
     total = sum(view.numel for view in result.plan.views)
     assert inspection.summary["block_parameters"] == total and inspection.summary["block_nonzeros"] == total // 2
     assert set(inspection.summary["patterns"]) == {"2:4"}
+    before = {view.name: view.read() for view in find_views(MODELS[name]())}
+    moved = displacement(tmp_path, MODELS[name](), result.plan.views)
+    for view in find_views(model)[:-1]:
+        kept = view.read() != 0
+        distance = (view.read() - before[view.name])[kept].norm() / before[view.name][kept].norm()
+        assert moved[view.name]["moved"] == pytest.approx(float(distance), rel=1e-4)
 
 
 @pytest.mark.slow
