@@ -22,6 +22,7 @@ _EXPORTS = {
     "FcptsConfig": "hf_prune.methods.fcpts",
     "IntraFusionConfig": "hf_prune.methods.intra_fusion",
     "MagnitudeConfig": "hf_prune.methods.magnitude",
+    "RIAConfig": "hf_prune.methods.ria",
     "SparseGPTConfig": "hf_prune.methods.sparsegpt",
     "WandaConfig": "hf_prune.methods.wanda",
     "Plan": "hf_prune.plan",
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "PruneConfig",
     "PruneResult",
+    "RIAConfig",
     "RunError",
     "SparseGPTConfig",
     "WandaConfig",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from hf_prune.methods.intra_fusion import IntraFusionConfig
     from hf_prune.methods.magnitude import MagnitudeConfig
     from hf_prune.methods.presets import BalancedConfig, BestConfig, FastConfig
+    from hf_prune.methods.ria import RIAConfig
     from hf_prune.methods.sparsegpt import SparseGPTConfig
     from hf_prune.methods.wanda import WandaConfig
     from hf_prune.plan import Plan

@@ -94,6 +94,7 @@ def zeros_of(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
                 "pattern": view.pattern,
                 "floor": view.floor,
                 "error": outcome[view.name].error,
+                "scarce": outcome[view.name].scarce,
             }
             for view in plan.views
         ],

@@ -18,7 +18,7 @@ from hf_prune.arguments import PruneConfig, matches
 from hf_prune.errors import BadInputError
 from hf_prune.masks import MaskRule
 from hf_prune.patterns import Pattern
-from hf_prune.weights import WeightView, find_blocks, find_views
+from hf_prune.weights import WeightView, find_blocks, find_views, routers
 
 FORMAT = "hf_prune_plan"
 VERSION = 1
@@ -26,7 +26,10 @@ VERSION = 1
 
 @dataclass
 class ViewPlan:
-    """One weight matrix of the plan. `floor` says that min_keep_ratio raised its density."""
+    """One weight matrix of the plan.
+
+    `floor` says that min_keep_ratio raised its density; `expert`, which slice of a 3-D parameter it is.
+    """
 
     name: str
     parameter: str
@@ -36,6 +39,7 @@ class ViewPlan:
     density: float
     pattern: str = "unstructured"
     floor: bool = False
+    expert: int | None = None
 
     @property
     def numel(self) -> int:
@@ -144,6 +148,9 @@ def select_views(
     if not chosen:
         raise BadInputError("ignore: nothing is left to prune; take an entry out of ignore.")
     covered = {view.parameter_name for view in everything}
+    for name in sorted(f"{prefix}.{router}" for router in routers(blocks)):
+        skipped.append({"name": name, "reason": "a router, which is never pruned"})
+        covered.add(f"{name}.weight")
     for name, parameter in model.named_parameters():
         if name.startswith(prefix + ".") and parameter.ndim > 1 and name not in covered:
             skipped.append({"name": name, "reason": f"a {parameter.ndim}-D weight that is no linear layer"})
@@ -193,7 +200,17 @@ def make_plan(
         density = max(wanted, config.min_keep_ratio)
         floor = density > wanted or view.name in held
         planned.append(
-            ViewPlan(view.name, view.parameter_name, view.block, view.shape, view.transposed, density, text, floor)
+            ViewPlan(
+                view.name,
+                view.parameter_name,
+                view.block,
+                view.shape,
+                view.transposed,
+                density,
+                text,
+                floor,
+                view.expert,
+            )
         )
     total = sum(view.numel for view in planned)
     return Plan(

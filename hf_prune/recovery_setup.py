@@ -106,6 +106,8 @@ def prepare_recovery(path: str, recipe: TrainRecipe) -> Ready:
     if recipe.method.loss == "distillation" and recipe.training.get("label_smoothing_factor"):
         raise BadInputError("label_smoothing_factor: a distillation has no labels; leave the key out.")
     folder = PrunedFolder(path)
+    if recipe.method.recovery == "lora" and any(view.expert is not None for view in folder.plan.views):
+        raise BadInputError("recovery: lora has no adapters for the experts of a mixture; set recovery to full.")
     check_output(recipe.output)
     assert recipe.output.output_dir is not None
     work = beside(recipe.output.output_dir, ".training")

@@ -95,7 +95,10 @@ def part_of(view: ViewPlan | WeightView, by: str) -> str:
     prefix, dot, inside = view.name.partition(f".{view.block}.")
     if by == "layer" or not dot:
         return view.name
-    return f"{prefix}.{view.block}" if by == "block" else inside
+    if by == "block":
+        return f"{prefix}.{view.block}"
+    # The experts of a block are of one kind.
+    return inside if view.expert is None else inside.replace(f".{view.expert}.", ".*.")
 
 
 def measure_sensitivity(
@@ -134,18 +137,18 @@ def measure_sensitivity(
     plan = plan_pruning(model, config, input_ids=input_ids)
     planned = {view.name for view in plan.views}
     views = [view for view in find_views(model) if view.name in planned]
-    dense = {view.name: view.parameter.detach().clone() for view in views}
+    dense = {view.name: view.stored.clone() for view in views}
 
     def put(weights: dict[str, Tensor], chosen: list[WeightView]) -> None:
         with torch.no_grad():
             for view in chosen:
-                view.parameter.copy_(weights[view.name])
+                view.stored.copy_(weights[view.name])
 
     dense_nll = evaluate("dense")
     try:
         scales = row_scales(model, config, plan, input_ids)
         walk(model, plan, make_solver(config), input_ids, row_scales=scales, propagate=False)
-        pruned = {view.name: view.parameter.detach().clone() for view in views}
+        pruned = {view.name: view.stored.clone() for view in views}
         all_pruned = perplexity(evaluate("all parts"))
         put(dense, views)
         groups: dict[str, list[WeightView]] = {}

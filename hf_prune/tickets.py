@@ -139,6 +139,8 @@ def prepare_tickets(recipe: TrainRecipe) -> Prepared:
     start = Start(recipe)
     evaluation = QualityEvaluation(recipe.evaluation, start.tokenizer, start.config)
     views, _ = select_views(start.make_model(None), None, recipe.method.ignore)
+    if any(view.expert is not None for view in views):
+        raise BadInputError("model_type: tickets are not found in mixtures of experts; choose a model without experts.")
     method = recipe.method
     assert recipe.output.output_dir is not None
     search = TicketSearch(

@@ -112,15 +112,21 @@ def test_a_plan_with_unknown_entries_is_refused(tmp_path: Path) -> None:
         Plan.load(path)
 
 
-def test_experts_are_named_as_left_out() -> None:
+def test_experts_are_planned_one_by_one_and_routers_left_out() -> None:
     config = MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     with torch.device("meta"):
         plan = plan_pruning(AutoModelForCausalLM.from_config(config), MagnitudeConfig())
-    skipped = {skip["name"] for skip in plan.skipped}
-    assert {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"} <= skipped
+    experts = [view for view in plan.views if view.expert is not None]
+    assert [(view.name, view.parameter, view.shape) for view in experts] == [
+        (f"model.layers.0.mlp.experts.{expert}.{tensor}", f"model.layers.0.mlp.experts.{tensor}", shape)
+        for expert in range(2)
+        for tensor, shape in (("gate_up_proj", (96, 32)), ("down_proj", (32, 48)))
+    ]
+    assert {"name": "model.layers.0.mlp.gate", "reason": "a router, which is never pruned"} in plan.skipped
+    assert Plan.from_dict(plan.to_dict()) == plan
 
 
 def test_a_model_without_a_stack_of_blocks_is_refused() -> None:

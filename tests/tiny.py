@@ -10,12 +10,14 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 260
@@ -58,13 +60,28 @@ MORE_FAMILIES = {
         **_COMMON, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_position_embeddings=128
     ),
 }
+# Four experts, of which every token takes two.
+MIXTURES = {
+    "mixtral": lambda: MixtralConfig(
+        **_LLAMA, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128, sliding_window=None
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_LLAMA,
+        head_dim=16,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+        max_position_embeddings=128,
+    ),
+}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A fresh random causal language model of three blocks, in eval mode."""
     torch.manual_seed(seed)
     # Not .to(dtype), which would cast the rotary frequencies as well.
-    config = {**FAMILIES, **MORE_FAMILIES}[family]()
+    config = {**FAMILIES, **MORE_FAMILIES, **MIXTURES}[family]()
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 

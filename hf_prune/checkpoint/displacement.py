@@ -14,7 +14,9 @@ from hf_prune.plan import ViewPlan
 
 
 def displacement(folder: Path, dense: nn.Module, views: Sequence[ViewPlan]) -> dict[str, dict[str, float]]:
-    """Of each view that the folder stores under its parameter's name, {"moved", "changed", "kept", "squared"}.
+    """Of each view whose parameter the folder has, {"moved", "changed", "kept", "squared"}.
+
+    Where files keep experts under names of their own, the folder is loaded whole.
 
     Over the weights that are not zero in the folder: `moved` is ||W' - W|| / ||W||, `changed` the share that differs at
     all, in the folder's dtype; `kept` counts them and `squared` is ||W||^2, for sums over views.
@@ -29,10 +31,20 @@ def displacement(folder: Path, dense: nn.Module, views: Sequence[ViewPlan]) -> d
         for path in sorted(folder.glob("*.safetensors")):
             file = stack.enter_context(safe_open(path, framework="pt"))
             shards |= dict.fromkeys(file.keys(), file)
+        converted: dict[str, nn.Parameter] = {}
+        if any(view.expert is not None and view.parameter not in shards for view in views):
+            from transformers import AutoModelForCausalLM
+
+            dtype = next(dense.parameters()).dtype
+            converted = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).named_parameters())
         for view in views:
-            if view.parameter not in shards or view.parameter not in parameters:
+            name = view.parameter
+            if name not in parameters or (name not in shards and name not in converted):
                 continue
-            pruned, before = shards[view.parameter].get_tensor(view.parameter), parameters[view.parameter].detach()
+            before = parameters[name].detach()
+            pruned = shards[name].get_tensor(name) if name in shards else converted[name].detach()
+            if view.expert is not None:
+                pruned, before = pruned[view.expert], before[view.expert]
             kept = pruned != 0
             squared = float(before[kept].double().square().sum())
             change = float((pruned[kept].double() - before[kept].double()).square().sum())

@@ -17,11 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_prune.errors import BadInputError
+from hf_prune.weights import expert_tensors, is_experts, routers
 
 logger = logging.getLogger(__name__)
 
 GROUP_SIZES = (4, 8, 16)  # each twice the one before
 CHUNK = 2**24  # weights looked at together: 64 MB of float32
+BLOCK_KINDS = ("linear", "conv1d", "experts")
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -82,7 +84,9 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
 
     Rows are {"name", "block", "kind", "shape", "density", "zeros", "pattern"} in the order of the blocks. kind is
     `linear`, `conv1d` (GPT-2's, stored [in, out] and shown as [out, in] like the others), `embedding`, `head` (a linear
-    layer outside the blocks) or `other` (anything else of two or more dimensions). block: None outside the blocks.
+    layer outside the blocks), `experts` (a mixture's, where the file keeps them in one 3-D tensor; its pattern is that
+    of all together) or `other` (anything else of two or more dimensions, routers of mixtures among them). block: None
+    outside the blocks.
     The summary counts the blocks' linear weights (`block_*`) and every parameter in the files (`total_*`; a tied head
     is stored once). Integer tensors, as quantized checkpoints hold, are listed under `skipped`.
 
@@ -102,13 +106,13 @@ def inspect_checkpoint(path_or_id: str | os.PathLike[str], revision: str | None 
                 if tally is None:
                     skipped.append(name)
                     continue
-                for totals in (total, blocks) if row["kind"] in ("linear", "conv1d") else (total,):
+                for totals in (total, blocks) if row["kind"] in BLOCK_KINDS else (total,):
                     totals.numel += tally.numel
                     totals.nonzeros += tally.nonzeros
                 if len(row["shape"]) > 1:
                     rows.append(row)
     rows.sort(key=lambda row: (row["block"] is None, row["block"] or 0))
-    block_rows = [row for row in rows if row["kind"] in ("linear", "conv1d")]
+    block_rows = [row for row in rows if row["kind"] in BLOCK_KINDS]
     summary = {
         "block_parameters": blocks.numel,
         "block_nonzeros": blocks.nonzeros,
@@ -211,6 +215,10 @@ def _layer_kinds(folder: Path) -> tuple[dict[str, str], str]:
         kind = next((kind for layer, kind in classes.items() if isinstance(module, layer)), None)
         if kind:
             kinds[name.rpartition(".")[-1]] = kind
+        if is_experts(module):
+            turned = " transposed" if module.is_transposed else ""
+            kinds |= {f"{name.rpartition('.')[-1]}.{tensor}": f"experts{turned}" for tensor in expert_tensors(module)}
+    kinds |= dict.fromkeys((name.rpartition(".")[-1] for name in routers(model)), "other")
     ignored = [rf"(?:^|\.)(?:{pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return kinds, "|".join(ignored)
 
@@ -220,17 +228,20 @@ def _inspect_tensor(tensors: Any, name: str, kinds: dict[str, str]) -> tuple[Tal
     number = re.search(r"\.(\d+)\.", f".{name}")  # the outermost: experts are numbered within their block
     block = int(number[1]) if number else None
     kind = _kind(name, len(shape), block, kinds)
+    turned = kind in ("conv1d", "experts transposed")
+    kind = kind.removesuffix(" transposed")
     tally = Tally()
     for chunk in _chunks(tensors, name):
         if not chunk.is_floating_point():
             return None, {}
         kept = chunk != 0
-        tally.add(kept.T if kind == "conv1d" else kept, grouped=len(shape) == 2)
+        kept = kept.transpose(-2, -1) if turned else kept
+        tally.add(kept.flatten(0, 1) if kind == "experts" else kept, grouped=len(shape) == 2 or kind == "experts")
     return tally, {
         "name": name.removesuffix(".weight"),
         "block": block,
         "kind": kind,
-        "shape": shape[::-1] if kind == "conv1d" else shape,
+        "shape": [*shape[:-2], shape[-1], shape[-2]] if turned else shape,
         "density": tally.density,
         "zeros": tally.numel - tally.nonzeros,
         "pattern": tally.pattern,
@@ -238,6 +249,8 @@ def _inspect_tensor(tensors: Any, name: str, kinds: dict[str, str]) -> tuple[Tal
 
 
 def _kind(name: str, dimensions: int, block: int | None, kinds: dict[str, str]) -> str:
+    if dimensions == 3:
+        return kinds.get(".".join(name.split(".")[-2:]), "other")
     if dimensions != 2 or not name.endswith(".weight"):
         return "other"
     by_name = "embedding" if re.search(r"embed|\bwte\b|\bwpe\b", name) else "linear"

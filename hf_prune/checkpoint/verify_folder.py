@@ -4,7 +4,8 @@
 
 EXPECTED.json (written by verify.py, which also puts probe_logits.safetensors beside it) holds
 
-    views                    [{"name", "parameter", "shape" [out, in], "transposed", "kept", "nonzeros", "pattern"}]
+    views                    [{"name", "parameter", "shape" [out, in], "transposed", "kept", "nonzeros", "pattern",
+                             "expert" (number, or null) where the parameter is 3-D}]
     dtype, attn_implementation, num_threads, matmul_precision, device, trust_remote_code
     probe_input_ids          [[token id, ...], ...]
     ties                     [[name, name], ...]
@@ -65,7 +66,7 @@ def verify(folder: Path, expected: dict[str, Any], logits: torch.Tensor) -> list
         return [_row(LOADS, [_one_line(error)])]
     model.eval()
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    weights = {view["name"]: _matrix(parameters, view) for view in expected["views"]}
+    weights = {view["name"]: matrix(parameters, view) for view in expected["views"]}
     wrong_keys = [f"{kind}: {_names(names)}" for kind, names in info.items() if names]
     rows = [
         _row(LOADS, wrong_keys, f"{len(parameters)} tensors"),
@@ -111,10 +112,13 @@ def _all_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
-def _matrix(parameters: dict[str, torch.nn.Parameter], view: dict[str, Any]) -> torch.Tensor | None:
+def matrix(parameters: dict[str, torch.nn.Parameter], view: dict[str, Any]) -> torch.Tensor | None:
     """The view's weight as [out, in]; None where the model has no such parameter."""
     weight = parameters.get(view["parameter"])
-    return weight.detach().T if weight is not None and view["transposed"] else weight
+    if weight is None:
+        return None
+    own = weight.detach() if view.get("expert") is None else weight.detach()[view["expert"]]
+    return own.T if view["transposed"] else own
 
 
 def _check_density(weights: dict[str, torch.Tensor | None], views: list[dict[str, Any]]) -> dict[str, Any]:
@@ -164,8 +168,10 @@ def _check_shapes(folder: Path, config: Any, views: list[dict[str, Any]], trust_
     failures = []
     for view in views:
         shape = view["shape"][::-1] if view["transposed"] else view["shape"]
-        if built.get(view["parameter"]) != shape:
-            failures.append(f"{view['name']}: {built.get(view['parameter'])} by the config, {shape} in memory")
+        whole = built.get(view["parameter"])
+        found = whole if whole is None or view.get("expert") is None else whole[1:]
+        if found != shape:
+            failures.append(f"{view['name']}: {found} by the config, {shape} in memory")
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as tensors:
             for name in tensors.offset_keys():

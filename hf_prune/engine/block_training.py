@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
 from typing import Any
 
 import torch
@@ -99,9 +99,10 @@ def train_block(
         return output, targets[own][start:stop]
 
     with _trainable(stream.runner.model, block):
+        weights = _trained_weights(views)
         linear = {layer for _, layer, _ in linear_layers(block)}
         task = BlockTask(
-            weights=[TrainedWeight(view.parameter, view.parameter.detach() != 0, change) for view, change in views],
+            weights=list(weights.values()),
             norms=[
                 parameter
                 for module in block.modules()
@@ -116,13 +117,29 @@ def train_block(
         for parameter in (*(own.parameter for own in task.weights), *task.norms):
             parameter.requires_grad_(True)
         outcome = updater.update_block(task)
-        for (view, _), own in zip(views, task.weights, strict=True):
-            if bool((own.parameter.detach() * ~own.mask).any()):
+        for view, _ in views:
+            if bool((view.stored * ~view.own_part(weights[view.parameter].mask)).any()):
                 raise RunError(f"{view.name}: training brought pruned weights back; please report this.")
-            distributed.send_from(own.parameter.data, 0)
+        for parameter in weights:
+            distributed.send_from(parameter.data, 0)
         for parameter in task.norms:
             distributed.send_from(parameter.data, 0)
     return outcome
+
+
+def _trained_weights(views: Sequence[tuple[WeightView, float]]) -> dict[nn.Parameter, TrainedWeight]:
+    """By parameter, which experts share: what is not in a view is masked, and moves are root mean squares of theirs."""
+    members: dict[nn.Parameter, list[tuple[WeightView, float]]] = {}
+    for view, change in views:
+        members.setdefault(view.parameter, []).append((view, change))
+    found = {}
+    for parameter, own in members.items():
+        mask = torch.zeros_like(parameter, dtype=torch.bool)
+        for view, _ in own:
+            view.own_part(mask).copy_(view.stored != 0)
+        change = own[0][1] if len(own) == 1 else sqrt(sum(change**2 for _, change in own) / len(own))
+        found[parameter] = TrainedWeight(parameter, mask, change)
+    return found
 
 
 def _batches(window_counts: Sequence[int], size: int) -> list[tuple[int, int, int]]:

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from hf_prune.engine.statistics import Statistics
+from hf_prune.engine.experts import computed_by, members_of, run_experts
+from hf_prune.engine.statistics import LEAST_TOKENS, Statistics
 from hf_prune.weights import WeightView, find_blocks
 
 
@@ -121,10 +123,16 @@ def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
+def least_tokens(view: WeightView) -> int:
+    """Tokens below which a view's statistics say nothing: only experts may see few."""
+    return 0 if view.expert is None else LEAST_TOKENS
+
+
 class InputObserver:
     """Gathers statistics of the inputs of some layers, once per distinct input.
 
-    Layers that are handed the very same tensor in a forward (q, k and v; gate and up) share one set of sums.
+    Layers that are handed the very same tensor in a forward (q, k and v; gate and up) share one set of sums. Each
+    expert of a mixture has its own, over the tokens that are routed to it, which may be none.
     `groups` lists, in order of first use, the statistics with the views that share them. Unless `leave_early` is False
     a forward ends once the last layer's input has been seen, and the block then has no output.
     """
@@ -142,9 +150,13 @@ class InputObserver:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hooks are in place inside; each forward must be wrapped in `forward()`."""
-        handles = [view.module.register_forward_pre_hook(self._hook(view)) for view in self.views]
+        plain = [view for view in self.views if view.expert is None]
+        handles = [view.module.register_forward_pre_hook(self._hook(view)) for view in plain]
         try:
-            yield
+            with computed_by(
+                {module: self._experts(module, members) for module, members in members_of(self.views).items()}
+            ):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -180,10 +192,32 @@ class InputObserver:
 
         return observe
 
-    def _join(self, view: WeightView, inputs: Tensor) -> None:
-        group = next((group for tensor, group in self._seen if tensor is inputs), None)
+    def _experts(self, module: nn.Module, members: dict[tuple[int, str], WeightView]) -> Callable[..., Tensor]:
+        def observe(own: Callable[..., Tensor], *args: Tensor) -> Tensor:
+            for view in members.values():
+                self._calls.append(view.name)
+                # All at once, whatever tokens there are: every process must hold the same groups.
+                if view.name not in self._group_of:
+                    self._join(view, args[0], alone=True)
+
+            def linear(expert: int, tensor: str, inputs: Tensor, weight: Tensor) -> Tensor:
+                view = members.get((expert, tensor))
+                if view is not None:
+                    self.groups[self._group_of[view.name]][0].add(inputs)
+                return functional.linear(inputs, weight)
+
+            run_experts(module, linear, *args)
+            if any(view.name == self._last for view in members.values()):
+                BlockRunner.stop()
+            # The model's own kernel, for outputs that are the model's own to the bit.
+            return own(*args)
+
+        return observe
+
+    def _join(self, view: WeightView, inputs: Tensor, *, alone: bool = False) -> None:
+        group = None if alone else next((group for tensor, group in self._seen if tensor is inputs), None)
         if group is None:
             group = len(self.groups)
-            self.groups.append((Statistics(self.kinds, view.shape[1], inputs.device), []))
+            self.groups.append((Statistics(self.kinds, view.shape[1], inputs.device, least_tokens(view)), []))
         self.groups[group][1].append(view)
         self._group_of[view.name] = group

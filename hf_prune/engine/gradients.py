@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from hf_prune.engine import distributed
-from hf_prune.engine.capture import patched
+from hf_prune.engine.capture import least_tokens, patched
+from hf_prune.engine.experts import computed_by, members_of, run_experts
 from hf_prune.engine.masked import recomputed
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
@@ -98,6 +98,9 @@ def fisher_factors(
     every position is drawn from the model's own distribution, with a seed of the window's own, so that any number of
     processes finds the same. Blocks are computed again in the backward pass; only their inputs are kept.
 
+    An expert's factors are means over all tokens, those that went elsewhere count as zeros; one that saw too few tokens
+    gets the mean of the others of its block (ours), so that its weights alone decide.
+
     Args:
         input_ids: int64 [samples, tokens], the same on every process; each takes its share.
 
@@ -111,20 +114,31 @@ def fisher_factors(
     windows = input_ids[:FISHER_WINDOWS]
     inputs = {view.name: torch.zeros(view.shape[1], dtype=torch.float64) for view in views}
     outputs = {view.name: torch.zeros(view.shape[0], dtype=torch.float64) for view in views}
+    tokens = {view.name: torch.zeros(1, dtype=torch.float64) for view in views}
     counting = False
 
-    def observer(name: str) -> Callable[..., None]:
+    def observe(name: str, own: Tensor, output: Tensor) -> None:
         def seen(gradient: Tensor) -> None:
             outputs[name] += _squares(gradient)
 
-        def observe(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if not counting:
-                # The backward pass computes this block again.
-                return
-            inputs[name] += _squares(args[0])
-            output.register_hook(seen)
+        if not counting:
+            # The backward pass computes this block again.
+            return
+        inputs[name] += _squares(own)
+        tokens[name] += own.numel() // own.shape[-1]
+        output.register_hook(seen)
 
-        return observe
+    def observer(name: str) -> Callable[..., None]:
+        return lambda module, args, output: observe(name, args[0], output)
+
+    def experts_observer(module: nn.Module, members: Mapping[tuple[int, str], WeightView]) -> Callable[..., Tensor]:
+        def observed(expert: int, tensor: str, own: Tensor, weight: Tensor) -> Tensor:
+            output = linear(own, weight)
+            if (expert, tensor) in members:
+                observe(members[expert, tensor].name, own, output)
+            return output
+
+        return lambda _, *args: run_experts(module, observed, *args)
 
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -137,7 +151,9 @@ def fisher_factors(
                 stack.enter_context(patched(block, recomputed(block.forward)))
             # Something has to ask for gradients, and no weight does.
             handles = [embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
-            handles += [view.module.register_forward_hook(observer(view.name)) for view in views]
+            handles += [view.module.register_forward_hook(observer(view.name)) for view in views if view.expert is None]
+            experts = members_of(views)
+            stack.enter_context(computed_by({own: experts_observer(own, members) for own, members in experts.items()}))
             for handle in handles:
                 stack.callback(handle.remove)
             own = range(distributed.rank(), len(windows), distributed.world_size())
@@ -153,13 +169,29 @@ def fisher_factors(
             parameter.requires_grad_(was)
     found = {}
     for view in views:
+        distributed.sum_everywhere(tokens[view.name])
         sums = {"calibration inputs": inputs[view.name], "output gradients": outputs[view.name]}
         for kind, total in sums.items():
             distributed.sum_everywhere(total)
             if not bool(torch.isfinite(total).all()):
                 raise RunError(f"{view.name}: its {kind} hold NaN or Inf; use dtype bfloat16 or float32.")
         found[view.name] = FisherFactors(*((total / windows.numel()).float().to(device) for total in sums.values()))
+    scarce = {view.name for view in views if float(tokens[view.name]) < least_tokens(view)}
+    for view in views:
+        if view.name in scarce:
+            others = [
+                found[other.name]
+                for other in views
+                if other.module is view.module and other.tensor == view.tensor and other.name not in scarce
+            ]
+            found[view.name] = _mean(others or [found[view.name]])
     return found
+
+
+def _mean(factors: Sequence[FisherFactors]) -> FisherFactors:
+    """The same for all inputs and for all outputs, of the size that some factors have on average."""
+    inputs, outputs = (torch.stack([getattr(own, side) for own in factors]) for side in ("inputs", "outputs"))
+    return FisherFactors(inputs.mean().expand(inputs.shape[1]), outputs.mean().expand(outputs.shape[1]))
 
 
 def _squares(values: Tensor) -> Tensor:

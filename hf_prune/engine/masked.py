@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from hf_prune.engine.capture import patched
+from hf_prune.engine.experts import computed_by, members_of, run_experts
 from hf_prune.weights import WeightView
 
 
@@ -61,7 +62,8 @@ class ThresholdedView:
         scale = self.scale
         if scale is not None and self.view.transposed:
             scale = scale[:, None]
-        masked: Tensor = ThresholdedWeight.apply(self.view.parameter, scale, threshold, self.window)
+        weight = self.view.own_part(self.view.parameter)
+        masked: Tensor = ThresholdedWeight.apply(weight, scale, threshold, self.window)
         return masked
 
 
@@ -76,8 +78,22 @@ def thresholded(
         recompute: keep only the blocks' inputs for the backward pass and compute the rest again.
     """
     with ExitStack() as stack:
+        numbers = {}
         for number, own in enumerate(views):
-            stack.enter_context(patched(own.view.module, _masked_forward(own, thresholds, number)))
+            numbers[own.view.name] = number
+            if own.view.expert is None:
+                stack.enter_context(patched(own.view.module, _masked_forward(own, thresholds, number)))
+        experts = members_of(own.view for own in views)
+        stack.enter_context(
+            computed_by(
+                {
+                    module: _masked_experts(
+                        module, {key: numbers[view.name] for key, view in members.items()}, views, thresholds
+                    )
+                    for module, members in experts.items()
+                }
+            )
+        )
         if recompute:
             for block in blocks:
                 stack.enter_context(patched(block, recomputed(block.forward)))
@@ -93,6 +109,19 @@ def _masked_forward(own: ThresholdedView, thresholds: Tensor, number: int) -> Ca
         return functional.linear(inputs, weight.T if own.view.transposed else weight, bias)
 
     return forward
+
+
+def _masked_experts(
+    module: nn.Module, numbers: dict[tuple[int, str], int], views: Sequence[ThresholdedView], thresholds: Tensor
+) -> Callable[..., Tensor]:
+    def linear(expert: int, tensor: str, inputs: Tensor, weight: Tensor) -> Tensor:
+        number = numbers.get((expert, tensor))
+        if number is not None:
+            masked = views[number].masked(thresholds[number])
+            weight = masked.T if views[number].view.transposed else masked
+        return functional.linear(inputs, weight)
+
+    return lambda _, *args: run_experts(module, linear, *args)
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,8 @@ KINDS = frozenset({"gram", "sum_of_squares", "sum"})
 # Column panels of the Gram matrix: only those on and above the diagonal are multiplied, 9/16 of the work at 8.
 _PANELS = 8
 _PANEL_WIDTH = 128
+# An expert that saw fewer tokens is judged by its weights alone. Our choice; other numbers were not tried.
+LEAST_TOKENS = 32
 
 Derived = TypeVar("Derived")
 
@@ -31,10 +33,14 @@ class Statistics:
         gram: float64 [in, in], sum over tokens of x x^T, or None where no method asked.
         sum_of_squares: float64 [in], or None.
         sum: float64 [in], or None.
+        is_white: too few tokens were seen, and the sums are those of one token with independent inputs of mean 0 and
+            variance 1: to every criterion and update, magnitude.
     """
 
-    def __init__(self, kinds: Iterable[str], width: int, device: torch.device) -> None:
+    def __init__(self, kinds: Iterable[str], width: int, device: torch.device, least_tokens: int = 0) -> None:
         self.kinds = frozenset(kinds)
+        self.least_tokens = least_tokens
+        self.is_white = False
         unknown = self.kinds - KINDS
         if unknown:
             raise ValueError(f"unknown statistics {sorted(unknown)}")
@@ -46,9 +52,11 @@ class Statistics:
             self._totals[kind] = torch.zeros(shape, dtype=accumulation_dtype(device), device=device)
 
     @classmethod
-    def restore(cls, totals: dict[str, Tensor], count: int, width: int, device: torch.device) -> Statistics:
+    def restore(
+        cls, totals: dict[str, Tensor], count: int, width: int, device: torch.device, least_tokens: int = 0
+    ) -> Statistics:
         """Statistics from sums that `totals` gave before."""
-        own = cls(totals.keys(), width, device)
+        own = cls(totals.keys(), width, device, least_tokens)
         own.count = count
         own._totals = {kind: total.to(device) for kind, total in totals.items()}
         return own
@@ -96,7 +104,10 @@ class Statistics:
             self._totals["sum"] += rows.sum(dim=0)
 
     def finish(self, reduce: Callable[[Tensor], None]) -> None:
-        """Add up over ranks: `reduce` sums a tensor in place. The Gram matrix's lower half is filled afterwards."""
+        """Add up over ranks: `reduce` sums a tensor in place. The Gram matrix's lower half is filled afterwards.
+
+        With fewer than `least_tokens` tokens the sums become white, see `is_white`.
+        """
         tokens = torch.tensor([self.count], dtype=torch.int64)
         reduce(tokens)
         self.count = int(tokens)
@@ -105,6 +116,15 @@ class Statistics:
         if "gram" in self._totals:
             gram = self._totals["gram"]
             gram.copy_(gram.triu() + gram.triu(1).T)
+        if self.count < self.least_tokens:
+            self._whiten()
+
+    def _whiten(self) -> None:
+        self.is_white, self.count = True, 1
+        for kind, total in self._totals.items():
+            total.fill_(1.0 if kind == "sum_of_squares" else 0.0)
+            if kind == "gram":
+                total.fill_diagonal_(1.0)
 
     @property
     def is_finite(self) -> bool:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_prune.engine import distributed
+from hf_prune.engine.capture import least_tokens
 from hf_prune.engine.statistics import Statistics
 from hf_prune.engine.stream import Groups
 from hf_prune.weights import WeightView
@@ -41,8 +42,9 @@ class StatisticsCache:
             for number, group in enumerate(json.loads(file.metadata()["groups"])):
                 members = [self.views[name] for name in group["members"]]
                 totals = {kind: file.get_tensor(f"{number}.{kind}") for kind in self.kinds}
-                device = members[0].parameter.device
-                groups.append((Statistics.restore(totals, group["count"], members[0].shape[1], device), members))
+                first = members[0]
+                device, least = first.parameter.device, least_tokens(first)
+                groups.append((Statistics.restore(totals, group["count"], first.shape[1], device, least), members))
         return groups
 
     def save(self, index: int, groups: Groups) -> None:

@@ -187,6 +187,11 @@ def threshold_task(
         raise BadInputError(
             "num_calibration_samples: thresholds are learned on some windows and judged on others; use 2 or more."
         )
+    if train_weights and any(view.expert is not None for view in views):
+        raise BadInputError(
+            "train_weights: experts of a mixture share one parameter, of which single ones are not trained; set it to "
+            "false."
+        )
     input_ids = input_ids.cpu()
     count = min(max(round(len(input_ids) * held_out), 1), len(input_ids) - 1)
     apart = {(2 * number + 1) * len(input_ids) // (2 * count) for number in range(count)}

@@ -52,6 +52,7 @@ class ViewResult:
             and where the block was trained afterwards.
         change: how far a weight was moved, root mean square, as the output felt it: sqrt(error) times the weights' own
             root mean square; without a Gram matrix that of W' - W.
+        scarce: an expert that saw too few calibration tokens: its weights were compared by magnitude.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ViewResult:
     zeros_before: int
     error: float | None = None
     change: float = 0.0
+    scarce: bool = False
 
 
 class BlockUpdater(Protocol):
@@ -197,7 +199,7 @@ def _solve(
     scales: Mapping[str, Tensor],
 ) -> list[ViewResult]:
     """Solve each group on one process and hand the weights out, so that all processes hold the same bits."""
-    owners = _assign([sum(view.parameter.numel() for view in members) * members[0].shape[1] for _, members in groups])
+    owners = _assign([sum(view.stored.numel() for view in members) * members[0].shape[1] for _, members in groups])
     # All sums first: an owner that solves before it joins the next reduction would keep the others waiting.
     for (statistics, _), owner in zip(groups, owners, strict=True):
         statistics.finish(lambda tensor, owner=owner: distributed.sum_at(tensor, owner))  # type: ignore[misc]
@@ -211,7 +213,7 @@ def _solve(
             statistics.release()
     for (_, members), owner in zip(groups, owners, strict=True):
         for view in members:
-            distributed.send_from(view.parameter.data, owner)
+            distributed.send_from(view.stored, owner)
     return [result for own in distributed.gather(results) for result in own]
 
 
@@ -246,13 +248,14 @@ def _prune(
     weight = weight * mask
     view.write(weight)
     error = None
-    if statistics is not None and statistics.gram is not None:
+    scarce = statistics is not None and statistics.is_white
+    if statistics is not None and statistics.gram is not None and not scarce:
         gram = statistics.gram
         error = _relative_error(weight - dense, dense, statistics.derive("float32 gram", lambda _: gram.float()))
         change = math.sqrt(error * float(dense.square().mean()))
     else:
         change = math.sqrt(float((weight - dense).square().mean()))
-    return ViewResult(view.name, view.count_nonzero(), zeros_before, error, change)
+    return ViewResult(view.name, view.count_nonzero(), zeros_before, error, change, scarce)
 
 
 def _relative_error(change: Tensor, dense: Tensor, gram: Tensor) -> float:

@@ -303,13 +303,21 @@ def _layer_limits(report: dict[str, Any]) -> list[str]:
         sentences.append(f"The target was {percent(target)} of the pruned weights; {percent(achieved)} are zero.")
     held = [view["name"] for view in views if view.get("floor")]
     if held:
-        listed = ", ".join(code(name) for name in held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
-        sentences.append(f"`min_keep_ratio` kept more weights than the allocation asked for in {listed}.")
+        sentences.append(f"`min_keep_ratio` kept more weights than the allocation asked for in {_listed(held)}.")
+    scarce = [view["name"] for view in views if view.get("scarce")]
+    if scarce:
+        sentences.append(
+            f"Too few calibration tokens reached {_listed(scarce)}: weights were compared by magnitude there."
+        )
     erring = sorted((view for view in views if number(view.get("error"))), key=lambda view: -view["error"])
     if len(erring) > 1:
         listed = ", ".join(f"{code(view['name'])} ({percent(view['error'])})" for view in erring[:3])
         sentences.append(f"The outputs that changed most on the calibration text (relative squared error): {listed}.")
     return sentences
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(code(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def displacement(report: dict[str, Any]) -> str:

@@ -18,6 +18,12 @@ from hf_prune.report.findings import gained, next_step
 from hf_prune.report.markdown import one_line, printable
 from hf_prune.report.names import kind_of, ranges, short_names
 
+# Flags of a weight's row: what marks it, and what the mark says.
+MARKS = {
+    "floor": ("*", "held by min_keep_ratio"),
+    "scarce": ("†", "too few calibration tokens: compared by magnitude"),
+}
+
 __all__ = [
     "comparison_table",
     "efficiency_table",
@@ -224,10 +230,13 @@ def _weights_table(title: str, rows: list[dict[str, Any]], verbose: bool) -> Tab
     table.add_column("Sparsity", justify="right", no_wrap=True)
     for (label, shape, pattern), members in groups.items():
         blocks = ranges({row["block"] for row in members if row.get("block") is not None})
-        sparsity = _sparsity_range(members) + (" *" if any(row.get("floor") for row in members) else "")
+        sparsity = _sparsity_range(members) + "".join(
+            f" {mark}" for key, (mark, _) in MARKS.items() if any(row.get(key) for row in members)
+        )
         table.add_row(Text(label), *((shape,) if verbose else (blocks, shape)), Text(pattern), sparsity)
-    if any(row.get("floor") for row in rows):
-        table.caption = "* held by min_keep_ratio"
+    captions = [f"{mark} {meaning}" for key, (mark, meaning) in MARKS.items() if any(row.get(key) for row in rows)]
+    if captions:
+        table.caption = "\n".join(captions)
         table.caption_justify = "left"
     return table
 

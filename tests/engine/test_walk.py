@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_ids, tiny_model
+from tiny import FAMILIES, MIXTURES, MORE_FAMILIES, tiny_ids, tiny_model
 from torch import nn
 
 from hf_prune.arguments import PruneConfig
@@ -31,6 +31,7 @@ def make(name: str, **common: object) -> PruneConfig:
 def stored(model: nn.Module, view: object) -> torch.Tensor:
     """The weight as [out, in], read from the state dict by the plan's own words."""
     weight = model.state_dict()[view.parameter]
+    weight = weight if view.expert is None else weight[view.expert]
     return weight.T if view.transposed else weight
 
 
@@ -69,7 +70,20 @@ def test_every_method_meets_its_plan_on_every_family(family: str, name: str, pat
         assert (key in may_move) or torch.equal(value, untouched[key]), key
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*MORE_FAMILIES, *MIXTURES])
+def test_every_method_meets_its_plan_on_the_other_families(family: str) -> None:
+    for name in COMBINATIONS:
+        for pattern in ("unstructured", "2:4"):
+            if name == "fcpts" and pattern != "unstructured":
+                continue
+            model = tiny_model(family)
+            short = {"reconstruct_passes": 1, "fcpts_steps": 2}
+            options = {key: value for key, value in short.items() if key.split("_")[0] in (name, "reconstruct")}
+            config = make(name, pattern=pattern, sparsity=None, options=options if name in ("best", "fcpts") else {})
+            check(model, prune(model, config, input_ids=tiny_ids(4, 32)), pattern)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_a_pruned_model_reloads_stock_with_the_same_logits(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

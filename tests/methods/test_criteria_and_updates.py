@@ -10,6 +10,7 @@ from hf_prune.compose import make_solver
 from hf_prune.engine.statistics import Statistics
 from hf_prune.masks import MaskRule
 from hf_prune.methods import methods
+from hf_prune.methods.ria import RIAConfig
 from hf_prune.methods.sparsegpt import SparseGPTConfig, inverse_cholesky
 from hf_prune.methods.wanda import WandaConfig
 from hf_prune.patterns import Pattern
@@ -46,6 +47,26 @@ def test_statistics_are_the_sums_over_all_tokens() -> None:
 def test_a_wide_gram_matrix_is_whole_although_only_panels_are_multiplied() -> None:
     inputs = torch.randn(50, 1100, generator=torch.Generator().manual_seed(3))
     numpy.testing.assert_allclose(observe(inputs, "gram").gram, (inputs.double().T @ inputs.double()), atol=1e-3)
+
+
+@pytest.mark.parametrize("power", [0.5, 0.0, 1.0])
+def test_ria_is_shares_of_row_and_column_times_a_power_of_the_input_norm(power: float) -> None:
+    weight, inputs = layer()
+    weight[3], weight[:, 5] = 0, 0
+    pruned, mask = make_solver(RIAConfig(activation_power=power)).solve(
+        weight, observe(inputs, "sum_of_squares"), MaskRule(0.5)
+    )
+    size, norms = weight.double().abs().numpy(), inputs.double().norm(dim=0).numpy()
+    scores = numpy.zeros((OUT, IN))
+    for row in range(OUT):
+        for column in range(IN):
+            own = size[row, column]
+            shares = own / (size[row].sum() or 1) + own / (size[:, column].sum() or 1)
+            scores[row, column] = shares * norms[column] ** power
+    kept = numpy.zeros(OUT * IN, dtype=bool)
+    kept[numpy.argsort(-scores.reshape(-1), kind="stable")[: OUT * IN // 2]] = True
+    assert numpy.array_equal(mask.numpy(), kept.reshape(OUT, IN))
+    assert torch.equal(pruned, weight * mask)
 
 
 def test_wanda_is_weight_times_input_norm_row_by_row() -> None:
