@@ -200,7 +200,8 @@ def _time_pushes(model: Any, input_ids: Tensor, order: str, state: str, closed: 
                 return read(model.recur(token, write(current, vector))[1])
 
             # Not step_pushes: what the vector leaves out, the cells, moves on as well.
-            yield lambda tangents, step=step, vector=read(current): _push(step, vector, tangents, order, chunk)
+            vector = read(current)
+            yield lambda tangents, step=step, vector=vector: _push(step, vector, tangents, order, chunk)
         current = model.recur(token, current)[1]
 
 
