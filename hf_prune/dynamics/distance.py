@@ -1,11 +1,12 @@
 """How far apart two Lyapunov spectra are: raw, or after an embedding that was fitted to the spectra of other runs.
 
-Raw L2 is what the authors' search uses. The auto-encoder's widths are those of the related AeLLE work
-(https://doi.org/10.1063/5.0141250); its training, and the two principal components beside it, are ours.
+Raw L2 is what the authors' search uses. Two principal components, or an auto-encoder with the widths of the related
+AeLLE work, are the alternatives; how the auto-encoder is trained is ours.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,7 @@ DISTANCES = ("raw", "cosine", "pca", "autoencoder")
 FITTED, LEAST_FITTED = ("pca", "autoencoder"), 3
 COMPONENTS = 2
 WIDTHS = (1024, 128, 64, 32)
-TRAINING_STEPS, LEARNING_RATE = 300, 1e-3
+TRAINING_STEPS, LEARNING_RATE = 200, 1e-3
 
 
 def make_distance(name: str, others: Tensor | None = None, seed: int = 0) -> Distance:
@@ -90,6 +91,6 @@ def fit_autoencoder(spectra: Tensor, seed: int = 0) -> Callable[[Tensor], Tensor
 
 def _perceptron(widths: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
