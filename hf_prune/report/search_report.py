@@ -86,7 +86,9 @@ def plot_candidates(summary: Mapping[str, Any], path: str | Path) -> Figure:
     """Draw each candidate's first value against the order in which they were drawn, the chosen one marked, as a PNG."""
     from matplotlib.figure import Figure
 
-    rows = sorted((row for row in summary["candidates"] if row["first_value"] is not None), key=lambda row: row["trial"])
+    rows = sorted(
+        (row for row in summary["candidates"] if row["first_value"] is not None), key=lambda row: row["trial"]
+    )
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.plot([row["trial"] for row in rows], [row["first_value"] for row in rows], "o", color="#4878a8")

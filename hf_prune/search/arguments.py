@@ -28,7 +28,8 @@ CHOICES = {
 }
 # What may differ when a search goes on: nothing that was measured depends on it.
 MAY_CHANGE = {
-    "num_candidates", "total_budget", "max_minutes", "search_dir", "num_processes", "device", *field_types(OutputArguments),
+    "num_candidates", "total_budget", "max_minutes", "search_dir", "num_processes", "device",
+    *field_types(OutputArguments),
 }  # fmt: skip
 
 

@@ -21,7 +21,6 @@ from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.fields import field_types
 from hf_prune.pipeline import run
-from hf_prune.preparation import check_output
 from hf_prune.pruning import load_calibration, prune
 from hf_prune.recipe import Recipe, dump_yaml, make_recipe
 from hf_prune.search.arguments import SearchRecipe
@@ -90,8 +89,7 @@ class OneShotCandidates:
         self.optional = {key: self.common.pop(key) for key in list(self.common) if belongs_to_a_part(key)}
         self.space = make_space(axes, self._check)
         self.recipe = make_recipe(self.common)
-        self.recipe.require("model_name_or_path", "dataset_name", "output_dir")
-        check_output(self.recipe.output)
+        self.recipe.require("model_name_or_path", "dataset_name")
         own, data = self.search, self.recipe.data
         self.max_budget = min(own.max_budget or data.num_calibration_samples, data.num_calibration_samples)
         if own.first_budget > self.max_budget:
@@ -191,4 +189,3 @@ class _Loaded:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self._weights[name])
-

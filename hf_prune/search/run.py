@@ -6,7 +6,6 @@ a search that was killed goes on where it was.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from hf_prune.dynamics.distance import FITTED, make_distance
 from hf_prune.errors import BadInputError, RunError
+from hf_prune.preparation import check_output
 from hf_prune.search.arguments import SearchArguments, SearchRecipe
 from hf_prune.search.candidates import Candidates, Measurement, OneShotCandidates
 from hf_prune.search.space import Choice, elimination_rounds, label
@@ -35,6 +35,9 @@ from hf_prune.search.study import (
     best_first,
     check_identity,
     check_storage,
+    counted,
+    drawn,
+    found,
     is_alive,
     spectra_of,
     this_process,
@@ -92,6 +95,9 @@ def run_search(
     """
     folder = _folder(recipe)
     check_storage(folder, resume)
+    if recipe.output.output_dir is None:
+        raise BadInputError("output_dir: the recipe does not say; name the folder of the chosen model.")
+    check_output(recipe.output)
     if resume:
         check_identity(folder, recipe.identity)
     candidates = candidates or make_candidates(recipe)
@@ -114,12 +120,12 @@ def run_search(
     return {**summary, "report": report}
 
 
-def help_search(recipe: SearchRecipe) -> None:
-    """Measure what another process's search wants, until it is finished or gone."""
+def help_search(recipe: SearchRecipe, candidates: Candidates | None = None) -> None:
+    """Measure what another process's search wants, until it is finished or gone; arguments as for `run_search`."""
     folder = _folder(recipe)
     if not _wait_for_leader(folder, recipe.identity):
         return
-    search = _Search(recipe, make_candidates(recipe))
+    search = _Search(recipe, candidates or make_candidates(recipe))
     while not search.folder.study.user_attrs.get("finished"):
         if not is_alive(search.folder.study.user_attrs.get("leader")):
             raise RunError("search: the process that leads is gone; start it again with --resume.")
@@ -156,12 +162,12 @@ def _wait_for_leader(folder: Path, identity: str) -> bool:
     started, began = perf_counter(), this_process()["created"]
     while perf_counter() - started < LONGEST_WAIT:
         if (folder / STORAGE).exists() and (folder / DENSE).exists():
-            found = attributes_on_disk(folder / STORAGE)
-            leader = found.get("leader")
-            if is_alive(leader) and not found.get("finished"):
+            attributes = attributes_on_disk(folder / STORAGE)
+            leader = attributes.get("leader")
+            if is_alive(leader) and not attributes.get("finished"):
                 check_identity(folder, identity)
                 return True
-            if leader and found.get("finished") and leader["created"] > began - SAME_LAUNCH:
+            if leader and attributes.get("finished") and leader["created"] > began - SAME_LAUNCH:
                 # It was quicker than this process could start.
                 return False
         time.sleep(PAUSE)
@@ -191,17 +197,17 @@ class _Search:
         if "dense" in study.user_attrs:
             return
         start = perf_counter()
-        found = self.candidates.dense(self.budgets)
+        seen = self.candidates.dense(self.budgets)
         self.folder.save_spectra(
             "dense",
-            {budget: torch.empty(0) if own.spectrum is None else own.spectrum for budget, own in found.items()},
+            {budget: torch.empty(0) if own.spectrum is None else own.spectrum for budget, own in seen.items()},
         )
-        measured = {id(own): own for own in found.values()}.values()
+        measured = {id(own): own for own in seen.values()}.values()
         study.set_user_attr(
             "dense",
             {
-                "loss": {str(budget): own.loss for budget, own in found.items()},
-                "spent": max(own.spent for own in found.values()),
+                "loss": {str(budget): own.loss for budget, own in seen.items()},
+                "spent": max(own.spent for own in seen.values()),
                 "seconds": perf_counter() - start,
                 "spectrum_seconds": sum(own.spectrum_seconds for own in measured),
             },
@@ -213,19 +219,20 @@ class _Search:
 
     # What has been spent.
 
-    def spent(self) -> tuple[int, float]:
+    def spent(self, trials: list[FrozenTrial]) -> tuple[int, float]:
         """Budget and seconds of everything measured so far, the dense model included."""
-        dense = self.folder.study.user_attrs.get("dense", {"spent": 0, "seconds": 0.0})
-        trials = self.folder.trials()
+        dense = self.folder.study.user_attrs["dense"]
         return (
-            dense["spent"] + sum(trial.user_attrs.get("spent", 0) for trial in trials),
-            dense["seconds"] + sum(trial.user_attrs.get("seconds", 0.0) for trial in trials),
+            dense["spent"] + sum(found(trial).get("spent", 0) for trial in trials),
+            dense["seconds"] + sum(found(trial).get("seconds", 0.0) for trial in trials),
         )
 
-    def may_spend(self, budget: int) -> bool:
+    def may_spend(self, budget: int, trials: list[FrozenTrial]) -> bool:
         """Whether so much more is within the limits."""
         own = self.arguments
-        used, seconds = self.spent()
+        if own.total_budget is None and own.max_minutes is None:
+            return True
+        used, seconds = self.spent(trials)
         within = own.total_budget is None or used + budget <= own.total_budget
         return within and (own.max_minutes is None or seconds < 60 * own.max_minutes)
 
@@ -233,49 +240,37 @@ class _Search:
 
     def draw(self, helpers: list[Any]) -> None:
         """Draw candidates until there are enough, or what may be spent is."""
-        while not self._drawn_enough():
-            if not self.step():
-                self._wait(helpers)
+        while self.step():
+            pass
         self._settle(helpers)
-
-    def _drawn_enough(self) -> bool:
-        """Whether nothing is queued and nothing more is to be drawn."""
-        return not self._queue() and not self._may_draw()
-
-    def _may_draw(self, before: int | None = None) -> bool:
-        """Whether another candidate may be drawn, or could when only the trials before number `before` were there."""
-        own, study = self.arguments, self.folder.study
-        if study.user_attrs.get("rounds"):
-            return False
-        everything, counted = (
-            [trial for trial in trials if before is None or trial.number < before]
-            for trials in (self.folder.drawn(), self.folder.counted())
-        )
-        # A space with hardly anything possible in it is drawn from for a while, and not for ever.
-        enough = len(counted) >= own.num_candidates or len(everything) >= 20 * own.num_candidates
-        return not enough and self.may_spend(own.first_budget)
-
-    def _queue(self) -> bool:
-        from optuna.trial import TrialState
-
-        return any(trial.state == TrialState.WAITING for trial in self.folder.trials())
 
     def step(self) -> bool:
         """Measure one trial, from the queue or drawn; False where there is nothing to do just now."""
         from optuna.trial import TrialState
 
-        if self._drawn_enough():
+        trials = self.folder.trials()
+        if not _queued(trials) and not self._may_draw(trials):
             return False
-        trial = self.folder.ask()
-        if "queued" not in trial.user_attrs and not self._may_draw(trial.number):
+        trial = self.folder.ask(len(drawn(trials)))
+        before = [own for own in self.folder.trials() if own.number < trial.number]
+        if "queued" not in trial.user_attrs and not self._may_draw(before):
             # Another process was quicker.
             self.folder.study.tell(trial, state=TrialState.FAIL)
             return False
-        self._measure(trial, self.folder.suggest(trial))
+        self._measure(trial, self.folder.suggest(trial), before)
         return True
 
-    def _measure(self, trial: Trial, choice: Choice) -> None:
-        """Measure a trial's candidate, or say why not."""
+    def _may_draw(self, trials: list[FrozenTrial]) -> bool:
+        """Whether another candidate may be drawn when these are there."""
+        own = self.arguments
+        if self.folder.study.user_attrs.get("rounds"):
+            return False
+        # A space with hardly anything possible in it is drawn from for a while, and not for ever.
+        enough = len(counted(trials)) >= own.num_candidates or len(drawn(trials)) >= 20 * own.num_candidates
+        return not enough and self.may_spend(own.first_budget, trials)
+
+    def _measure(self, trial: Trial, choice: Choice, before: list[FrozenTrial]) -> None:
+        """Measure a trial's candidate, or say why not; `before` are the trials before it."""
         from optuna.trial import TrialState
 
         study, name = self.folder.study, label(choice)
@@ -286,7 +281,7 @@ class _Search:
             return
         last = int(trial.user_attrs.get("budget", self.arguments.first_budget))
         budgets = self.budgets if self.arguments.pruner == "hyperband" else [last]
-        known = self._known(name, last, trial.number)
+        known = self._known(name, last, before)
         if known is not None:
             trial.set_user_attr("duplicate_of", known.number)
             if known.state == TrialState.COMPLETE:
@@ -296,11 +291,12 @@ class _Search:
             return
         self._measure_new(trial, choice, budgets)
 
-    def _known(self, name: str, budget: int, number: int) -> FrozenTrial | None:
+    def _known(self, name: str, budget: int, before: list[FrozenTrial]) -> FrozenTrial | None:
         """An earlier trial of the same candidate at the same budget, which may still run."""
-        for other in self.folder.trials():
-            same = label(other.params) == name and other.user_attrs.get("budget", self.arguments.first_budget) == budget
-            if other.number < number and same and "duplicate_of" not in other.user_attrs:
+        first = self.arguments.first_budget
+        for other in before:
+            same = label(other.params) == name and other.user_attrs.get("budget", first) == budget
+            if same and "duplicate_of" not in other.user_attrs:
                 return other
         return None
 
@@ -312,14 +308,14 @@ class _Search:
         notes: dict[str, Any] = {"spectrum_seconds": 0.0, "spent": 0}
         value = math.inf
 
-        def look(budget: int, found: Measurement) -> None:
+        def look(budget: int, seen: Measurement) -> None:
             nonlocal value
-            value = self.value(budget, found)
-            notes["spectrum_seconds"] += found.spectrum_seconds
-            notes.update(spent=found.spent, loss=found.loss, layer_error=found.layer_error, reached=budget)
-            if found.spectrum is not None:
-                spectra[budget] = found.spectrum
-                notes["distance"] = self.distance(budget, found.spectrum)
+            value = self.value(budget, seen)
+            notes["spectrum_seconds"] += seen.spectrum_seconds
+            notes.update(spent=seen.spent, loss=seen.loss, layer_error=seen.layer_error, reached=budget)
+            if seen.spectrum is not None:
+                spectra[budget] = seen.spectrum
+                notes["distance"] = self.distance(budget, seen.spectrum)
             if len(budgets) > 1:
                 trial.report(value, budget)
                 if trial.should_prune():
@@ -335,11 +331,12 @@ class _Search:
             notes["sentence"] = " ".join(str(error).split())
         if not math.isfinite(value):
             notes.setdefault("sentence", "loss or spectrum is not finite.")
-        self.folder.save_spectra(f"trial-{trial.number:05d}", spectra)
+        if spectra:
+            self.folder.save_spectra(f"trial-{trial.number:05d}", spectra)
         notes["seconds"] = perf_counter() - start
-        for key, note in notes.items():
-            # JSON knows no NaN.
-            trial.set_user_attr(key, None if isinstance(note, float) and not math.isfinite(note) else note)
+        # JSON knows no NaN.
+        notes = {key: None if isinstance(own, float) and not math.isfinite(own) else own for key, own in notes.items()}
+        trial.set_user_attr("found", notes)
         if state is None:
             self.folder.study.tell(trial, value)
         else:
@@ -357,20 +354,20 @@ class _Search:
         measure, dense = self._distances[budget]
         return float(measure(dense, spectrum))
 
-    def value(self, budget: int, found: Measurement) -> float:
+    def value(self, budget: int, seen: Measurement) -> float:
         """The objective, smaller is better; infinite where it is not a number."""
         objective = self.arguments.objective
         if objective == "loss":
-            value = found.loss
+            value = seen.loss
         elif objective == "layer_error":
-            value = math.nan if found.layer_error is None else found.layer_error
+            value = math.nan if seen.layer_error is None else seen.layer_error
         else:
-            assert found.spectrum is not None
-            value = self.distance(budget, found.spectrum)
+            assert seen.spectrum is not None
+            value = self.distance(budget, seen.spectrum)
             if objective == "both":
                 loss = self.folder.study.user_attrs["dense"]["loss"][str(budget)]
                 length = float(torch.linalg.vector_norm(self.dense_spectra[budget]))
-                value = value / length + (found.loss - loss) / loss
+                value = value / length + (seen.loss - loss) / loss
         return value if math.isfinite(value) else math.inf
 
     # Rounds.
@@ -385,7 +382,7 @@ class _Search:
 
         done = [
             trial
-            for trial in self.folder.counted()
+            for trial in counted(self.folder.trials())
             if trial.state == TrialState.COMPLETE and "duplicate_of" not in trial.user_attrs
         ]
         if whole and not done:
@@ -420,7 +417,7 @@ class _Search:
         infinite = math.inf
         return sorted(
             finalists,
-            key=lambda own: (own.value == infinite, own.user_attrs.get("loss") or infinite, own.number),
+            key=lambda own: (own.value == infinite, found(own).get("loss") or infinite, own.number),
         )
 
     def _again(
@@ -432,7 +429,7 @@ class _Search:
         names = {label(own.params) for own in trials}
         there = {label(own.params) for own in self._round(number)}
         missing = [own for own in trials if label(own.params) not in there]
-        if missing and not self.may_spend(budget * len(missing)):
+        if missing and not self.may_spend(budget * len(missing), self.folder.trials()):
             logger.info("What may be spent is: no further round.")
             return None
         self.folder.study.set_user_attr("rounds", True)
@@ -446,7 +443,7 @@ class _Search:
 
     def _budget(self, trial: FrozenTrial) -> int:
         """What a trial was measured with."""
-        return int(trial.user_attrs.get("reached") or trial.user_attrs.get("budget", self.arguments.first_budget))
+        return int(found(trial).get("reached") or trial.user_attrs.get("budget", self.arguments.first_budget))
 
     def _round(self, number: int) -> list[FrozenTrial]:
         return [trial for trial in self.folder.trials() if trial.user_attrs.get("round") == number]
@@ -473,16 +470,22 @@ class _Search:
 
     def summarise(self, finalists: list[FrozenTrial]) -> dict[str, Any]:
         """Candidates, ranking and cost, plain data."""
-        return summarise(self.arguments, self.candidates, self.folder, finalists, self.spent())
+        return summarise(self.arguments, self.candidates, self.folder, finalists, self.spent(self.folder.trials()))
 
     def candidate_spectra(self, summary: dict[str, Any]) -> dict[str, Tensor]:
         """Spectra of the best candidates by label, at the first budget."""
-        found = {}
+        spectra = {}
         for row in summary["candidates"]:
             spectrum = self.folder.spectra(f"trial-{row['trial']:05d}").get(self.arguments.first_budget)
             if spectrum is not None:
-                found[row["candidate"]] = spectrum
-        return found
+                spectra[row["candidate"]] = spectrum
+        return spectra
+
+
+def _queued(trials: list[FrozenTrial]) -> bool:
+    from optuna.trial import TrialState
+
+    return any(trial.state == TrialState.WAITING for trial in trials)
 
 
 @contextmanager

@@ -52,8 +52,7 @@ def is_alive(process: dict[str, Any] | None) -> bool:
 
 
 def check_storage(folder: Path, resume: bool) -> None:
-    """Raise BadInputError where the folder holds a search and should not, or should and does not; nothing is written.
-    """
+    """Raise BadInputError where the folder holds a search and should not, or should and does not."""
     file = folder / STORAGE
     if not file.exists():
         if resume:
@@ -87,14 +86,16 @@ def attributes_on_disk(file: Path) -> dict[str, Any]:
     try:
         connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)
         try:
-            found = {key: json.loads(value) for key, value in connection.execute(query, (NAME,))}
+            attributes = {key: json.loads(value) for key, value in connection.execute(query, (NAME,))}
         finally:
             connection.close()
     except (sqlite3.Error, ValueError) as error:
-        raise BadInputError(f"search_dir: {file} is not the storage of a search ({error}); name another folder.") from None
-    if "identity" not in found:
+        raise BadInputError(
+            f"search_dir: {file} is not the storage of a search ({error}); name another folder."
+        ) from None
+    if "identity" not in attributes:
         raise BadInputError(f"search_dir: {file} holds no search of hf_prune; name another folder.")
-    return found
+    return attributes
 
 
 class StudyFolder:
@@ -142,19 +143,12 @@ class StudyFolder:
 
         return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL]
 
-    def drawn(self) -> list[FrozenTrial]:
-        """Trials of the first round: those that a sampler drew."""
-        return [trial for trial in self.trials() if "round" not in trial.user_attrs]
-
-    def counted(self) -> list[FrozenTrial]:
-        """Those that count as candidates: what cannot be run costs nothing and does not."""
-        return [trial for trial in self.drawn() if "refused" not in trial.user_attrs]
-
-    def ask(self) -> Trial:
-        """The next trial of the queue, or a new one; the same one after the same history, whatever was cut in between.
+    def ask(self, drawn: int) -> Trial:
+        """The next trial of the queue, or a new one after so many that were drawn: the same one after the same history,
+        whatever was cut in between.
         """
         # A sampler's random numbers are not in the storage: each trial gets its own by its place.
-        self.study.sampler = make_sampler(self.arguments, len(self.drawn()))
+        self.study.sampler = make_sampler(self.arguments, drawn)
         trial = self.study.ask()
         trial.set_user_attr("process", this_process())
         return trial
@@ -204,6 +198,21 @@ class StudyFolder:
         return {int(budget): spectrum for budget, spectrum in load_file(file).items()} if file.is_file() else {}
 
 
+def drawn(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials of the first round: those that a sampler drew."""
+    return [trial for trial in trials if "round" not in trial.user_attrs]
+
+
+def counted(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Those of them that count as candidates: what cannot be run costs nothing and does not."""
+    return [trial for trial in drawn(trials) if "refused" not in trial.user_attrs]
+
+
+def found(trial: FrozenTrial) -> dict[str, Any]:
+    """What was measured of a trial; empty while it runs."""
+    return trial.user_attrs.get("found", {})
+
+
 def spectra_of(folder: Path, budget: int) -> Tensor:
     """The spectra of another search at one budget, float64 [runs, k], not finite ones left out.
 
@@ -211,8 +220,8 @@ def spectra_of(folder: Path, budget: int) -> Tensor:
         BadInputError: there are none.
     """
     files = sorted((folder / SPECTRA).glob("*.safetensors"))
-    found = [load_file(file).get(str(budget)) for file in files]
-    finite = [spectrum for spectrum in found if spectrum is not None and bool(spectrum.isfinite().all())]
+    every = [load_file(file).get(str(budget)) for file in files]
+    finite = [spectrum for spectrum in every if spectrum is not None and bool(spectrum.isfinite().all())]
     if not finite or len({len(spectrum) for spectrum in finite}) > 1:
         raise BadInputError(
             f"distance_runs: {folder} holds no spectra at a budget of {budget}, all of one length; name the search_dir "

@@ -14,7 +14,7 @@ from hf_prune.report.search_report import plot_candidates, plot_spectra, search_
 from hf_prune.search.arguments import SearchArguments
 from hf_prune.search.candidates import Candidates
 from hf_prune.search.space import label
-from hf_prune.search.study import StudyFolder
+from hf_prune.search.study import StudyFolder, counted, drawn, found
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -34,8 +34,8 @@ def summarise(
     stands first, then the better value, and what is not finite last.
     """
     rows: dict[str, dict[str, Any]] = {}
-    drawn = folder.drawn()
-    for trial in folder.trials():
+    trials = folder.trials()
+    for trial in trials:
         if "refused" in trial.user_attrs or "duplicate_of" in trial.user_attrs or not trial.state.is_finished():
             continue
         row = _row(trial, arguments)
@@ -70,9 +70,9 @@ def summarise(
         "space": {key: [_plain(value) for value in values] for key, values in candidates.space.axes.items()},
         "possible": candidates.space.possible,
         "refused": [{"candidate": name, "why": why} for name, why in sorted(candidates.space.refused.items())],
-        "drawn": len(folder.counted()),
-        "duplicates": sum("duplicate_of" in trial.user_attrs for trial in drawn),
-        "refused_drawn": sum("refused" in trial.user_attrs for trial in drawn),
+        "drawn": len(counted(trials)),
+        "duplicates": sum("duplicate_of" in trial.user_attrs for trial in drawn(trials)),
+        "refused_drawn": sum("refused" in trial.user_attrs for trial in drawn(trials)),
         "spent": total_budget,
         "seconds": seconds,
         "spectrum_seconds": dense.get("spectrum_seconds", 0.0) + sum(row["spectrum_seconds"] for row in rows.values()),
@@ -84,7 +84,7 @@ def summarise(
 
 
 def _row(trial: FrozenTrial, arguments: SearchArguments) -> dict[str, Any]:
-    own = trial.user_attrs
+    own = found(trial)
     value = trial.value if trial.value is not None and math.isfinite(trial.value) else None
     return {
         "candidate": label({key: _plain(value) for key, value in trial.params.items()}),
@@ -96,7 +96,7 @@ def _row(trial: FrozenTrial, arguments: SearchArguments) -> dict[str, Any]:
         "loss": own.get("loss"),
         "first_loss": own.get("loss"),
         "layer_error": own.get("layer_error"),
-        "budget": own.get("reached") or own.get("budget", arguments.first_budget),
+        "budget": own.get("reached") or trial.user_attrs.get("budget", arguments.first_budget),
         "spent": own.get("spent", 0),
         "seconds": own.get("seconds", 0.0),
         "spectrum_seconds": own.get("spectrum_seconds", 0.0),
