@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,8 +101,7 @@ def jacobian_pushes(jacobians: Iterable[Tensor], order: str = "textbook") -> Ite
     """Maps from given Jacobians [batch, size, size]: J Q, the textbook's, or the authors' J^T Q."""
     check_order(order)
     for jacobian in jacobians:
-        matrix = jacobian if order == "textbook" else jacobian.mT
-        yield lambda tangents, matrix=matrix: matrix @ tangents
+        yield partial(torch.matmul, jacobian if order == "textbook" else jacobian.mT)
 
 
 def step_pushes(
@@ -116,18 +116,18 @@ def step_pushes(
     """
     check_order(order)
     for step in steps:
-        yield lambda tangents, step=step, state=state: _push(step, state, tangents, order, chunk)
+        yield partial(_push, step, state, order, chunk)
         with torch.no_grad():
             state = step(state)
 
 
-def _push(step: Callable[[Tensor], Tensor], state: Tensor, tangents: Tensor, order: str, chunk: int) -> Tensor:
+def _push(step: Callable[[Tensor], Tensor], state: Tensor, order: str, chunk: int, tangents: Tensor) -> Tensor:
     if order == "textbook":
 
         def one(tangent: Tensor) -> Tensor:
             return torch.func.jvp(step, (state,), (tangent,))[1]
     else:
-        _, pull = torch.func.vjp(step, state)
+        pull = torch.func.vjp(step, state)[1]
 
         def one(tangent: Tensor) -> Tensor:
             return pull(tangent)[0]
@@ -180,7 +180,7 @@ def recurrent_spectrum(
             pushes = _time_pushes(model, input_ids, order, state, closed, chunk)
             vector = model.hidden_vector if state == "hidden" else model.state_vector
             start = vector(model.initial_state(len(input_ids)))
-            tangents = first_tangents(*start.shape, k, seed, start)
+            tangents = first_tangents(start.shape[0], start.shape[1], k, seed, start)
             return mean_spectrum(lyapunov_spectrum(pushes, tangents, warm_up=warm_up)[0])
     finally:
         model.train(was_training)
@@ -200,8 +200,7 @@ def _time_pushes(model: Any, input_ids: Tensor, order: str, state: str, closed: 
                 return read(model.recur(token, write(current, vector))[1])
 
             # Not step_pushes: what the vector leaves out, the cells, moves on as well.
-            vector = read(current)
-            yield lambda tangents, step=step, vector=vector: _push(step, vector, tangents, order, chunk)
+            yield partial(_push, step, read(current), order, chunk)
         current = model.recur(token, current)[1]
 
 

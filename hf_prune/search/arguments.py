@@ -145,10 +145,8 @@ def make_search_recipe(values: Mapping[str, Any], text: str = "") -> SearchRecip
     own = field_types(SearchArguments)
     search = fill(SearchArguments, {key: value for key, value in values.items() if key in own})
     rest = {key: value for key, value in values.items() if key not in own}
-    sections = [
-        fill(section, {key: value for key, value in rest.items() if key in field_types(section)})
-        for section in (OutputArguments, ModelArguments)
-    ]
+    output = fill(OutputArguments, {key: value for key, value in rest.items() if key in field_types(OutputArguments)})
+    model = fill(ModelArguments, {key: value for key, value in rest.items() if key in field_types(ModelArguments)})
     if not search.search_dir:
         raise BadInputError("search_dir: the recipe does not say; name the folder that keeps the search.")
-    return SearchRecipe(search, rest, text, *sections)
+    return SearchRecipe(search, rest, text, output, model)

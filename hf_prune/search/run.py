@@ -114,7 +114,7 @@ def run_search(
     search.folder.study.set_user_attr("finished", True)
     summary = search.summarise(finalists)
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
-    if not math.isfinite(finalists[0].value):
+    if summary["chosen"] is None:
         raise RunError("search: no candidate gave finite figures; search.md in search_dir says why.")
     report = candidates.finish(finalists[0].params, {"search": summary})
     return {**summary, "report": report}

@@ -126,7 +126,7 @@ class StudyFolder:
             BadInputError: another process leads.
         """
         leader = self.study.user_attrs.get("leader")
-        if is_alive(leader) and leader != this_process():
+        if leader and is_alive(leader) and leader != this_process():
             raise BadInputError(
                 f"search_dir: process {leader['pid']} is searching in {self.folder}; wait for it, or give it more "
                 "processes by num_processes."
