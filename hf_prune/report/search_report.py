@@ -60,7 +60,8 @@ def _figure(value: Any) -> str:
 
 def search_markdown(summary: Mapping[str, Any]) -> str:
     """The whole account of a search."""
-    lines = ["# Search", "", searched(summary).capitalize() + ".", ""]
+    account = searched(summary)
+    lines = ["# Search", "", account[0].upper() + account[1:] + ".", ""]
     if summary["chosen"]:
         lines += [f"Chosen: {code(summary['chosen'])}.", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
@@ -76,10 +77,22 @@ def search_markdown(summary: Mapping[str, Any]) -> str:
         lines += [f"The dense model's loss is {losses[-1]:.4g}; it took {duration(dense['seconds'])}."]
     if summary["agreement"] is not None:
         lines += [f"Spearman's rank correlation of distance and loss in the first round: {summary['agreement']:+.2f}."]
+    if summary.get("stability"):
+        lines += ["", *_stability(summary["stability"])]
     if summary["refused"]:
         lines += ["", f"{len(summary['refused'])} combinations cannot be run and were skipped:", ""]
         lines += [f"- {escape(own['candidate'])}: {escape(own['why'])}" for own in summary["refused"]]
     return "\n".join(lines)
+
+
+def _stability(rows: list[dict[str, Any]]) -> list[str]:
+    """How far the order of some candidates depends on how spectra are computed."""
+    lines = ["| spectrum of | rank correlation with the search's | seconds a spectrum |", "|---|---|---|"]
+    for row in rows:
+        correlation = "" if row["correlation"] is None else f"{row['correlation']:+.2f}"
+        lines.append(f"| {escape(row['spectrum'])} | {correlation} | {row['seconds']:.2f} |")
+    count = rows[0]["candidates"]
+    return [*lines, "", f"Spearman's rank correlation of the distances of the best {count} candidates."]
 
 
 def plot_candidates(summary: Mapping[str, Any], path: str | Path) -> Figure:

@@ -63,6 +63,8 @@ class SearchArguments:
         spectrum_length: tokens of each; seq_length unless given.
         tangents_at_once: tangents carried together; fewer take less memory.
         loss_windows: windows the loss is measured on.
+        stability_candidates: of so many of the best, spectra are computed in other ways as well, to see how far their
+            order depends on it; 0 for none.
     """
 
     search: str = "one_shot"
@@ -85,6 +87,7 @@ class SearchArguments:
     spectrum_length: int | None = None
     tangents_at_once: int = 8
     loss_windows: int = 8
+    stability_candidates: int = 0
 
     def __post_init__(self) -> None:
         for key, choices in CHOICES.items():
@@ -92,7 +95,8 @@ class SearchArguments:
                 raise BadInputError(f"{key}: {getattr(self, key)!r} is unknown; choose {', '.join(choices)}.")
         least = {
             "num_candidates": 2, "first_budget": 1, "budget_step": 1, "max_budget": 1, "total_budget": 1,
-            "num_exponents": 1, "spectrum_sequences": 1, "spectrum_length": 2, "tangents_at_once": 1, "loss_windows": 1,
+            "stability_candidates": 0, "num_exponents": 1, "spectrum_sequences": 1, "spectrum_length": 2,
+            "tangents_at_once": 1, "loss_windows": 1,
         }  # fmt: skip
         for key, smallest in least.items():
             value = getattr(self, key)
@@ -102,6 +106,10 @@ class SearchArguments:
             raise BadInputError(
                 f"max_budget: {self.max_budget} is less than the {self.first_budget} of the first round; raise it or "
                 "lower first_budget."
+            )
+        if 0 < self.stability_candidates < 3:
+            raise BadInputError(
+                f"stability_candidates: {self.stability_candidates} have no order to speak of; use 3 or more, or 0."
             )
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise BadInputError(f"max_minutes: {self.max_minutes} leaves no time; leave it out for no limit.")

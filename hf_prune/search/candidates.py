@@ -46,6 +46,17 @@ class Measurement:
     spectrum_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class SpectrumSetting:
+    """What a spectrum is computed of: k exponents of so many sequences of so many tokens from a first window on."""
+
+    k: int
+    sequences: int
+    length: int
+    first: int = 0
+    seed: int = 0
+
+
 Look = Callable[[int, Measurement], None]
 """Is told each budget and what was found there; what it raises ends the candidate."""
 
@@ -57,11 +68,20 @@ class Candidates(Protocol):
     space: Space
     max_budget: int
 
+    @property
+    def setting(self) -> SpectrumSetting | None:
+        """How the search computes spectra; None where they cannot be computed in other ways."""
+
     def dense(self, budgets: list[int]) -> dict[int, Measurement]:
         """The dense model at each of some budgets."""
 
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
         """Measure a candidate at each of some budgets, which grow."""
+
+    def spectra(
+        self, choice: Choice | None, budget: int, settings: list[SpectrumSetting]
+    ) -> list[tuple[Tensor, float]]:
+        """A candidate's spectrum (the dense model's for None) in several ways, each with its seconds."""
 
     def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:
         """Make the chosen candidate's folder; `notes` go into its report."""
@@ -115,7 +135,9 @@ class OneShotCandidates:
     def loaded(self) -> _Loaded:
         """Model and windows, loaded when they are first needed."""
         if self._loaded is None:
-            self._loaded = _Loaded(self.recipe, self.search.loss_windows, self.search.spectrum_sequences)
+            own = self.search
+            sequences = own.spectrum_sequences * (2 if own.stability_candidates else 1)
+            self._loaded = _Loaded(self.recipe, max(own.loss_windows, sequences))
         return self._loaded
 
     def dense(self, budgets: list[int]) -> dict[int, Measurement]:
@@ -142,18 +164,38 @@ class OneShotCandidates:
         loss = float(window_nll(own.model, own.held_out[: self.search.loss_windows]).mean())
         found = Measurement(loss, layer_error=layer_error)
         if self.search.needs_spectrum:
-            start = perf_counter()
-            input_ids = own.held_out[: self.search.spectrum_sequences, : self.search.spectrum_length]
-            found.spectrum = depth_spectrum(
-                own.model,
-                input_ids,
-                k=self.search.num_exponents,
-                order=self.search.spectrum_order,
-                seed=self.search.search_seed,
-                chunk=self.search.tangents_at_once,
-            )
-            found.spectrum_seconds = perf_counter() - start
+            found.spectrum, found.spectrum_seconds = self._spectrum(self.setting)
         return found
+
+    @property
+    def setting(self) -> SpectrumSetting:
+        """How the search computes spectra."""
+        own = self.search
+        length = own.spectrum_length or self.loaded.held_out.shape[1]
+        return SpectrumSetting(own.num_exponents, own.spectrum_sequences, length, seed=own.search_seed)
+
+    def _spectrum(self, setting: SpectrumSetting) -> tuple[Tensor, float]:
+        """Of the model as it is now, and the seconds that it took."""
+        start = perf_counter()
+        windows = self.loaded.held_out[setting.first : setting.first + setting.sequences, : setting.length]
+        spectrum = depth_spectrum(
+            self.loaded.model,
+            windows,
+            k=setting.k,
+            order=self.search.spectrum_order,
+            seed=setting.seed,
+            chunk=self.search.tangents_at_once,
+        )
+        return spectrum, perf_counter() - start
+
+    def spectra(
+        self, choice: Choice | None, budget: int, settings: list[SpectrumSetting]
+    ) -> list[tuple[Tensor, float]]:
+        own = self.loaded
+        own.restore()
+        if choice is not None:
+            prune(own.model, self._config(choice), input_ids=own.calibration[:budget], seed=self.recipe.data.seed)
+        return [self._spectrum(setting) for setting in settings]
 
     def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:
         # The search's copy of the model is not needed beside the pipeline's own.
@@ -165,14 +207,14 @@ class OneShotCandidates:
 class _Loaded:
     """A dense model with a copy of its weights, calibration windows, and windows held out."""
 
-    def __init__(self, recipe: Recipe, loss_windows: int, sequences: int) -> None:
+    def __init__(self, recipe: Recipe, held_out: int) -> None:
         arguments = recipe.model
         assert arguments.model_name_or_path is not None
         source = resolve_model(arguments.model_name_or_path, arguments.revision)
         revision = source.revision or arguments.revision
         config = load_config(source.path, arguments, revision)
         tokenizer = load_tokenizer(source.path, arguments, revision)
-        samples, held_out = recipe.data.num_calibration_samples, max(loss_windows, sequences)
+        samples = recipe.data.num_calibration_samples
         wanted = {**vars(recipe.data), "num_calibration_samples": samples + held_out}
         _, windows = load_calibration(type(recipe.data)(**wanted), tokenizer, config)
         if len(windows) < samples + held_out:

@@ -27,6 +27,7 @@ from hf_prune.preparation import check_output
 from hf_prune.search.arguments import SearchArguments, SearchRecipe
 from hf_prune.search.candidates import Candidates, Measurement, OneShotCandidates
 from hf_prune.search.space import Choice, elimination_rounds, label
+from hf_prune.search.stability import rank_stability
 from hf_prune.search.study import (
     DENSE,
     STORAGE,
@@ -113,6 +114,11 @@ def run_search(
         finalists = search.finals(search.eliminate(helpers), helpers)
     search.folder.study.set_user_attr("finished", True)
     summary = search.summarise(finalists)
+    own = recipe.search
+    if own.stability_candidates and candidates.setting is not None:
+        best = [trial.params for trial in search.best_drawn() if math.isfinite(trial.value or 0)]
+        if len(best) > 2:
+            summary["stability"] = rank_stability(candidates, best[: own.stability_candidates], own.first_budget)
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     if summary["chosen"] is None:
         raise RunError("search: no candidate gave finite figures; search.md in search_dir says why.")

@@ -20,6 +20,7 @@ from hf_prune.dynamics.spectrum import (
     lyapunov_spectrum,
     mean_spectrum,
     positive_qr,
+    recurrent_spectrum,
     step_pushes,
 )
 from hf_prune.engine.capture import BlockRunner
@@ -209,3 +210,106 @@ def test_depth_exponents_depend_on_no_chunk_and_leave_the_model_alone() -> None:
     found = [depth_spectrum(model, input_ids, k=5, chunk=chunk) for chunk in (1, 5)]
     np.testing.assert_allclose(*found, atol=1e-5)
     assert torch.equal(model(input_ids=input_ids).logits, before)
+
+
+class StackedLSTM(torch.nn.Module):
+    """Two layers as equations, with what `recurrent_spectrum` asks of a model; the state is (h1, c1, h2, c2)."""
+
+    def __init__(self, size: int = 3, vocabulary: int = 7) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+
+        def random(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))
+
+        self.size, self.device = size, torch.device("cpu")
+        self.embedding = random(vocabulary, size)
+        # Gates in the order i, f, g, o.
+        self.w, self.u = (torch.nn.ParameterList(random(4, size, size) for _ in range(2)) for _ in range(2))
+
+    def initial_state(self, batch: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(batch, self.size, dtype=torch.float64) for _ in range(4))
+
+    def gates(self, layer: int, inputs: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+        both = torch.einsum("gij,bj->gbi", self.w[layer], inputs) + torch.einsum("gij,bj->gbi", self.u[layer], hidden)
+        return tuple(both)
+
+    def recur(self, token: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        inputs, after = self.embedding[token], []
+        for layer in range(2):
+            hidden, cell = state[2 * layer : 2 * layer + 2]
+            i, f, g, o = self.gates(layer, inputs, hidden)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            inputs = o.sigmoid() * cell.tanh()
+            after += [inputs, cell]
+        return inputs, tuple(after)
+
+    def hidden_vector(self, state: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(state[::2], 1)
+
+    def with_hidden(self, state: tuple[Tensor, ...], vector: Tensor) -> tuple[Tensor, ...]:
+        one, two = vector.split(self.size, 1)
+        return one, state[1], two, state[3]
+
+    def state_vector(self, state: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(state, 1)
+
+    def with_state(self, state: tuple[Tensor, ...], vector: Tensor) -> tuple[Tensor, ...]:
+        return tuple(vector.split(self.size, 1))
+
+    def state_jacobian(self, token: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        """The authors' closed form, cells held constant: block lower triangular over the layers."""
+        inputs, rows = self.embedding[token], []
+        for layer in range(2):
+            hidden, cell = state[2 * layer : 2 * layer + 2]
+            i, f, g, o = self.gates(layer, inputs, hidden)
+            after = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            slope = [own.sigmoid() * (1 - own.sigmoid()) for own in (i, f, o)]
+            outer = o.sigmoid() * (1 - after.tanh().square())
+            factors = [outer * slope[0] * g.tanh(), outer * slope[1] * cell,
+                       outer * i.sigmoid() * (1 - g.tanh().square()), slope[2] * after.tanh()]  # fmt: skip
+            by_hidden, by_input = (
+                sum(factor[:, :, None] * matrix for factor, matrix in zip(factors, own[layer], strict=True))
+                for own in (self.u, self.w)
+            )
+            before = [by_input @ rows[0][0], by_hidden] if layer else [by_hidden, torch.zeros_like(by_hidden)]
+            rows.append(before)
+            inputs = o.sigmoid() * after.tanh()
+        return torch.cat([torch.cat(row, 2) for row in rows], 1)
+
+
+@pytest.mark.parametrize("order", spectrum.ORDERS)
+def test_a_recurrent_models_exponents_by_closed_form_by_function_and_by_explicit_products(order: str) -> None:
+    model, warm_up = StackedLSTM(), 3
+    input_ids = torch.randint(0, 7, (2, 10), generator=torch.Generator().manual_seed(8))
+    for state, k in (("hidden", None), ("hidden", 4), ("full", None)):
+        kinds = ("closed_form", "automatic") if state == "hidden" else ("automatic",)
+        found = [
+            recurrent_spectrum(model, input_ids, k=k, warm_up=warm_up, order=order, state=state, jacobian=kind)
+            for kind in kinds
+        ]
+        wanted = np.sort(np.mean([by_products(model, own, k, warm_up, order, state) for own in input_ids], 0))[::-1]
+        for own in found:
+            np.testing.assert_allclose(own, wanted, atol=1e-5)
+
+
+def by_products(
+    model: StackedLSTM, sequence: Tensor, k: int | None, warm_up: int, order: str, state: str
+) -> np.ndarray:
+    """Exponents of one sequence by numpy from Jacobians that autograd gives."""
+    full = state == "full"
+    read, write = (model.state_vector, model.with_state) if full else (model.hidden_vector, model.with_hidden)
+    current = model.initial_state(1)
+    tangents = first_tangents(1, read(current).shape[1], k, 0, model.embedding)[0].numpy()
+    total = np.zeros(tangents.shape[1])
+    for step, token in enumerate(sequence[:, None]):
+
+        def move(vector: Tensor, token: Tensor = token, now: tuple[Tensor, ...] = current) -> Tensor:
+            return read(model.recur(token, write(now, vector))[1])[0]
+
+        jacobian = torch.autograd.functional.jacobian(move, read(current))[:, 0].numpy()
+        tangents, triangular = np.linalg.qr((jacobian if order == "textbook" else jacobian.T) @ tangents)
+        if step >= warm_up:
+            total += np.log2(np.maximum(np.abs(np.diag(triangular)), FLOOR))
+        current = tuple(part.detach() for part in model.recur(token, current)[1])
+    return total / (len(sequence) - warm_up)

@@ -7,11 +7,13 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from tiny import byte_tokenizer, tiny_model
 
 pytest.importorskip("optuna")
@@ -27,6 +29,7 @@ from hf_prune.report.markdown import escape
 from hf_prune.search.arguments import make_search_recipe
 from hf_prune.search.candidates import OneShotCandidates
 from hf_prune.search.space import label
+from hf_prune.search.stability import rank_stability
 
 AXES: dict[str, list[Any]] = {"criterion": ["magnitude", "wanda"], "allocation": ["uniform", "global"]}
 
@@ -71,6 +74,27 @@ def test_figures_are_those_of_pruning_by_hand(common: dict[str, Any], tmp_path: 
     assert (seen[2].spent, seen[4].spent) == (2, 6)
 
 
+def test_the_order_under_other_settings_is_that_of_spectra_by_hand(common: dict[str, Any], tmp_path: Path) -> None:
+    values = {**common, **AXES, "search_dir": str(tmp_path / "s"), "stability_candidates": 4}
+    candidates = OneShotCandidates(make_search_recipe(values))
+    choices = candidates.space.combinations()
+    rows = {row["spectrum"]: row for row in rank_stability(candidates, choices, 2)}
+    plain = make_recipe({key: own for key, own in common.items() if key not in vars(candidates.search)})
+    windows = load_calibration(
+        replace(plain.data, num_calibration_samples=8 + 4), byte_tokenizer(), tiny_model("llama").config
+    )[1]
+    usual, other = [], []
+    for choice in (None, *choices):
+        model = tiny_model("llama")
+        if choice is not None:
+            prune(model, make_config({**plain.prune_options, **choice}), input_ids=windows[:2])
+        usual.append(depth_spectrum(model, windows[8:10, :16], k=6))
+        other.append(depth_spectrum(model, windows[10:12, :16], k=6))
+    wanted = spearmanr(*([float((own - found[0]).norm()) for own in found[1:]] for found in (usual, other))).statistic
+    assert rows["other sequences"]["correlation"] == pytest.approx(wanted)
+    assert rows["the search"]["correlation"] == pytest.approx(1)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -104,7 +128,7 @@ def test_killed_and_resumed_a_search_loses_nothing_and_its_model_says_what_was_t
     own = {key: value for key, value in common.items() if key != "sparsity"}
     options = {
         "search_dir": str(tmp_path / "s"), "output_dir": str(tmp_path / "o"), "sampler": "random",
-        "num_candidates": 12, "objective": "both", "total_budget": 120,
+        "num_candidates": 12, "objective": "both", "total_budget": 120, "stability_candidates": 3,
     }  # fmt: skip
     recipe = tmp_path / "search.yaml"
     recipe.write_text(json.dumps({**own, **axes, **options}))
@@ -135,6 +159,9 @@ def test_killed_and_resumed_a_search_loses_nothing_and_its_model_says_what_was_t
     assert {key: report["method"][key] for key in ("criterion", "update", "pattern")} == {
         key: chosen[key] for key in ("criterion", "update", "pattern")
     }
+    assert summary["stability"][0]["spectrum"] == "the search"
+    assert summary["stability"][0]["correlation"] == pytest.approx(1)
+    assert "half the exponents" in (tmp_path / "s" / "search.md").read_text()
     card = (tmp_path / "o" / "README.md").read_text()
     assert f"chosen from {len(summary['candidates'])} candidates" in card and "## Candidates" in card
     assert str(tmp_path) not in card

@@ -32,6 +32,7 @@ class Bowl:
 
     unit = "epochs"
     max_budget = 9
+    setting = None
 
     def __init__(self, die_after: int | None = None, seconds: float = 0.0) -> None:
         self.space = make_space(AXES, self._check)
