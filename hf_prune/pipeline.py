@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
@@ -23,11 +24,14 @@ from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 from hf_prune.report.privacy import may_show_samples
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Do everything a recipe asks for; returns the report that stands in the output folder.
 
     With several processes all of them must call this; the main one writes and the others get a report without the
     parts that follow saving.
+
+    Args:
+        notes: further entries of the report: what led to the recipe.
 
     Raises:
         BadInputError: something handed over cannot be used; nothing has been written.
@@ -81,6 +85,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         "peak_memory_bytes": memory.bytes,
         # The recipe beside the report holds the flags as well, and no path of the machine it ran on.
         "command": f"hf-prune prune --config {RECIPE_FILE}",
+        **(notes or {}),
     }
     if evaluation and dense and pruned:
         report["evaluation"] = evaluation.report(dense=dense, pruned=pruned)

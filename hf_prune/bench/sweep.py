@@ -41,13 +41,7 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
     Raises:
         BadInputError: no key holds a list, or no combination makes sense.
     """
-    axes = {key: value for key, value in values.items() if isinstance(value, list) and not _is_list(key)}
-    if not axes:
-        raise BadInputError("sparsity: no key holds a list to sweep over; write sparsity: [0.5, 0.6], say.")
-    for key, choices in axes.items():
-        if not choices:
-            raise BadInputError(f"{key}: an empty list leaves nothing to try; name some values.")
-    common = {key: value for key, value in values.items() if key not in axes}
+    axes, common = split_axes(values)
     inside = [key for key in axes if key not in (*SETTING_KEYS, "seed")]
     settings = {_label(own) or "the recipe": own for own in _products(axes, [k for k in SETTING_KEYS if k in axes])}
     rows, refused = [], []
@@ -58,8 +52,7 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
         fitting: dict[tuple[str, ...], list[str]] = {}
         for setting, fixed in settings.items():
             try:
-                known = known_keys(make_recipe({**common, **fixed, **own}).prune_options)
-                extra = {key: value for key, value in optional.items() if key in known}
+                extra = fitting_keys({**common, **fixed, **own}, optional)
                 make_config(make_recipe({**common, **fixed, **own, **extra}).prune_options)
                 fitting.setdefault(tuple(extra), []).append(setting)
             except BadInputError as error:
@@ -72,6 +65,27 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
     if not rows:
         raise BadInputError(f"{next(iter(axes))}: no combination can be run; the first: {refused[0]}")
     return make_grid({"name": name, "common": common, "settings": settings, "rows": rows}), refused
+
+
+def split_axes(values: Mapping[str, Any]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """The keys of a flat recipe that hold a list of values to try, and the others.
+
+    Raises:
+        BadInputError: no key holds a list, or one is empty.
+    """
+    axes = {key: value for key, value in values.items() if isinstance(value, list) and not _is_list(key)}
+    if not axes:
+        raise BadInputError("sparsity: no key holds a list of values to try; write sparsity: [0.5, 0.6], say.")
+    for key, choices in axes.items():
+        if not choices:
+            raise BadInputError(f"{key}: an empty list leaves nothing to try; name some values.")
+    return axes, {key: value for key, value in values.items() if key not in axes}
+
+
+def fitting_keys(values: Mapping[str, Any], optional: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `optional`, keys of methods and their parts, that the parts chosen by a flat recipe understand."""
+    known = known_keys(make_recipe(values).prune_options)
+    return {key: value for key, value in optional.items() if key in known}
 
 
 def _is_list(key: str) -> bool:

@@ -22,6 +22,7 @@ VERBS = {
     "inspect": "sparsity and pattern by layer of any checkpoint",
     "sensitivity": "what each block, kind of layer or matrix costs when it alone is pruned",
     "sweep": "every combination of a recipe's choices on your model, and the one that fits a constraint",
+    "search": "many ways to prune judged early, by Lyapunov spectra or loss; the best one finished",
     "bench": "a grid of recipes in turn, peers included: table, CSV and plot",
     "push": "upload a finished folder to the Hub",
     "methods": "the methods there are, with their papers",

@@ -50,7 +50,8 @@ class BlockRunner:
 
         Args:
             input_ids: int64 [sequences, tokens], the tokens that `hidden` came from.
-            hidden: [sequences, tokens, width], output of the block before it; None for the first block.
+            hidden: [sequences, tokens, width], output of the block before it; None for the first block, which then sees
+                the embeddings.
             gradients: record what a backward pass needs.
 
         Returns:
@@ -61,6 +62,8 @@ class BlockRunner:
         output: list[Tensor] = []
 
         def run_and_stop(*args: Any, **kwargs: Any) -> None:
+            if index == 0 and hidden is not None:
+                args = (hidden, *args[1:])
             result = original(*args, **kwargs)
             if isinstance(result, tuple):
                 self._returns_tuple[index] = result[1:]
@@ -71,6 +74,18 @@ class BlockRunner:
         with self._skipping(index, hidden), patched(block, run_and_stop), torch.set_grad_enabled(gradients):
             self._forward(input_ids)
         return output[0] if output else torch.empty(0)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """What enters the first block, [sequences, tokens, width] in the model's dtype."""
+        seen: list[Tensor] = []
+
+        def see_and_stop(hidden: Tensor, *args: Any, **kwargs: Any) -> None:
+            seen.append(hidden)
+            raise _Stop
+
+        with patched(self.blocks[0], see_and_stop), torch.no_grad():
+            self._forward(input_ids)
+        return seen[0]
 
     def observe(self, index: int, input_ids: Tensor, hidden: Tensor | None) -> None:
         """Run the model up to block `index` and through it for the sake of hooks; a hook may call `stop()`.

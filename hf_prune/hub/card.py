@@ -29,6 +29,7 @@ from hf_prune.report.privacy import (
     public_recipe,
     recovery_report,
 )
+from hf_prune.report.search_report import COLUMNS, candidate_rows, searched
 
 PLOTS = {
     "plots/sparsity_by_layer.png": "Sparsity of every pruned weight matrix, by block and kind of module",
@@ -87,6 +88,8 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
         ),
         "later_recipes": _later_recipes(folder, report),
         "limitations": findings.limitations(report),
+        "candidates": candidate_rows(report.get("search")),
+        "candidate_columns": COLUMNS,
         "checks": _checks(report),
         "samples": _samples(report)
         if may_show_samples(report, parsed_recipe(last_recipe(folder, report, recipe_text)))
@@ -162,6 +165,7 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
         ("Tickets", findings.tickets(report)),
         ("Weights that were kept", findings.displacement(report)),
         ("Fused", findings.fused(report)),
+        ("Searched", searched(report.get("search"))),
         *(("Recovered", sentence) for sentence in findings.recoveries(report)),
         ("Seed", f"{seed:.0f}" if seed is not None else ""),
         ("Weights saved in", code(report["dtype"]) if report.get("dtype") else ""),

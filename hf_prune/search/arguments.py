@@ -1,0 +1,160 @@
+"""What a search decides: flat keys like a recipe's, beside the recipe whose lists it searches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_prune.arguments import ModelArguments, OutputArguments
+from hf_prune.dynamics.distance import DISTANCES, FITTED
+from hf_prune.dynamics.spectrum import ORDERS
+from hf_prune.errors import BadInputError
+from hf_prune.fields import field_types, fill
+
+KINDS = ("one_shot",)
+SAMPLERS = ("tpe", "random")
+PRUNERS = ("elimination", "hyperband", "none")
+OBJECTIVES = ("ls_distance", "loss", "both", "layer_error")
+CHOICES = {
+    "search": KINDS,
+    "sampler": SAMPLERS,
+    "pruner": PRUNERS,
+    "objective": OBJECTIVES,
+    "distance": DISTANCES,
+    "spectrum_order": ORDERS,
+}
+# What may differ when a search goes on: nothing that was measured depends on it.
+MAY_CHANGE = {
+    "num_candidates", "total_budget", "max_minutes", "search_dir", "num_processes", "device",
+    *field_types(OutputArguments),
+}  # fmt: skip
+
+
+@dataclass
+class SearchArguments:
+    """How candidates are drawn, measured and dropped.
+
+    The budget of one candidate is counted in calibration windows (`one_shot`): more of them cost more and say more.
+
+    Args:
+        search: what a candidate is; `one_shot`, a way to prune a transformer once.
+        search_dir: folder of the study, the spectra and the tables; it is what `--resume` goes on with.
+        sampler: `tpe` (tree-structured Parzen estimator) or `random`.
+        pruner: `elimination`, the published one (keep floor(n/2) + 1, measure them again with more, until 2 are left);
+            `hyperband`; `none`.
+        objective: `ls_distance`, how far the Lyapunov spectrum is from the dense model's; `loss` on windows that no
+            candidate is calibrated on; `both`, the sum of the relative excess of the loss and the relative distance
+            (ours); `layer_error`, the mean relative output error of the layers.
+        num_candidates: candidates drawn, those that were drawn before included.
+        first_budget: calibration windows of a candidate in the first round.
+        budget_step: how many more in each further round.
+        max_budget: no candidate gets more; num_calibration_samples unless given.
+        total_budget: of all candidates together; no end unless given.
+        max_minutes: nothing is begun after so many minutes of measuring, over all processes, spectra included.
+        search_seed: seed of the sampler, the tangents and the auto-encoder.
+        distance: `raw`, `cosine`, `pca` or `autoencoder`.
+        distance_runs: search_dir of another search, to whose spectra `pca` or `autoencoder` is fitted.
+        num_exponents: leading exponents of a spectrum.
+        spectrum_order: `textbook` or `transposed`.
+        spectrum_sequences: sequences a spectrum is the mean over.
+        spectrum_length: tokens of each; seq_length unless given.
+        tangents_at_once: tangents carried together; fewer take less memory.
+        loss_windows: windows the loss is measured on.
+        stability_candidates: of so many of the best, spectra are computed in other ways as well, to see how far their
+            order depends on it; 0 for none.
+    """
+
+    search: str = "one_shot"
+    search_dir: str | None = None
+    sampler: str = "tpe"
+    pruner: str = "elimination"
+    objective: str = "ls_distance"
+    num_candidates: int = 40
+    first_budget: int = 4
+    budget_step: int = 4
+    max_budget: int | None = None
+    total_budget: int | None = None
+    max_minutes: float | None = None
+    search_seed: int = 0
+    distance: str = "raw"
+    distance_runs: str | None = None
+    num_exponents: int = 32
+    spectrum_order: str = "textbook"
+    spectrum_sequences: int = 2
+    spectrum_length: int | None = None
+    tangents_at_once: int = 8
+    loss_windows: int = 8
+    stability_candidates: int = 0
+
+    def __post_init__(self) -> None:
+        for key, choices in CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise BadInputError(f"{key}: {getattr(self, key)!r} is unknown; choose {', '.join(choices)}.")
+        least = {
+            "num_candidates": 2, "first_budget": 1, "budget_step": 1, "max_budget": 1, "total_budget": 1,
+            "stability_candidates": 0, "num_exponents": 1, "spectrum_sequences": 1, "spectrum_length": 2,
+            "tangents_at_once": 1, "loss_windows": 1,
+        }  # fmt: skip
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            if value is not None and value < smallest:
+                raise BadInputError(f"{key}: {value} is too few; use {smallest} or more.")
+        if self.max_budget is not None and self.max_budget < self.first_budget:
+            raise BadInputError(
+                f"max_budget: {self.max_budget} is less than the {self.first_budget} of the first round; raise it or "
+                "lower first_budget."
+            )
+        if 0 < self.stability_candidates < 3:
+            raise BadInputError(
+                f"stability_candidates: {self.stability_candidates} have no order to speak of; use 3 or more, or 0."
+            )
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise BadInputError(f"max_minutes: {self.max_minutes} leaves no time; leave it out for no limit.")
+        if (self.distance in FITTED) != (self.distance_runs is not None):
+            raise BadInputError(
+                f"distance_runs: distance {self.distance} "
+                + ("is fitted to the spectra of another search; name its search_dir."
+                   if self.distance in FITTED else "is fitted to nothing; leave it out.")
+            )  # fmt: skip
+
+    @property
+    def needs_spectrum(self) -> bool:
+        """Whether the objective looks at the dynamics."""
+        return self.objective in ("ls_distance", "both")
+
+
+@dataclass
+class SearchRecipe:
+    """A search with its recipe: `values` are the recipe's keys, lists of choices included, unchecked."""
+
+    search: SearchArguments
+    values: dict[str, Any]
+    text: str = ""
+    output: OutputArguments = field(default_factory=OutputArguments)
+    model: ModelArguments = field(default_factory=ModelArguments)
+
+    @property
+    def identity(self) -> str:
+        """The same for searches whose measurements can be put together."""
+        everything = {**asdict(self.search), **self.values}
+        decided = {key: value for key, value in everything.items() if key not in MAY_CHANGE}
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_search_recipe(values: Mapping[str, Any], text: str = "") -> SearchRecipe:
+    """A search from a flat mapping.
+
+    Raises:
+        BadInputError: a key of the search, the model or the output is wrong or missing.
+    """
+    own = field_types(SearchArguments)
+    search = fill(SearchArguments, {key: value for key, value in values.items() if key in own})
+    rest = {key: value for key, value in values.items() if key not in own}
+    output = fill(OutputArguments, {key: value for key, value in rest.items() if key in field_types(OutputArguments)})
+    model = fill(ModelArguments, {key: value for key, value in rest.items() if key in field_types(ModelArguments)})
+    if not search.search_dir:
+        raise BadInputError("search_dir: the recipe does not say; name the folder that keeps the search.")
+    return SearchRecipe(search, rest, text, output, model)

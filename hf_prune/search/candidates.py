@@ -1,0 +1,233 @@
+"""What is measured of a candidate, and candidates that prune a transformer once."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_prune.arguments import SECTIONS, StructuredConfig
+from hf_prune.bench.sweep import fitting_keys, split_axes
+from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
+from hf_prune.compose import belongs_to_a_part, make_config
+from hf_prune.data.builtin import resolve_model
+from hf_prune.dynamics.spectrum import depth_spectrum
+from hf_prune.errors import BadInputError
+from hf_prune.evaluation.perplexity import window_nll
+from hf_prune.fields import field_types
+from hf_prune.pipeline import run
+from hf_prune.pruning import load_calibration, prune
+from hf_prune.recipe import Recipe, dump_yaml, make_recipe
+from hf_prune.search.arguments import SearchRecipe
+from hf_prune.search.space import Choice, Space, make_space
+
+
+@dataclass
+class Measurement:
+    """What was found out about a candidate at one budget.
+
+    Attributes:
+        loss: nats a token on windows that nothing was calibrated on.
+        spectrum: bits a step, float64 [k], the largest first; None where the objective does not ask.
+        layer_error: mean relative output error of the pruned layers; None where no layer has one.
+        spent: budget that the candidate has used up so far.
+        spectrum_seconds: a part of the candidate's seconds.
+    """
+
+    loss: float
+    spectrum: Tensor | None = None
+    layer_error: float | None = None
+    spent: int = 0
+    spectrum_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SpectrumSetting:
+    """What a spectrum is computed of: k exponents of so many sequences of so many tokens from a first window on."""
+
+    k: int
+    sequences: int
+    length: int
+    first: int = 0
+    seed: int = 0
+
+
+Look = Callable[[int, Measurement], None]
+"""Is told each budget and what was found there; what it raises ends the candidate."""
+
+
+class Candidates(Protocol):
+    """One kind of candidate."""
+
+    unit: str
+    space: Space
+    max_budget: int
+
+    @property
+    def setting(self) -> SpectrumSetting | None:
+        """How the search computes spectra; None where they cannot be computed in other ways."""
+
+    def dense(self, budgets: list[int]) -> dict[int, Measurement]:
+        """The dense model at each of some budgets."""
+
+    def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
+        """Measure a candidate at each of some budgets, which grow."""
+
+    def spectra(
+        self, choice: Choice | None, budget: int, settings: list[SpectrumSetting]
+    ) -> list[tuple[Tensor, float]]:
+        """A candidate's spectrum (the dense model's for None) in several ways, each with its seconds."""
+
+    def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:
+        """Make the chosen candidate's folder; `notes` go into its report."""
+
+
+class OneShotCandidates:
+    """Ways to prune a transformer in one go: criterion, update, reconstruction, allocation and their keys.
+
+    The budget is calibration windows. Loss and spectrum are measured on further windows of the calibration text.
+    """
+
+    unit = "calibration windows"
+
+    def __init__(self, recipe: SearchRecipe) -> None:
+        """Check every combination and load nothing yet.
+
+        Raises:
+            BadInputError: something of the recipe cannot be used, or no combination can be run.
+        """
+        self.search = recipe.search
+        axes, self.common = split_axes(recipe.values)
+        for key in axes:
+            if any(key in field_types(section) for section in SECTIONS.values()):
+                raise BadInputError(f"{key}: candidates differ in how they prune; give this key one value.")
+        self.optional = {key: self.common.pop(key) for key in list(self.common) if belongs_to_a_part(key)}
+        self.space = make_space(axes, self._check)
+        self.recipe = make_recipe(self.common)
+        self.recipe.require("model_name_or_path", "dataset_name")
+        own, data = self.search, self.recipe.data
+        self.max_budget = min(own.max_budget or data.num_calibration_samples, data.num_calibration_samples)
+        if own.first_budget > self.max_budget:
+            raise BadInputError(
+                f"first_budget: {own.first_budget} calibration windows of {self.max_budget}; lower it or raise "
+                "num_calibration_samples."
+            )
+        self._loaded: _Loaded | None = None
+
+    def _check(self, choice: Choice) -> None:
+        if isinstance(self._config(choice), StructuredConfig):
+            raise BadInputError("method: one that removes units leaves another state to compare; choose of the others.")
+
+    def values(self, choice: Choice) -> dict[str, Any]:
+        """The flat recipe of one candidate."""
+        values = {**self.common, **choice}
+        return {**values, **fitting_keys(values, self.optional)}
+
+    def _config(self, choice: Choice) -> Any:
+        return make_config(make_recipe(self.values(choice)).prune_options)
+
+    @property
+    def loaded(self) -> _Loaded:
+        """Model and windows, loaded when they are first needed."""
+        if self._loaded is None:
+            own = self.search
+            sequences = own.spectrum_sequences * (2 if own.stability_candidates else 1)
+            self._loaded = _Loaded(self.recipe, max(own.loss_windows, sequences))
+        return self._loaded
+
+    def dense(self, budgets: list[int]) -> dict[int, Measurement]:
+        """The same at every budget: nothing is calibrated."""
+        self.loaded.restore()
+        found = self._look_at(None)
+        return dict.fromkeys(budgets, found)
+
+    def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
+        config = self._config(choice)
+        spent = 0
+        for budget in budgets:
+            own = self.loaded
+            own.restore()
+            result = prune(own.model, config, input_ids=own.calibration[:budget], seed=self.recipe.data.seed)
+            spent += budget
+            errors = [view.error for view in result.views if view.error is not None]
+            found = self._look_at(statistics.fmean(errors) if errors else None)
+            found.spent = spent
+            look(budget, found)
+
+    def _look_at(self, layer_error: float | None) -> Measurement:
+        own = self.loaded
+        loss = float(window_nll(own.model, own.held_out[: self.search.loss_windows]).mean())
+        found = Measurement(loss, layer_error=layer_error)
+        if self.search.needs_spectrum:
+            found.spectrum, found.spectrum_seconds = self._spectrum(self.setting)
+        return found
+
+    @property
+    def setting(self) -> SpectrumSetting:
+        """How the search computes spectra."""
+        own = self.search
+        length = own.spectrum_length or self.loaded.held_out.shape[1]
+        return SpectrumSetting(own.num_exponents, own.spectrum_sequences, length, seed=own.search_seed)
+
+    def _spectrum(self, setting: SpectrumSetting) -> tuple[Tensor, float]:
+        """Of the model as it is now, and the seconds that it took."""
+        start = perf_counter()
+        windows = self.loaded.held_out[setting.first : setting.first + setting.sequences, : setting.length]
+        spectrum = depth_spectrum(
+            self.loaded.model,
+            windows,
+            k=setting.k,
+            order=self.search.spectrum_order,
+            seed=setting.seed,
+            chunk=self.search.tangents_at_once,
+        )
+        return spectrum, perf_counter() - start
+
+    def spectra(
+        self, choice: Choice | None, budget: int, settings: list[SpectrumSetting]
+    ) -> list[tuple[Tensor, float]]:
+        own = self.loaded
+        own.restore()
+        if choice is not None:
+            prune(own.model, self._config(choice), input_ids=own.calibration[:budget], seed=self.recipe.data.seed)
+        return [self._spectrum(setting) for setting in settings]
+
+    def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:
+        # The search's copy of the model is not needed beside the pipeline's own.
+        self._loaded = None
+        values = self.values(choice)
+        return run(make_recipe(values, f"# Chosen by hf-prune search.\n{dump_yaml(values)}"), notes)
+
+
+class _Loaded:
+    """A dense model with a copy of its weights, calibration windows, and windows held out."""
+
+    def __init__(self, recipe: Recipe, held_out: int) -> None:
+        arguments = recipe.model
+        assert arguments.model_name_or_path is not None
+        source = resolve_model(arguments.model_name_or_path, arguments.revision)
+        revision = source.revision or arguments.revision
+        config = load_config(source.path, arguments, revision)
+        tokenizer = load_tokenizer(source.path, arguments, revision)
+        samples = recipe.data.num_calibration_samples
+        wanted = {**vars(recipe.data), "num_calibration_samples": samples + held_out}
+        _, windows = load_calibration(type(recipe.data)(**wanted), tokenizer, config)
+        if len(windows) < samples + held_out:
+            raise BadInputError(
+                f"num_calibration_samples: {samples} and {held_out} held out are more than the {len(windows)} windows "
+                "of the file; lower it."
+            )
+        self.calibration, self.held_out = windows[:samples], windows[samples : samples + held_out]
+        self.model = load_model(source.path, arguments, pick_device(arguments.device, 0), revision)
+        self._weights = {name: own.detach().clone() for name, own in self.model.named_parameters()}
+
+    def restore(self) -> None:
+        """Make the model dense again."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(self._weights[name])

@@ -1,0 +1,186 @@
+"""Searches played again on a truth table: every candidate trained to the end once, spectrum and loss at every epoch.
+
+A run is one safetensors file: `losses` (validation, nats a token), `seconds` and `spectrum_seconds` [epochs], and
+`spectra` [epochs, exponents] in bits a step; the dense run is `dense`. What a search would have chosen, at what cost,
+then follows without training anything.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from hf_prune.dynamics.distance import FITTED, make_distance
+from hf_prune.search.space import elimination_rounds
+
+DENSE = "dense"
+# Share of the candidates that one seed searches; to the others embeddings are fitted.
+JUDGED = 2 / 3
+METRICS = ("loss", "raw", "pca", "autoencoder", "both")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: float64 [epochs] of losses, seconds and seconds of spectra; spectra [epochs, exponents]."""
+
+    losses: Tensor
+    seconds: Tensor
+    spectrum_seconds: Tensor
+    spectra: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """After the last epoch."""
+        return float(self.losses[-1].exp())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one search led to: correlation of the first score with the final perplexity, regret, and its cost."""
+
+    correlation: float
+    regret: float
+    epochs: int
+    seconds: float
+
+
+def save_run(folder: Path, name: str, run: Run) -> None:
+    """Complete or absent: a run that is there is finished."""
+    partial = folder / f"{name}.tmp"
+    save_file({key: value.double().contiguous() for key, value in vars(run).items()}, partial)
+    partial.replace(folder / f"{name}.safetensors")
+
+
+def load_truth(folder: Path) -> tuple[Run, dict[str, Run]]:
+    """The dense run and the candidates by name."""
+    runs = {file.stem: Run(**load_file(file)) for file in sorted(folder.glob("*.safetensors"))}
+    return runs.pop(DENSE), runs
+
+
+def scores(metric: str, dense: Run, runs: list[Run], fitted: list[Run], epoch: int, seed: int) -> list[float]:
+    """A score for each run after so many epochs, smaller is better; what is not a number comes last."""
+    place = epoch - 1
+    losses = [float(run.losses[place]) for run in runs]
+    if metric == "loss":
+        return [_last(loss) for loss in losses]
+    reference = dense.spectra[place]
+    name = metric if metric in FITTED else "raw"
+    others = torch.stack([run.spectra[place] for run in fitted]) if metric in FITTED else None
+    measure = make_distance(name, others, seed)
+    distances = [measure(reference, run.spectra[place]) for run in runs]
+    if metric == "both":
+        loss, length = float(dense.losses[place]), float(reference.norm())
+        distances = [own / length + (mine - loss) / loss for own, mine in zip(distances, losses, strict=True)]
+    return [_last(own) for own in distances]
+
+
+def _last(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def play(
+    metric: str, dense: Run, runs: list[Run], fitted: list[Run], seed: int, first: int = 3, step: int = 3
+) -> Outcome:
+    """One search over some runs: successive elimination by a metric, the last two trained to the end.
+
+    Every round trains its candidates from the beginning, as published. A metric that looks at spectra also pays for
+    the dense run up to the last round, and for a spectrum wherever it looks.
+    """
+    last = len(dense.losses)
+    early = scores(metric, dense, runs, fitted, first, seed)
+    left, epochs, seconds, reached = list(range(len(runs))), 0, 0.0, first
+    ranked = early
+    for kept, budget in [(len(runs), first), *elimination_rounds(len(runs), first, step)]:
+        budget = min(budget, last)
+        left = sorted(left, key=lambda own: (ranked[own], own))[:kept]
+        epochs += budget * len(left)
+        seconds += sum(_cost(runs[own], budget, metric) for own in left)
+        ranked = scores(metric, dense, runs, fitted, budget, seed)
+        reached = max(reached, budget)
+    finalists = sorted(left, key=lambda own: (ranked[own], own))[:2]
+    epochs += last * len(finalists)
+    seconds += sum(_cost(runs[own], last, "loss") for own in finalists)
+    if metric != "loss":
+        epochs += reached
+        looked = {min(first + step * number, last) for number in range(len(runs))}
+        seconds += float(dense.seconds[:reached].sum())
+        seconds += sum(float(dense.spectrum_seconds[epoch - 1]) for epoch in looked if epoch <= reached)
+    final = [run.perplexity for run in runs]
+    chosen = min(finalists, key=lambda own: _last(final[own]))
+    return Outcome(_rank_correlation(early, final), final[chosen] - min(final), epochs, seconds)
+
+
+def _cost(run: Run, epochs: int, metric: str) -> float:
+    look = 0.0 if metric == "loss" else float(run.spectrum_seconds[epochs - 1])
+    return float(run.seconds[:epochs].sum()) + look
+
+
+def _rank_correlation(early: list[float], final: list[float]) -> float:
+    if min(len(set(early)), len(set(final))) < 2:
+        return math.nan
+    return float(spearmanr(early, [_last(own) for own in final]).statistic)
+
+
+def replay(
+    dense: Run, candidates: dict[str, Run], seeds: Iterable[int], metrics: Iterable[str] = METRICS
+) -> dict[str, list[Outcome]]:
+    """Every metric's outcomes, one a seed, on the same candidates for all.
+
+    A seed chooses the candidates that are searched; embeddings are fitted to the others, which no search judges.
+    """
+    names = sorted(candidates)
+    outcomes: dict[str, list[Outcome]] = {metric: [] for metric in metrics}
+    for seed in seeds:
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+        count = round(JUDGED * len(names))
+        mine, others = ([candidates[names[place]] for place in part] for part in (order[:count], order[count:]))
+        for metric in outcomes:
+            outcomes[metric].append(play(metric, dense, mine, others, seed))
+    return outcomes
+
+
+def to_markdown(outcomes: dict[str, list[Outcome]], dense: Run, candidates: dict[str, Run]) -> str:
+    """A row for each metric, mean ± standard deviation over the seeds; below it what training everything costs."""
+    lines = ["| chosen by | Spearman at epoch 3 | regret, perplexity | epochs | seconds |", "|---|---|---|---|---|"]
+    titles = {
+        "loss": "early loss",
+        "raw": "LS distance",
+        "pca": "LS distance, 2 components",
+        "autoencoder": "LS distance, auto-encoder",
+        "both": "both",
+    }
+    for metric, own in outcomes.items():
+        figures = [
+            _spread([outcome.correlation for outcome in own], "+.2f"),
+            _spread([outcome.regret for outcome in own], ".2f"),
+            _spread([float(outcome.epochs) for outcome in own], ".0f"),
+            _spread([outcome.seconds for outcome in own], ".0f"),
+        ]
+        lines.append(f"| {titles[metric]} | {' | '.join(figures)} |")
+    count = round(JUDGED * len(candidates))
+    everything = statistics.fmean(float(run.seconds.sum()) for run in candidates.values()) * count
+    final = [run.perplexity for run in candidates.values()]
+    chance = statistics.fmean(final) - min(final)
+    seeds = len(next(iter(outcomes.values())))
+    note = (
+        f"{count} of {len(candidates)} candidates a seed, {seeds} seeds. Training all of them to the end takes "
+        f"{count * len(dense.losses)} epochs and {everything:.0f} seconds and has no regret; one taken by chance is "
+        f"{chance:.2f} above the best of all. Dense perplexity {dense.perplexity:.2f}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _spread(values: list[float], form: str) -> str:
+    there = [value for value in values if math.isfinite(value)]
+    if not there:
+        return "not finite"
+    text = format(statistics.fmean(there), form)
+    return text + (f" ± {format(statistics.stdev(there), form.lstrip('+'))}" if len(there) > 1 else "")

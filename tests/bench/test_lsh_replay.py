@@ -1,0 +1,72 @@
+"""Searches played again on truth tables whose answer is known."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lsh_replay import DENSE, Run, load_truth, play, replay, save_run, scores, to_markdown
+
+EPOCHS = 20
+
+
+def run(final: float, away: float, early: float, seconds: float = 2.0) -> Run:
+    """Losses go from `early` to `final` in a line; the spectrum is `away` from the dense one's at every epoch."""
+    losses = torch.linspace(early, final, EPOCHS, dtype=torch.float64)
+    base = torch.tensor([1.0, -1.0, -2.0, -3.0], dtype=torch.float64)
+    spectra = (base + torch.tensor([0.0, 0.0, 0.0, away])).expand(EPOCHS, -1)
+    return Run(losses, torch.full((EPOCHS,), seconds), torch.full((EPOCHS,), 0.5), spectra)
+
+
+DENSE_RUN = run(4.0, 0.0, 6.0)
+# The nearer the spectrum the better in the end, while the early loss says the opposite.
+RUNS = {f"c{place:02d}": run(4.2 + place / 10, 1.0 + place, 7.0 - place / 10) for place in range(12)}
+
+
+def test_a_metric_that_knows_has_no_regret_and_one_that_errs_has_the_most() -> None:
+    runs, others = list(RUNS.values()), [run(0.0, 0.3 * place, 0.0) for place in range(5)]
+    for metric in ("raw", "pca"):
+        outcome = play(metric, DENSE_RUN, runs, others, 0)
+        assert outcome.correlation == pytest.approx(1) and outcome.regret == 0
+    outcome = play("loss", DENSE_RUN, runs, others, 0)
+    assert outcome.correlation == pytest.approx(-1)
+    # The lines of loss cross at the 11th epoch; up to the 9th the worst are kept, and then two are left to the end.
+    assert outcome.regret > math.exp(4.2 + 8 / 10) - math.exp(4.2)
+
+
+def test_costs_are_those_of_the_schedule() -> None:
+    runs = list(RUNS.values())
+    # 12 become 7, 4, 3 and 2, with 3, 6, 9, 12 and 15 epochs; two go to the end; the dense run has 15.
+    elimination = 12 * 3 + 7 * 6 + 4 * 9 + 3 * 12 + 2 * 15
+    by_loss, by_spectrum = (play(metric, DENSE_RUN, runs, [], 0) for metric in ("loss", "raw"))
+    assert by_loss.epochs == elimination + 2 * 20
+    assert by_loss.seconds == pytest.approx(2.0 * by_loss.epochs)
+    assert by_spectrum.epochs == by_loss.epochs + 15
+    looks = 12 + 7 + 4 + 3 + 2 + 5
+    assert by_spectrum.seconds == pytest.approx(2.0 * by_spectrum.epochs + 0.5 * looks)
+
+
+def test_what_diverged_comes_last_and_both_is_the_sum_of_the_relative_parts() -> None:
+    runs = [*RUNS.values(), run(4.0, math.nan, 5.0), run(math.nan, 0.1, math.nan)]
+    by_loss, raw, both = (scores(metric, DENSE_RUN, runs, [], 3, 0) for metric in ("loss", "raw", "both"))
+    assert raw[-2] == both[-2] == math.inf and by_loss[-1] == both[-1] == math.inf
+    loss, length = float(DENSE_RUN.losses[2]), math.sqrt(1 + 1 + 4 + 9)
+    assert raw[0] == pytest.approx(1.0)
+    assert both[0] == pytest.approx(raw[0] / length + (by_loss[0] - loss) / loss)
+
+
+def test_runs_are_kept_and_a_replay_fits_embeddings_to_candidates_it_does_not_judge(tmp_path: Path) -> None:
+    for name, own in {DENSE: DENSE_RUN, **RUNS}.items():
+        save_run(tmp_path, name, own)
+    (tmp_path / "c99.tmp").write_text("cut")
+    dense, candidates = load_truth(tmp_path)
+    assert list(candidates) == list(RUNS) and torch.equal(dense.losses, DENSE_RUN.losses)
+    outcomes = replay(dense, candidates, range(3), ("loss", "raw", "pca"))
+    assert all(len(own) == 3 for own in outcomes.values())
+    # Of 12 a seed judges 8, and the order by spectra is the true one for any of them.
+    assert [own.correlation for own in outcomes["raw"]] == pytest.approx([1, 1, 1])
+    assert [own.regret for own in outcomes["pca"]] == [0, 0, 0]
+    assert outcomes["raw"][0].epochs == 8 * 3 + 5 * 6 + 3 * 9 + 2 * 12 + 2 * 20 + 12
+    text = to_markdown(outcomes, dense, candidates)
+    assert "| LS distance | +1.00 ± 0.00 | 0.00 ± 0.00 | 157 ± 0 |" in text
+    assert "8 of 12 candidates a seed, 3 seeds" in text and "160 epochs and 320 seconds" in text

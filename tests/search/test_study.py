@@ -1,0 +1,302 @@
+"""The search's decisions on candidates whose figures are known in closed form, and storage lost or foreign."""
+
+import itertools
+import math
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("optuna")
+
+from hf_prune.errors import BadInputError, RunError
+from hf_prune.search.arguments import SearchRecipe, make_search_recipe
+from hf_prune.search.candidates import Look, Measurement
+from hf_prune.search.run import help_search, run_search  # noqa: F401  # the helper process calls it
+from hf_prune.search.space import Choice, elimination_rounds, label, make_space
+from hf_prune.search.study import StudyFolder, this_process
+
+AXES = {"a": [0, 1, 3, 4], "b": ["x", "y", "z"]}
+
+
+class Bowl:
+    """Candidates of a bowl: loss 1 + (a - 3)^2 + place of b, blurred at small budgets; b = z fails where a is 0."""
+
+    unit = "epochs"
+    max_budget = 9
+    setting = None
+
+    def __init__(self, die_after: int | None = None, seconds: float = 0.0) -> None:
+        self.space = make_space(AXES, self._check)
+        self.measured: list[tuple[str, list[int]]] = []
+        self.finished: Choice | None = None
+        self.die_after = die_after
+        self.seconds = seconds
+
+    @staticmethod
+    def _check(choice: Choice) -> None:
+        if choice == {"a": 4, "b": "z"}:
+            raise BadInputError("b: z does not go with 4.")
+
+    @staticmethod
+    def loss(choice: Choice, budget: int) -> float:
+        if choice == {"a": 0, "b": "z"}:
+            return math.nan
+        return 1 + (choice["a"] - 3) ** 2 + "yxz".index(choice["b"]) / 2 + math.sin(7 * choice["a"]) / budget
+
+    def dense(self, budgets: list[int]) -> dict[int, Measurement]:
+        return {budget: Measurement(1.0, self.spectrum(0.0), spent=budget) for budget in budgets}
+
+    @staticmethod
+    def spectrum(away: float) -> torch.Tensor:
+        return torch.tensor([1.0, -1.0, -3.0 - away], dtype=torch.float64)
+
+    def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
+        if self.die_after is not None and len(self.measured) >= self.die_after:
+            raise KeyboardInterrupt
+        time.sleep(self.seconds)
+        self.measured.append((label(choice), budgets))
+        for budget in budgets:
+            loss = self.loss(choice, budget)
+            look(budget, Measurement(loss, self.spectrum(2 * loss), spent=budget, spectrum_seconds=0.001))
+
+    def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:
+        self.finished = choice
+        return notes
+
+
+def recipe(folder: Path, **values: Any) -> SearchRecipe:
+    own = {"search_dir": str(folder), "output_dir": f"{folder}-out", "first_budget": 3, "budget_step": 3}
+    return make_search_recipe({**own, **values})
+
+
+def every_choice() -> list[Choice]:
+    return [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+
+
+BEST = {"a": 3, "b": "y"}
+
+
+def test_the_published_schedule_costs_the_published_epochs() -> None:
+    rounds = elimination_rounds(26, 3, 3)
+    assert rounds == [(14, 6), (8, 9), (5, 12), (3, 15), (2, 18)]
+    assert 40 * 3 + sum(kept * budget for kept, budget in rounds) == 417
+
+
+@given(st.integers(0, 1000))
+def test_every_round_is_smaller_and_two_are_left(candidates: int) -> None:
+    kept = [candidates, *(own for own, _ in elimination_rounds(candidates, 3, 3))]
+    assert all(later < before for before, later in itertools.pairwise(kept))
+    assert kept[-1] == min(candidates, 2)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "objective"), [("elimination", "ls_distance"), ("hyperband", "loss"), ("none", "both")]
+)
+def test_the_best_is_found_by_every_pruner_and_objective(tmp_path: Path, pruner: str, objective: str) -> None:
+    bowl = Bowl()
+    summary = run_search(
+        recipe(tmp_path / "s", pruner=pruner, objective=objective, num_candidates=36, sampler="random"), bowl
+    )
+    assert bowl.finished == BEST and summary["chosen"] == label(BEST)
+    assert summary["drawn"] == 36 and summary["refused_drawn"] > 0 and len(summary["refused"]) == 1
+    # What cannot be run was never measured, and nothing twice with the same budget.
+    assert label({"a": 4, "b": "z"}) not in {name for name, _ in bowl.measured}
+    assert len({(name, max(budgets)) for name, budgets in bowl.measured}) == len(bowl.measured)
+    first = summary["candidates"][0]
+    assert first["loss"] == pytest.approx(Bowl.loss(BEST, 9)) and first["distance"] == pytest.approx(2 * first["loss"])
+    # Not finite: last, and named.
+    worst = summary["candidates"][-1]
+    assert worst["candidate"] == label({"a": 0, "b": "z"}) and worst["value"] is None and worst["why"]
+
+
+def test_elimination_keeps_who_is_best_in_each_round_and_counts_what_it_spends(tmp_path: Path) -> None:
+    bowl = Bowl()
+    summary = run_search(recipe(tmp_path / "s", objective="loss", num_candidates=40, sampler="random"), bowl)
+    # Played again by hand: 11 can be run, 6 of them have 6 epochs, then 4, 3 and 2 have 9, the whole budget.
+    choices = [choice for choice in every_choice() if choice != {"a": 4, "b": "z"}]
+    budget, rounds = 3, []
+    while len(choices) > 2:
+        finite = [choice for choice in choices if not math.isnan(Bowl.loss(choice, budget))]
+        choices = sorted(finite, key=lambda choice: Bowl.loss(choice, budget))[: len(choices) // 2 + 1]
+        if budget < 9:
+            budget += 3
+            rounds.append({label(choice) for choice in choices})
+    measured = {number: {name for name, own in bowl.measured if own == [number]} for number in (3, 6, 9)}
+    assert len(measured[3]) == 11 and [measured[6], measured[9]] == rounds
+    wanted = 9 + sum(len(names) * number for number, names in measured.items())
+    assert summary["spent"] == wanted
+    assert bowl.finished == min(choices, key=lambda choice: Bowl.loss(choice, 9))
+
+
+def test_the_objective_both_is_what_it_says(tmp_path: Path) -> None:
+    summary = run_search(recipe(tmp_path / "s", objective="both", pruner="none", num_candidates=8), Bowl())
+    for row in summary["candidates"]:
+        if row["value"] is not None:
+            length = math.sqrt(1 + 1 + 9)
+            assert row["value"] == pytest.approx((row["loss"] - 1) / 1 + row["distance"] / length)
+
+
+@pytest.mark.parametrize("limits", [{"total_budget": 30}, {"max_minutes": 1e-9}])
+def test_nothing_is_begun_beyond_what_may_be_spent(tmp_path: Path, limits: dict) -> None:
+    bowl = Bowl()
+    if "max_minutes" in limits:
+        with pytest.raises(RunError, match="no candidate was measured"):
+            run_search(recipe(tmp_path / "s", objective="loss", **limits), bowl)
+        assert bowl.measured == []
+    else:
+        summary = run_search(recipe(tmp_path / "s", objective="loss", num_candidates=40, **limits), bowl)
+        # The dense model's 9 epochs count as well.
+        assert 9 < summary["spent"] <= 30 and summary["spent"] == 9 + sum(own[-1] for _, own in bowl.measured)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_the_same_seed_is_the_same_search_whole_or_cut(tmp_path: Path, sampler: str) -> None:
+    options: dict[str, Any] = {"objective": "loss", "num_candidates": 12, "sampler": sampler, "search_seed": 5}
+
+    def figures(summary: dict) -> list[tuple]:
+        return [(row["candidate"], row["value"], row["budget"]) for row in summary["candidates"]]
+
+    whole = run_search(recipe(tmp_path / "whole", **options), Bowl())
+    for cut in (0, 7) if sampler == "tpe" else (4,):
+        folder = tmp_path / f"cut-{cut}"
+        with pytest.raises(KeyboardInterrupt):
+            run_search(recipe(folder, **options), Bowl(die_after=cut))
+        again = Bowl()
+        assert figures(run_search(recipe(folder, **options), again, resume=True)) == figures(whole)
+        assert len(again.measured) < len(whole["candidates"]) + 20
+    other = run_search(recipe(tmp_path / "other", **{**options, "search_seed": 6}), Bowl())
+    assert figures(other) != figures(whole)
+
+
+def test_what_was_finished_is_not_measured_again_and_more_candidates_can_be_had(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"objective": "loss", "sampler": "random"}
+    first, again, more = Bowl(), Bowl(), Bowl()
+    summary = run_search(recipe(tmp_path / "s", num_candidates=8, **options), first)
+    repeated = run_search(recipe(tmp_path / "s", num_candidates=8, **options), again, resume=True)
+    assert again.measured == [] and repeated["candidates"] == summary["candidates"]
+    larger = run_search(recipe(tmp_path / "s", num_candidates=30, **options), more, resume=True)
+    assert more.measured and larger["drawn"] == 30
+
+
+HELPER = """
+import sys
+import test_study
+recipe = test_study.recipe(sys.argv[1], objective="loss", num_candidates=30, sampler="random")
+candidates = test_study.Bowl(seconds=0.1)
+print("ready", flush=True)
+test_study.help_search(recipe, candidates)
+print(len(candidates.measured))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_search_and_lose_nothing(tmp_path: Path) -> None:
+    places = [str(Path(__file__).parent), *sys.path]
+    helper = subprocess.Popen(
+        [sys.executable, "-c", HELPER, str(tmp_path / "s")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert helper.stdout is not None and helper.stdout.readline() == "ready\n"
+    bowl = Bowl(seconds=0.1)
+    own = recipe(tmp_path / "s", objective="loss", num_candidates=30, sampler="random")
+    summary = run_search(own, bowl)
+    helped = int(helper.communicate(timeout=60)[0])
+    assert helper.returncode == 0 and helped > 0 and bowl.measured
+    trials = StudyFolder(tmp_path / "s", own.search, bowl.space, 9).study.get_trials()
+    assert all(trial.state.is_finished() for trial in trials)
+    assert summary["drawn"] == 30
+    # Each candidate is measured once at each budget, by one or the other, and has the value it has by itself.
+    measured = [trial for trial in trials if "found" in trial.user_attrs]
+    assert len(measured) == helped + len(bowl.measured)
+    places_of = {(label(trial.params), trial.user_attrs.get("budget", 3)) for trial in measured}
+    assert len(places_of) == len(measured)
+    for trial in measured:
+        loss = Bowl.loss(trial.params, trial.user_attrs.get("budget", 3))
+        assert trial.value == (pytest.approx(loss) if math.isfinite(loss) else math.inf)
+
+
+def test_another_process_that_leads_is_not_disturbed(tmp_path: Path) -> None:
+    run_search(recipe(tmp_path / "s", objective="loss", num_candidates=3), Bowl())
+    study = StudyFolder(tmp_path / "s", recipe(tmp_path / "s").search, Bowl().space, 9).study
+    # The parent of this process lives and is not this one.
+    import psutil
+
+    parent = psutil.Process().parent()
+    assert parent is not None
+    leader = {**this_process(), "pid": parent.pid, "created": parent.create_time()}
+    study.set_user_attr("leader", leader)
+    with pytest.raises(BadInputError, match=f"process {parent.pid} is searching"):
+        run_search(recipe(tmp_path / "s", objective="loss", num_candidates=3), Bowl(), resume=True)
+
+
+def test_storage_that_is_lost_or_foreign_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    def refused(folder: Path, resume: bool, **values: Any) -> str:
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        with pytest.raises(BadInputError) as caught:
+            run_search(recipe(folder, objective="loss", num_candidates=3, **values), Bowl(), resume=resume)
+        after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        assert before == after and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "holds no search.db to go on with" in refused(tmp_path / "none", True)
+    assert not (tmp_path / "none").exists()
+    run_search(recipe(tmp_path / "s", objective="loss", num_candidates=3), Bowl())
+    assert "holds a search already; add --resume" in refused(tmp_path / "s", False)
+    assert "a search with other settings" in refused(tmp_path / "s", True, search_seed=9)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "search.db").write_text("not a database, but long enough to be read as one" * 40)
+    assert "is not the storage of a search" in refused(tmp_path / "text", True)
+    (tmp_path / "other").mkdir()
+    connection = sqlite3.connect(tmp_path / "other" / "search.db")
+    connection.execute("CREATE TABLE people (name TEXT)")
+    connection.commit()
+    connection.close()
+    assert "is not the storage of a search" in refused(tmp_path / "other", True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("words")
+    assert "is not empty and holds no search" in refused(tmp_path / "full", False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sampler": "grid"}, "sampler: 'grid' is unknown"),
+        ({"pruner": "median"}, "pruner: 'median' is unknown"),
+        ({"objective": "beauty"}, "objective: 'beauty' is unknown"),
+        ({"num_candidates": 1}, "num_candidates: 1 is too few"),
+        ({"max_budget": 2}, "max_budget: 2 is less than the 3"),
+        ({"distance": "pca"}, "distance_runs: distance pca is fitted to the spectra of another search"),
+        ({"distance_runs": "x"}, "distance_runs: distance raw is fitted to nothing"),
+        ({"max_minutes": 0}, "max_minutes"),
+        ({"search_dir": None}, "search_dir: the recipe does not say"),
+    ],
+)
+def test_bad_settings_are_refused(values: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=message):
+        recipe(tmp_path, **{"search_dir": str(tmp_path), **values}) if "search_dir" not in values else (
+            make_search_recipe(values)
+        )
+
+
+def test_an_embedding_is_fitted_to_the_spectra_of_another_search(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="holds no spectra at a budget of 3"):
+        run_search(recipe(tmp_path / "s", distance="pca", distance_runs=str(tmp_path / "first")), Bowl())
+    assert not (tmp_path / "s").exists()
+    run_search(recipe(tmp_path / "first", num_candidates=12, sampler="random"), Bowl())
+    bowl = Bowl()
+    own = recipe(tmp_path / "s", distance="pca", distance_runs=str(tmp_path / "first"), num_candidates=36)
+    summary = run_search(own, bowl)
+    # All that differs lies in one direction, so that the projection keeps every distance.
+    assert bowl.finished == BEST
+    assert summary["candidates"][0]["distance"] == pytest.approx(2 * Bowl.loss(BEST, 9), rel=1e-6)
