@@ -82,13 +82,8 @@ def expectation(
         logits = script.probe_logits(model, input_ids)
     finally:
         model.train(was_training)
-    matrices = {view["name"]: script.matrix(parameters, view) for view in views}
     expected = {
-        "views": [
-            {**view, "nonzeros": int(torch.count_nonzero(own))}
-            for view in views
-            if (own := matrices[view["name"]]) is not None
-        ],
+        "views": [{**view, "nonzeros": _count_nonzero(parameters, view)} for view in views],
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
         "num_threads": torch.get_num_threads(),
@@ -103,6 +98,13 @@ def expectation(
         ids = tokenizer(PROBE_TEXT)["input_ids"]
         expected["tokenizer"] = {"text": PROBE_TEXT, "ids": ids, "chat_template": tokenizer.chat_template}
     return expected, logits
+
+
+def _count_nonzero(parameters: dict[str, torch.nn.Parameter], view: dict[str, Any]) -> int:
+    weight = script.matrix(parameters, view)
+    if weight is None:
+        raise KeyError(view["parameter"])
+    return int(torch.count_nonzero(weight))
 
 
 def _environment() -> dict[str, str]:

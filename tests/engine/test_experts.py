@@ -20,6 +20,7 @@ from hf_prune.engine.statistics import LEAST_TOKENS
 from hf_prune.errors import BadInputError
 from hf_prune.plan import select_views
 from hf_prune.pruning import plan_pruning, prune
+from hf_prune.sensitivity import measure_sensitivity
 from hf_prune.weights import WeightView, find_views
 
 COMMON = {
@@ -283,3 +284,19 @@ def test_routers_are_left_out_and_what_cannot_train_experts_says_so() -> None:
     config = make_config({"method": "fcpts", "train_weights": True, "sparsity": 0.5})
     with pytest.raises(BadInputError, match="train_weights: experts of a mixture"):
         prune(model, config, input_ids=tiny_ids(4, 16))
+
+
+def test_sensitivity_takes_the_experts_of_all_blocks_as_one_kind_and_leaves_the_model_dense() -> None:
+    model, untouched = tiny_model("mixtral"), tiny_model("mixtral").state_dict()
+    ids = tiny_ids(4, 16)
+
+    def nll(label: str) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([model(input_ids=own[None], labels=own[None]).loss.double() for own in ids])
+
+    config = make_config({"method": "magnitude", "sparsity": 0.5})
+    measured = measure_sensitivity(model, config, nll, by="kind")
+    zeros = {part.part: part.weights for part in measured.parts}
+    assert zeros["mlp.experts.*.gate_up_proj"] == 3 * 4 * 96 * 32 // 2
+    assert zeros["mlp.experts.*.down_proj"] == 3 * 4 * 32 * 48 // 2
+    assert all(torch.equal(value, untouched[key]) for key, value in model.state_dict().items())
