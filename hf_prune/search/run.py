@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 PAUSE = 0.5
 # Seconds that a process which came first waits for the one that leads; a launcher starts both within SAME_LAUNCH.
 LONGEST_WAIT, SAME_LAUNCH = 3600, 60
+# And for another to say what it has drawn; one that was killed in between never will.
+LONGEST_DRAW = 5
 # The round of those that are left, with the whole budget.
 FINAL = 1000
 # What accelerate and torchrun tell a process of the others.
@@ -258,13 +260,24 @@ class _Search:
         if not _queued(trials) and not self._may_draw(trials):
             return False
         trial = self.folder.ask(len(drawn(trials)))
-        before = [own for own in self.folder.trials() if own.number < trial.number]
+        choice = self.folder.suggest(trial)
+        before = self._drawn_before(trial.number)
         if "queued" not in trial.user_attrs and not self._may_draw(before):
             # Another process was quicker.
             self.folder.study.tell(trial, state=TrialState.FAIL)
             return False
-        self._measure(trial, self.folder.suggest(trial), before)
+        self._measure(trial, choice, before)
         return True
+
+    def _drawn_before(self, number: int) -> list[FrozenTrial]:
+        """The earlier trials once it is known which candidates they are: two processes may draw the same one."""
+        until = perf_counter() + LONGEST_DRAW
+        while True:
+            before = [own for own in self.folder.trials() if own.number < number]
+            known = all(own.params.keys() == self.folder.space.axes.keys() for own in before if not _waits(own))
+            if known or perf_counter() > until:
+                return before
+            time.sleep(PAUSE / 10)
 
     def _may_draw(self, trials: list[FrozenTrial]) -> bool:
         """Whether another candidate may be drawn when these are there."""
@@ -489,9 +502,14 @@ class _Search:
 
 
 def _queued(trials: list[FrozenTrial]) -> bool:
+    return any(_waits(trial) for trial in trials)
+
+
+def _waits(trial: FrozenTrial) -> bool:
+    """Whether a trial is in the queue."""
     from optuna.trial import TrialState
 
-    return any(trial.state == TrialState.WAITING for trial in trials)
+    return trial.state == TrialState.WAITING
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("optuna")
@@ -91,6 +91,7 @@ def test_the_published_schedule_costs_the_published_epochs() -> None:
     assert 40 * 3 + sum(kept * budget for kept, budget in rounds) == 417
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 1000))
 def test_every_round_is_smaller_and_two_are_left(candidates: int) -> None:
     kept = [candidates, *(own for own, _ in elimination_rounds(candidates, 3, 3))]
@@ -158,39 +159,36 @@ def test_nothing_is_begun_beyond_what_may_be_spent(tmp_path: Path, limits: dict)
         assert 9 < summary["spent"] <= 30 and summary["spent"] == 9 + sum(own[-1] for _, own in bowl.measured)
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_the_same_seed_is_the_same_search_whole_or_cut(tmp_path: Path, sampler: str) -> None:
-    options: dict[str, Any] = {"objective": "loss", "num_candidates": 12, "sampler": sampler, "search_seed": 5}
+def test_the_same_seed_is_the_same_search_whole_or_cut(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"objective": "loss", "num_candidates": 13, "search_seed": 5}
 
     def figures(summary: dict) -> list[tuple]:
         return [(row["candidate"], row["value"], row["budget"]) for row in summary["candidates"]]
 
     whole = run_search(recipe(tmp_path / "whole", **options), Bowl())
-    for cut in (0, 7) if sampler == "tpe" else (4,):
-        folder = tmp_path / f"cut-{cut}"
+    # Cut twice: while the first are drawn at random, and when the sampler has learnt something or a round has begun.
+    for cut in (4, 5):
         with pytest.raises(KeyboardInterrupt):
-            run_search(recipe(folder, **options), Bowl(die_after=cut))
-        again = Bowl()
-        assert figures(run_search(recipe(folder, **options), again, resume=True)) == figures(whole)
-        assert len(again.measured) < len(whole["candidates"]) + 20
-    other = run_search(recipe(tmp_path / "other", **{**options, "search_seed": 6}), Bowl())
-    assert figures(other) != figures(whole)
+            run_search(recipe(tmp_path / "cut", **options), Bowl(die_after=cut), resume=cut == 5)
+    assert figures(run_search(recipe(tmp_path / "cut", **options), Bowl(), resume=True)) == figures(whole)
+    other = run_search(recipe(tmp_path / "other", **{**options, "num_candidates": 4, "search_seed": 6}), Bowl())
+    assert [row["candidate"] for row in other["candidates"]] != [row["candidate"] for row in whole["candidates"]][:4]
 
 
 def test_what_was_finished_is_not_measured_again_and_more_candidates_can_be_had(tmp_path: Path) -> None:
     options: dict[str, Any] = {"objective": "loss", "sampler": "random"}
     first, again, more = Bowl(), Bowl(), Bowl()
-    summary = run_search(recipe(tmp_path / "s", num_candidates=8, **options), first)
-    repeated = run_search(recipe(tmp_path / "s", num_candidates=8, **options), again, resume=True)
+    summary = run_search(recipe(tmp_path / "s", num_candidates=4, **options), first)
+    repeated = run_search(recipe(tmp_path / "s", num_candidates=4, **options), again, resume=True)
     assert again.measured == [] and repeated["candidates"] == summary["candidates"]
-    larger = run_search(recipe(tmp_path / "s", num_candidates=30, **options), more, resume=True)
-    assert more.measured and larger["drawn"] == 30
+    larger = run_search(recipe(tmp_path / "s", num_candidates=7, **options), more, resume=True)
+    assert more.measured and larger["drawn"] == 7
 
 
 HELPER = """
 import sys
 import test_study
-recipe = test_study.recipe(sys.argv[1], objective="loss", num_candidates=30, sampler="random")
+recipe = test_study.recipe(sys.argv[1], objective="loss", num_candidates=16, sampler="random")
 candidates = test_study.Bowl(seconds=0.1)
 print("ready", flush=True)
 test_study.help_search(recipe, candidates)
@@ -209,13 +207,13 @@ def test_two_processes_share_a_search_and_lose_nothing(tmp_path: Path) -> None:
     )
     assert helper.stdout is not None and helper.stdout.readline() == "ready\n"
     bowl = Bowl(seconds=0.1)
-    own = recipe(tmp_path / "s", objective="loss", num_candidates=30, sampler="random")
+    own = recipe(tmp_path / "s", objective="loss", num_candidates=16, sampler="random")
     summary = run_search(own, bowl)
     helped = int(helper.communicate(timeout=60)[0])
     assert helper.returncode == 0 and helped > 0 and bowl.measured
     trials = StudyFolder(tmp_path / "s", own.search, bowl.space, 9).study.get_trials()
     assert all(trial.state.is_finished() for trial in trials)
-    assert summary["drawn"] == 30
+    assert summary["drawn"] == 16
     # Each candidate is measured once at each budget, by one or the other, and has the value it has by itself.
     measured = [trial for trial in trials if "found" in trial.user_attrs]
     assert len(measured) == helped + len(bowl.measured)
@@ -293,10 +291,10 @@ def test_an_embedding_is_fitted_to_the_spectra_of_another_search(tmp_path: Path)
     with pytest.raises(BadInputError, match="holds no spectra at a budget of 3"):
         run_search(recipe(tmp_path / "s", distance="pca", distance_runs=str(tmp_path / "first")), Bowl())
     assert not (tmp_path / "s").exists()
-    run_search(recipe(tmp_path / "first", num_candidates=12, sampler="random"), Bowl())
-    bowl = Bowl()
-    own = recipe(tmp_path / "s", distance="pca", distance_runs=str(tmp_path / "first"), num_candidates=36)
-    summary = run_search(own, bowl)
+    options: dict[str, Any] = {"pruner": "none", "max_budget": 3}
+    run_search(recipe(tmp_path / "first", num_candidates=10, search_seed=1, **options), Bowl())
+    own = recipe(tmp_path / "s", distance="pca", distance_runs=str(tmp_path / "first"), num_candidates=8, **options)
     # All that differs lies in one direction, so that the projection keeps every distance.
-    assert bowl.finished == BEST
-    assert summary["candidates"][0]["distance"] == pytest.approx(2 * Bowl.loss(BEST, 9), rel=1e-6)
+    for row in run_search(own, Bowl())["candidates"]:
+        if row["loss"] is not None:
+            assert row["distance"] == pytest.approx(2 * row["loss"], rel=1e-6)
