@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_prune.dynamics.distance import FITTED, make_distance
+from hf_prune.dynamics.distance import Distance, make_distance
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.preparation import check_output
 from hf_prune.search.arguments import SearchArguments, SearchRecipe
@@ -41,7 +41,6 @@ from hf_prune.search.study import (
     found,
     is_alive,
     spectra_of,
-    this_process,
 )
 from hf_prune.search.summary import summarise, write_tables
 
@@ -104,9 +103,8 @@ def run_search(
     if resume:
         check_identity(folder, recipe.identity)
     candidates = candidates or make_candidates(recipe)
-    if recipe.search.distance in FITTED:
-        # Found out now and not after the first candidate.
-        spectra_of(Path(str(recipe.search.distance_runs)), recipe.search.first_budget)
+    # Whether an embedding can be fitted is found out now and not after the first candidate.
+    _measure_of(recipe.search)
     search = _Search(recipe, candidates)
     search.folder.begin(recipe.identity)
     search.folder.put_back(at_start=True)
@@ -135,7 +133,7 @@ def help_search(recipe: SearchRecipe, candidates: Candidates | None = None) -> N
         return
     search = _Search(recipe, candidates or make_candidates(recipe))
     while not search.folder.study.user_attrs.get("finished"):
-        if not is_alive(search.folder.study.user_attrs.get("leader")):
+        if not is_alive(folder, search.folder.study.user_attrs.get("leader")):
             raise RunError("search: the process that leads is gone; start it again with --resume.")
         if not search.step():
             time.sleep(PAUSE)
@@ -156,6 +154,12 @@ def show_search(recipe: SearchRecipe) -> dict[str, Any]:
     return summary
 
 
+def _measure_of(arguments: SearchArguments) -> Distance:
+    """The distance that a search names, fitted to the spectra of the other search where it is to be fitted."""
+    others = spectra_of(Path(arguments.distance_runs).expanduser()) if arguments.distance_runs else None
+    return make_distance(arguments.distance, others, arguments.search_seed)
+
+
 def _folder(recipe: SearchRecipe) -> Path:
     return Path(str(recipe.search.search_dir)).expanduser()
 
@@ -167,15 +171,15 @@ def _wait_for_leader(folder: Path, identity: str) -> bool:
         BadInputError: the folder's search is another one.
         RunError: no process leads.
     """
-    started, began = perf_counter(), this_process()["created"]
+    started, began = perf_counter(), time.time()
     while perf_counter() - started < LONGEST_WAIT:
         if (folder / STORAGE).exists() and (folder / DENSE).exists():
             attributes = attributes_on_disk(folder / STORAGE)
             leader = attributes.get("leader")
-            if is_alive(leader) and not attributes.get("finished"):
+            if is_alive(folder, leader) and not attributes.get("finished"):
                 check_identity(folder, identity)
                 return True
-            if leader and attributes.get("finished") and leader["created"] > began - SAME_LAUNCH:
+            if attributes.get("finished") and attributes["begun"] > began - SAME_LAUNCH:
                 # It was quicker than this process could start.
                 return False
         time.sleep(PAUSE)
@@ -189,7 +193,7 @@ class _Search:
         self.arguments: SearchArguments = recipe.search
         self.candidates = candidates
         self.folder = StudyFolder(_folder(recipe), recipe.search, candidates.space, candidates.max_budget)
-        self._distances: dict[int, Any] = {}
+        self._measure_distance = _measure_of(recipe.search)
 
     # The dense model.
 
@@ -366,12 +370,7 @@ class _Search:
         """From the dense model's spectrum at the same budget; NaN where the spectrum is not finite."""
         if not bool(spectrum.isfinite().all()):
             return math.nan
-        if budget not in self._distances:
-            own = self.arguments
-            others = spectra_of(Path(own.distance_runs), budget) if own.distance_runs else None
-            self._distances[budget] = (make_distance(own.distance, others, own.search_seed), self.dense_spectra[budget])
-        measure, dense = self._distances[budget]
-        return float(measure(dense, spectrum))
+        return self._measure_distance(self.dense_spectra[budget], spectrum)
 
     def value(self, budget: int, seen: Measurement) -> float:
         """The objective, smaller is better; infinite where it is not a number."""

@@ -5,16 +5,17 @@ SQLite because it takes several processes and a kill at any moment without repai
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import socket
+import secrets
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,27 +29,44 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial, Trial
 
-STORAGE, SPECTRA, DENSE = "search.db", "spectra", "dense.safetensors"
+STORAGE, SPECTRA, DENSE, PROCESSES = "search.db", "spectra", "dense.safetensors", "processes"
 NAME = "hf_prune"
 # Seconds that a process waits for another to let go of the file.
 PATIENCE = 120
 # Keeps the seeds of different searches apart: candidate 1 of seed 0 is not candidate 0 of seed 1.
 SEED_STRIDE = 100_003
+# This process's name in every search, and the locks that it holds.
+TOKEN = secrets.token_hex(8)
+_signed_in: dict[Path, IO[str]] = {}
 
 
-def this_process() -> dict[str, Any]:
-    """What tells this process from every other, also from a later one with its number."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
+def sign_in(folder: Path) -> dict[str, Any]:
+    """Who this process is to the others of a search.
+
+    It holds a lock in the folder from now on, which the system lets go of however the process ends. Numbers of
+    processes come again, and the times at which they began move with the clock.
+    """
+    place = folder.resolve()
+    if place not in _signed_in:
+        (place / PROCESSES).mkdir(parents=True, exist_ok=True)
+        file = (place / PROCESSES / TOKEN).open("w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _signed_in[place] = file
+    return {"token": TOKEN, "pid": os.getpid()}
 
 
-def is_alive(process: dict[str, Any] | None) -> bool:
-    """Whether a process of this machine is still there; those of other machines count as gone."""
-    if not process or process["host"] != socket.gethostname():
+def is_alive(folder: Path, process: dict[str, Any] | None) -> bool:
+    """Whether a process that signed in is still there."""
+    if not process:
         return False
     try:
-        return bool(abs(psutil.Process(process["pid"]).create_time() - process["created"]) < 1)
-    except psutil.Error:
+        with (folder / PROCESSES / process["token"]).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def check_storage(folder: Path, resume: bool) -> None:
@@ -112,6 +130,7 @@ class StudyFolder:
         self.space = space
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SPECTRA).mkdir(exist_ok=True)
+        self.process = sign_in(folder)
         storage = optuna.storages.RDBStorage(
             f"sqlite:///{(folder / STORAGE).resolve()}", engine_kwargs={"connect_args": {"timeout": PATIENCE}}
         )
@@ -126,13 +145,14 @@ class StudyFolder:
             BadInputError: another process leads.
         """
         leader = self.study.user_attrs.get("leader")
-        if leader and is_alive(leader) and leader != this_process():
+        if leader and leader != self.process and is_alive(self.folder, leader):
             raise BadInputError(
                 f"search_dir: process {leader['pid']} is searching in {self.folder}; wait for it, or give it more "
                 "processes by num_processes."
             )
         self.study.set_user_attr("identity", identity)
-        self.study.set_user_attr("leader", this_process())
+        self.study.set_user_attr("leader", self.process)
+        self.study.set_user_attr("begun", time.time())
         self.study.set_user_attr("finished", False)
         # More candidates may be wanted than last time.
         self.study.set_user_attr("rounds", False)
@@ -150,7 +170,7 @@ class StudyFolder:
         # A sampler's random numbers are not in the storage: each trial gets its own by its place.
         self.study.sampler = make_sampler(self.arguments, drawn)
         trial = self.study.ask()
-        trial.set_user_attr("process", this_process())
+        trial.set_user_attr("process", self.process)
         return trial
 
     def suggest(self, trial: Trial) -> Choice:
@@ -168,13 +188,12 @@ class StudyFolder:
         """
         from optuna.trial import TrialState
 
-        mine = this_process()
         count = 0
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             owner = trial.user_attrs.get("process")
-            if not at_start and owner in (mine, None):
+            if not at_start and owner in (self.process, None):
                 continue
-            if owner != mine and is_alive(owner):
+            if owner != self.process and is_alive(self.folder, owner):
                 continue
             self.study.tell(trial.number, state=TrialState.FAIL)
             count += 1
@@ -213,19 +232,19 @@ def found(trial: FrozenTrial) -> dict[str, Any]:
     return trial.user_attrs.get("found", {})
 
 
-def spectra_of(folder: Path, budget: int) -> Tensor:
-    """The spectra of another search at one budget, float64 [runs, k], not finite ones left out.
+def spectra_of(folder: Path) -> Tensor:
+    """Every spectrum of another search, at all budgets, float64 [spectra, k], those that are not finite left out.
 
     Raises:
         BadInputError: there are none.
     """
     files = sorted((folder / SPECTRA).glob("*.safetensors"))
-    every = [load_file(file).get(str(budget)) for file in files]
-    finite = [spectrum for spectrum in every if spectrum is not None and bool(spectrum.isfinite().all())]
+    every = [spectrum for file in files for spectrum in load_file(file).values()]
+    finite = [spectrum for spectrum in every if bool(spectrum.isfinite().all())]
     if not finite or len({len(spectrum) for spectrum in finite}) > 1:
         raise BadInputError(
-            f"distance_runs: {folder} holds no spectra at a budget of {budget}, all of one length; name the search_dir "
-            "of a search with an objective that looks at spectra and the same first_budget."
+            f"distance_runs: {folder} holds no spectra, all of one length; name the search_dir of a search with an "
+            "objective that looks at spectra."
         )
     return torch.stack(finite)
 
