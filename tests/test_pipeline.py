@@ -295,12 +295,13 @@ def test_help_and_import_load_nothing_heavy() -> None:
     script = (
         "import sys\nimport hf_prune\nfrom hf_prune import cli\n"
         "assert cli.main(['--help']) == 0\nassert cli.main(['prune', '--help']) == 0\n"
+        "assert cli.main(['search', '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
-    assert "--sparsity" in done.stdout and "--hub_model_id" in done.stdout
+    assert "--sparsity" in done.stdout and "--hub_model_id" in done.stdout and "--objective" in done.stdout
 
 
 def test_flags_without_a_value_and_slips_are_refused(finished: Path, capsys: pytest.CaptureFixture) -> None:

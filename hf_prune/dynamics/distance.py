@@ -12,14 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hf_prune.dynamics.names import DISTANCES
 from hf_prune.errors import BadInputError
 
 Distance = Callable[[Tensor, Tensor], float]
 """Two spectra, float64 [k] each, to a number >= 0."""
 
-DISTANCES = ("raw", "cosine", "pca", "autoencoder")
-# Those that have to be fitted, and to how many spectra at least.
-FITTED, LEAST_FITTED = ("pca", "autoencoder"), 3
+# Spectra that an embedding has to be fitted to.
+LEAST_FITTED = 3
 COMPONENTS = 2
 WIDTHS = (1024, 128, 64, 32)
 TRAINING_STEPS, LEARNING_RATE = 200, 1e-3
@@ -58,6 +58,14 @@ def _euclidean(one: Tensor, other: Tensor) -> float:
 def _cosine(one: Tensor, other: Tensor) -> float:
     """1 - cosine; 1 where one of the two has no length."""
     return 1 - float(nn.functional.cosine_similarity(one.double(), other.double(), dim=0))
+
+
+def with_loss(distance: float, dense_spectrum: Tensor, loss: float, dense_loss: float) -> float:
+    """The distance as a share of the dense spectrum's length, plus the loss's excess as a share of the dense loss.
+
+    Ours: the objective `both` of a search.
+    """
+    return distance / float(torch.linalg.vector_norm(dense_spectrum)) + (loss - dense_loss) / dense_loss
 
 
 def fit_components(spectra: Tensor) -> Callable[[Tensor], Tensor]:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.dynamics.names import ORDERS
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.errors import BadInputError
 
-ORDERS = ("textbook", "transposed")
 # Exponents are bits a step; multiply by this for nats.
 NATS_PER_BIT = math.log(2)
 # A diagonal of exactly zero would be an exponent of minus infinity, and every distance to it infinite: about -40 bits.

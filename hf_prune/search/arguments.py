@@ -6,11 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hf_prune.arguments import ModelArguments, OutputArguments
-from hf_prune.dynamics.distance import DISTANCES, FITTED
-from hf_prune.dynamics.spectrum import ORDERS
+from hf_prune.dynamics.names import DISTANCES, FITTED, ORDERS
 from hf_prune.errors import BadInputError
 from hf_prune.fields import field_types, fill
 
@@ -135,6 +135,11 @@ class SearchRecipe:
     text: str = ""
     output: OutputArguments = field(default_factory=OutputArguments)
     model: ModelArguments = field(default_factory=ModelArguments)
+
+    @property
+    def folder(self) -> Path:
+        """Where the search is kept."""
+        return Path(str(self.search.search_dir)).expanduser()
 
     @property
     def identity(self) -> str:

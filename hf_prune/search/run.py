@@ -1,12 +1,7 @@
-"""A search from its recipe to the chosen model: measure the dense one, draw candidates, drop most of them, finish one.
-
-Everything that is decided follows from what stands in the study's folder, so that several processes share the work and
-a search that was killed goes on where it was.
-"""
+"""A search from its recipe to the chosen model: draw candidates, drop most of them, finish one."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import subprocess
@@ -16,46 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from hf_prune.dynamics.distance import Distance, make_distance
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.preparation import check_output
-from hf_prune.search.arguments import SearchArguments, SearchRecipe
-from hf_prune.search.candidates import Candidates, Measurement, OneShotCandidates
-from hf_prune.search.space import Choice, elimination_rounds, label
+from hf_prune.search.arguments import SearchRecipe
+from hf_prune.search.candidates import Candidates, OneShotCandidates
+from hf_prune.search.searching import PAUSE, Search
 from hf_prune.search.stability import rank_stability
-from hf_prune.search.study import (
-    DENSE,
-    STORAGE,
-    StudyFolder,
-    attributes_on_disk,
-    best_first,
-    check_identity,
-    check_storage,
-    counted,
-    drawn,
-    found,
-    is_alive,
-    spectra_of,
-)
-from hf_prune.search.summary import summarise, write_tables
+from hf_prune.search.study import DENSE, STORAGE, attributes_on_disk, check_identity, check_storage, is_alive
+from hf_prune.search.summary import write_tables
 
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial, Trial
-
-logger = logging.getLogger(__name__)
-# Seconds between two looks at what the others are doing.
-PAUSE = 0.5
 # Seconds that a process which came first waits for the one that leads; a launcher starts both within SAME_LAUNCH.
 LONGEST_WAIT, SAME_LAUNCH = 3600, 60
-# And for another to say what it has drawn; one that was killed in between never will.
-LONGEST_DRAW = 5
-# The round of those that are left, with the whole budget.
-FINAL = 1000
 # What accelerate and torchrun tell a process of the others.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -95,7 +65,7 @@ def run_search(
         BadInputError: something handed over cannot be used; nothing has been written.
         RunError: no candidate could be measured, or finishing failed; what was measured is kept.
     """
-    folder = _folder(recipe)
+    folder = recipe.folder
     check_storage(folder, resume)
     if recipe.output.output_dir is None:
         raise BadInputError("output_dir: the recipe does not say; name the folder of the chosen model.")
@@ -103,9 +73,7 @@ def run_search(
     if resume:
         check_identity(folder, recipe.identity)
     candidates = candidates or make_candidates(recipe)
-    # Whether an embedding can be fitted is found out now and not after the first candidate.
-    _measure_of(recipe.search)
-    search = _Search(recipe, candidates)
+    search = Search(recipe, candidates)
     search.folder.begin(recipe.identity)
     search.folder.put_back(at_start=True)
     search.measure_dense()
@@ -128,10 +96,10 @@ def run_search(
 
 def help_search(recipe: SearchRecipe, candidates: Candidates | None = None) -> None:
     """Measure what another process's search wants, until it is finished or gone; arguments as for `run_search`."""
-    folder = _folder(recipe)
+    folder = recipe.folder
     if not _wait_for_leader(folder, recipe.identity):
         return
-    search = _Search(recipe, candidates or make_candidates(recipe))
+    search = Search(recipe, candidates or make_candidates(recipe))
     while not search.folder.study.user_attrs.get("finished"):
         if not is_alive(folder, search.folder.study.user_attrs.get("leader")):
             raise RunError("search: the process that leads is gone; start it again with --resume.")
@@ -145,23 +113,13 @@ def show_search(recipe: SearchRecipe) -> dict[str, Any]:
     Raises:
         BadInputError: there is no such search.
     """
-    folder = _folder(recipe)
+    folder = recipe.folder
     check_storage(folder, resume=True)
     check_identity(folder, recipe.identity)
-    search = _Search(recipe, make_candidates(recipe))
+    search = Search(recipe, make_candidates(recipe))
     summary = search.summarise(search.best_drawn(whole=False))
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     return summary
-
-
-def _measure_of(arguments: SearchArguments) -> Distance:
-    """The distance that a search names, fitted to the spectra of the other search where it is to be fitted."""
-    others = spectra_of(Path(arguments.distance_runs).expanduser()) if arguments.distance_runs else None
-    return make_distance(arguments.distance, others, arguments.search_seed)
-
-
-def _folder(recipe: SearchRecipe) -> Path:
-    return Path(str(recipe.search.search_dir)).expanduser()
 
 
 def _wait_for_leader(folder: Path, identity: str) -> bool:
@@ -184,331 +142,6 @@ def _wait_for_leader(folder: Path, identity: str) -> bool:
                 return False
         time.sleep(PAUSE)
     raise RunError(f"search_dir: no process leads a search in {folder}; start one.")
-
-
-class _Search:
-    """What each process does with the study."""
-
-    def __init__(self, recipe: SearchRecipe, candidates: Candidates) -> None:
-        self.arguments: SearchArguments = recipe.search
-        self.candidates = candidates
-        self.folder = StudyFolder(_folder(recipe), recipe.search, candidates.space, candidates.max_budget)
-        self._measure_distance = _measure_of(recipe.search)
-
-    # The dense model.
-
-    @property
-    def budgets(self) -> list[int]:
-        """Every budget that a candidate may be measured at."""
-        last = self.candidates.max_budget
-        return [*range(self.arguments.first_budget, last, self.arguments.budget_step), last]
-
-    def measure_dense(self) -> None:
-        """Once in the life of a study."""
-        study = self.folder.study
-        if "dense" in study.user_attrs:
-            return
-        start = perf_counter()
-        seen = self.candidates.dense(self.budgets)
-        self.folder.save_spectra(
-            "dense",
-            {budget: torch.empty(0) if own.spectrum is None else own.spectrum for budget, own in seen.items()},
-        )
-        measured = {id(own): own for own in seen.values()}.values()
-        study.set_user_attr(
-            "dense",
-            {
-                "loss": {str(budget): own.loss for budget, own in seen.items()},
-                "spent": max(own.spent for own in seen.values()),
-                "seconds": perf_counter() - start,
-                "spectrum_seconds": sum(own.spectrum_seconds for own in measured),
-            },
-        )
-
-    @property
-    def dense_spectra(self) -> dict[int, Tensor]:
-        return self.folder.spectra("dense")
-
-    # What has been spent.
-
-    def spent(self, trials: list[FrozenTrial]) -> tuple[int, float]:
-        """Budget and seconds of everything measured so far, the dense model included."""
-        dense = self.folder.study.user_attrs["dense"]
-        return (
-            dense["spent"] + sum(found(trial).get("spent", 0) for trial in trials),
-            dense["seconds"] + sum(found(trial).get("seconds", 0.0) for trial in trials),
-        )
-
-    def may_spend(self, budget: int, trials: list[FrozenTrial]) -> bool:
-        """Whether so much more is within the limits."""
-        own = self.arguments
-        if own.total_budget is None and own.max_minutes is None:
-            return True
-        used, seconds = self.spent(trials)
-        within = own.total_budget is None or used + budget <= own.total_budget
-        return within and (own.max_minutes is None or seconds < 60 * own.max_minutes)
-
-    # Measuring.
-
-    def draw(self, helpers: list[Any]) -> None:
-        """Draw candidates until there are enough, or what may be spent is."""
-        while self.step():
-            pass
-        self._settle(helpers)
-
-    def step(self) -> bool:
-        """Measure one trial, from the queue or drawn; False where there is nothing to do just now."""
-        from optuna.trial import TrialState
-
-        trials = self.folder.trials()
-        if not _queued(trials) and not self._may_draw(trials):
-            return False
-        trial = self.folder.ask(len(drawn(trials)))
-        choice = self.folder.suggest(trial)
-        before = self._drawn_before(trial.number)
-        if "queued" not in trial.user_attrs and not self._may_draw(before):
-            # Another process was quicker.
-            self.folder.study.tell(trial, state=TrialState.FAIL)
-            return False
-        self._measure(trial, choice, before)
-        return True
-
-    def _drawn_before(self, number: int) -> list[FrozenTrial]:
-        """The earlier trials once it is known which candidates they are: two processes may draw the same one."""
-        until = perf_counter() + LONGEST_DRAW
-        while True:
-            before = [own for own in self.folder.trials() if own.number < number]
-            known = all(own.params.keys() == self.folder.space.axes.keys() for own in before if not _waits(own))
-            if known or perf_counter() > until:
-                return before
-            time.sleep(PAUSE / 10)
-
-    def _may_draw(self, trials: list[FrozenTrial]) -> bool:
-        """Whether another candidate may be drawn when these are there."""
-        own = self.arguments
-        if self.folder.study.user_attrs.get("rounds"):
-            return False
-        # A space with hardly anything possible in it is drawn from for a while, and not for ever.
-        enough = len(counted(trials)) >= own.num_candidates or len(drawn(trials)) >= 20 * own.num_candidates
-        return not enough and self.may_spend(own.first_budget, trials)
-
-    def _measure(self, trial: Trial, choice: Choice, before: list[FrozenTrial]) -> None:
-        """Measure a trial's candidate, or say why not; `before` are the trials before it."""
-        from optuna.trial import TrialState
-
-        study, name = self.folder.study, label(choice)
-        refused = self.candidates.space.refused.get(name)
-        if refused is not None:
-            trial.set_user_attr("refused", refused)
-            study.tell(trial, state=TrialState.PRUNED)
-            return
-        last = int(trial.user_attrs.get("budget", self.arguments.first_budget))
-        budgets = self.budgets if self.arguments.pruner == "hyperband" else [last]
-        known = self._known(name, last, before)
-        if known is not None:
-            trial.set_user_attr("duplicate_of", known.number)
-            if known.state == TrialState.COMPLETE:
-                study.tell(trial, known.value)
-            else:
-                study.tell(trial, state=TrialState.PRUNED)
-            return
-        self._measure_new(trial, choice, budgets)
-
-    def _known(self, name: str, budget: int, before: list[FrozenTrial]) -> FrozenTrial | None:
-        """An earlier trial of the same candidate at the same budget, which may still run."""
-        first = self.arguments.first_budget
-        for other in before:
-            same = label(other.params) == name and other.user_attrs.get("budget", first) == budget
-            if same and "duplicate_of" not in other.user_attrs:
-                return other
-        return None
-
-    def _measure_new(self, trial: Trial, choice: Choice, budgets: list[int]) -> None:
-        import optuna
-
-        start = perf_counter()
-        spectra: dict[int, Tensor] = {}
-        notes: dict[str, Any] = {"spectrum_seconds": 0.0, "spent": 0}
-        value = math.inf
-
-        def look(budget: int, seen: Measurement) -> None:
-            nonlocal value
-            value = self.value(budget, seen)
-            notes["spectrum_seconds"] += seen.spectrum_seconds
-            notes.update(spent=seen.spent, loss=seen.loss, layer_error=seen.layer_error, reached=budget)
-            if seen.spectrum is not None:
-                spectra[budget] = seen.spectrum
-                notes["distance"] = self.distance(budget, seen.spectrum)
-            if len(budgets) > 1:
-                trial.report(value, budget)
-                if trial.should_prune():
-                    raise optuna.TrialPruned
-
-        state = None
-        try:
-            self.candidates.measure(choice, budgets, look)
-        except optuna.TrialPruned:
-            state = optuna.trial.TrialState.PRUNED
-        except (RunError, torch.linalg.LinAlgError) as error:
-            value = math.inf
-            notes["sentence"] = " ".join(str(error).split())
-        if not math.isfinite(value):
-            notes.setdefault("sentence", "loss or spectrum is not finite.")
-        if spectra:
-            self.folder.save_spectra(f"trial-{trial.number:05d}", spectra)
-        notes["seconds"] = perf_counter() - start
-        # JSON knows no NaN.
-        notes = {key: None if isinstance(own, float) and not math.isfinite(own) else own for key, own in notes.items()}
-        trial.set_user_attr("found", notes)
-        if state is None:
-            self.folder.study.tell(trial, value)
-        else:
-            self.folder.study.tell(trial, state=state)
-        logger.info("%s: %s %.4g, %.1f s", label(choice), self.arguments.objective, value, notes["seconds"])
-
-    def distance(self, budget: int, spectrum: Tensor) -> float:
-        """From the dense model's spectrum at the same budget; NaN where the spectrum is not finite."""
-        if not bool(spectrum.isfinite().all()):
-            return math.nan
-        return self._measure_distance(self.dense_spectra[budget], spectrum)
-
-    def value(self, budget: int, seen: Measurement) -> float:
-        """The objective, smaller is better; infinite where it is not a number."""
-        objective = self.arguments.objective
-        if objective == "loss":
-            value = seen.loss
-        elif objective == "layer_error":
-            value = math.nan if seen.layer_error is None else seen.layer_error
-        else:
-            assert seen.spectrum is not None
-            value = self.distance(budget, seen.spectrum)
-            if objective == "both":
-                loss = self.folder.study.user_attrs["dense"]["loss"][str(budget)]
-                length = float(torch.linalg.vector_norm(self.dense_spectra[budget]))
-                value = value / length + (seen.loss - loss) / loss
-        return value if math.isfinite(value) else math.inf
-
-    # Rounds.
-
-    def best_drawn(self, whole: bool = True) -> list[FrozenTrial]:
-        """Distinct candidates that were measured to the end, best first.
-
-        Raises:
-            RunError: there is none (with `whole`).
-        """
-        from optuna.trial import TrialState
-
-        done = [
-            trial
-            for trial in counted(self.folder.trials())
-            if trial.state == TrialState.COMPLETE and "duplicate_of" not in trial.user_attrs
-        ]
-        if whole and not done:
-            raise RunError(
-                "search: no candidate was measured; allow more by num_candidates, total_budget or max_minutes."
-            )
-        return best_first(done)
-
-    def eliminate(self, helpers: list[Any]) -> list[FrozenTrial]:
-        """The best two or fewer, best first, after the rounds that there are."""
-        survivors = self.best_drawn()
-        if self.arguments.pruner != "elimination":
-            return survivors[:2]
-        for number, (kept, budget) in enumerate(
-            elimination_rounds(len(survivors), self.arguments.first_budget, self.arguments.budget_step), start=1
-        ):
-            survivors = survivors[:kept]
-            budget = min(budget, self.candidates.max_budget)
-            # With the whole budget nothing more can be found out about them.
-            if any(self._budget(own) != budget for own in survivors):
-                measured = self._again(survivors, number, budget, helpers)
-                if measured is None:
-                    break
-                survivors = best_first(measured)
-        return survivors[:2]
-
-    def finals(self, finalists: list[FrozenTrial], helpers: list[Any]) -> list[FrozenTrial]:
-        """The finalists with the whole budget, the lowest loss first, whatever the objective was."""
-        budget = self.candidates.max_budget
-        if any(self._budget(own) != budget for own in finalists):
-            finalists = self._again(finalists, FINAL, budget, helpers) or finalists
-        infinite = math.inf
-        return sorted(
-            finalists,
-            key=lambda own: (own.value == infinite, found(own).get("loss") or infinite, own.number),
-        )
-
-    def _again(
-        self, trials: list[FrozenTrial], number: int, budget: int, helpers: list[Any]
-    ) -> list[FrozenTrial] | None:
-        """Candidates measured again in a round; None where that may not be spent."""
-        from optuna.trial import TrialState
-
-        names = {label(own.params) for own in trials}
-        there = {label(own.params) for own in self._round(number)}
-        missing = [own for own in trials if label(own.params) not in there]
-        if missing and not self.may_spend(budget * len(missing), self.folder.trials()):
-            logger.info("What may be spent is: no further round.")
-            return None
-        self.folder.study.set_user_attr("rounds", True)
-        for own in missing:
-            self.folder.enqueue(own.params, round=number, budget=budget)
-        self._settle(helpers)
-        done = [own for own in self._round(number) if own.state == TrialState.COMPLETE and label(own.params) in names]
-        # A candidate that was measured at this budget before stands there with its figures.
-        earlier = {own.number: own for own in self.folder.trials()}
-        return [earlier[own.user_attrs.get("duplicate_of", own.number)] for own in done]
-
-    def _budget(self, trial: FrozenTrial) -> int:
-        """What a trial was measured with."""
-        return int(found(trial).get("reached") or trial.user_attrs.get("budget", self.arguments.first_budget))
-
-    def _round(self, number: int) -> list[FrozenTrial]:
-        return [trial for trial in self.folder.trials() if trial.user_attrs.get("round") == number]
-
-    # Other processes.
-
-    def _settle(self, helpers: list[Any]) -> None:
-        """Wait until nothing is being measured any more."""
-        from optuna.trial import TrialState
-
-        while any(trial.state in (TrialState.RUNNING, TrialState.WAITING) for trial in self.folder.trials()):
-            if not self.step():
-                self._wait(helpers)
-
-    def _wait(self, helpers: list[Any]) -> None:
-        time.sleep(PAUSE)
-        if self.folder.put_back():
-            logger.warning("A process is gone; what it was measuring is measured again.")
-        if helpers and all(helper.poll() is not None for helper in helpers):
-            logger.warning("No helper is left; this process goes on alone.")
-            helpers.clear()
-
-    # What is said of it.
-
-    def summarise(self, finalists: list[FrozenTrial]) -> dict[str, Any]:
-        """Candidates, ranking and cost, plain data."""
-        return summarise(self.arguments, self.candidates, self.folder, finalists, self.spent(self.folder.trials()))
-
-    def candidate_spectra(self, summary: dict[str, Any]) -> dict[str, Tensor]:
-        """Spectra of the best candidates by label, at the first budget."""
-        spectra = {}
-        for row in summary["candidates"]:
-            spectrum = self.folder.spectra(f"trial-{row['trial']:05d}").get(self.arguments.first_budget)
-            if spectrum is not None:
-                spectra[row["candidate"]] = spectrum
-        return spectra
-
-
-def _queued(trials: list[FrozenTrial]) -> bool:
-    return any(_waits(trial) for trial in trials)
-
-
-def _waits(trial: FrozenTrial) -> bool:
-    """Whether a trial is in the queue."""
-    from optuna.trial import TrialState
-
-    return trial.state == TrialState.WAITING
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from hf_prune.dynamics.distance import FITTED, make_distance
+from hf_prune.dynamics.distance import make_distance, with_loss
+from hf_prune.dynamics.names import FITTED
 from hf_prune.search.space import elimination_rounds
 
 DENSE = "dense"
@@ -77,8 +78,8 @@ def scores(metric: str, dense: Run, runs: list[Run], fitted: list[Run], epoch: i
     measure = make_distance(name, others, seed)
     distances = [measure(reference, run.spectra[place]) for run in runs]
     if metric == "both":
-        loss, length = float(dense.losses[place]), float(reference.norm())
-        distances = [own / length + (mine - loss) / loss for own, mine in zip(distances, losses, strict=True)]
+        loss = float(dense.losses[place])
+        distances = [with_loss(own, reference, mine, loss) for own, mine in zip(distances, losses, strict=True)]
     return [_last(own) for own in distances]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
 
 from hf_prune.checkpoint.displacement import displacement
+from hf_prune.checkpoint.folder import PLAN_FILE, REPORT_FILE
 from hf_prune.checkpoint.inspect import inspect_checkpoint
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.compose import make_config
@@ -20,7 +21,10 @@ from hf_prune.engine.statistics import LEAST_TOKENS
 from hf_prune.errors import BadInputError
 from hf_prune.plan import select_views
 from hf_prune.pruning import plan_pruning, prune
+from hf_prune.recovery_setup import prepare_recovery
 from hf_prune.sensitivity import measure_sensitivity
+from hf_prune.training.arguments import make_train_recipe
+from hf_prune.training.recovery import RecoveryConfig
 from hf_prune.weights import WeightView, find_views
 
 COMMON = {
@@ -284,6 +288,19 @@ def test_routers_are_left_out_and_what_cannot_train_experts_says_so() -> None:
     config = make_config({"method": "fcpts", "train_weights": True, "sparsity": 0.5})
     with pytest.raises(BadInputError, match="train_weights: experts of a mixture"):
         prune(model, config, input_ids=tiny_ids(4, 16))
+
+
+def test_structured_pruning_and_lora_refuse_mixtures(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    with pytest.raises(BadInputError, match="of a mixtral block belong together is not described"):
+        prune(model, make_config({"method": "intra_fusion", "sparsity": 0.2}), input_ids=tiny_ids(2, 16))
+    result = prune(model, make_config({"method": "magnitude", "sparsity": 0.5}))
+    result.plan.save(tmp_path / PLAN_FILE)
+    (tmp_path / REPORT_FILE).write_text("{}")
+    values = {"recovery": "lora", "output_dir": str(tmp_path / "out"), "eval_dataset_name": "text.txt"}
+    with pytest.raises(BadInputError, match="lora has no adapters for the experts"):
+        prepare_recovery(str(tmp_path), make_train_recipe(values, RecoveryConfig))
+    assert not (tmp_path / "out").exists()
 
 
 def test_sensitivity_takes_the_experts_of_all_blocks_as_one_kind_and_leaves_the_model_dense() -> None:

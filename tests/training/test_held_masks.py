@@ -170,7 +170,7 @@ for name, mask in masks.items():
     weight = model.get_parameter(name).full_tensor()
     assert not bool((weight * ~mask).any()) and int((weight != 0).sum()) == int(mask.sum()), name
 assert not torch.equal(before * masks["0.weight"], model[0].weight.full_tensor())
-# One that leaves while the other still talks to it takes it down.
+# Neither leaves before the other has everything.
 dist.barrier()
 dist.destroy_process_group()
 """
