@@ -128,7 +128,7 @@ def sizes_of(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
 
 
 def describe_method(config: PruneConfig) -> dict[str, Any]:
-    """The report's `method` entry. A preset whose parts were changed is named by its parts."""
+    """The report's `method` entry: the method that the parts make, or the parts where no method is made of them."""
     if isinstance(config, StructuredConfig):
         return {
             **asdict(config.describe_run()),
@@ -137,15 +137,13 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
             "options": own_options(config),
         }
     solver = make_solver(config)
-    preset = find_method("method", config.method) if config.method else None
-    changed = preset is None or (solver.criterion_name, solver.update_name) != (
-        preset.criterion_name,
-        preset.update_name,
-    )
-    owner = find_method("criterion", solver.criterion_name) if changed or preset is None else preset
+    own_criterion = find_method("criterion", solver.criterion_name)
+    owner = find_method("method", config.method) if config.method else own_criterion
+    changed = (solver.criterion_name, solver.update_name) != (owner.criterion_name, owner.update_name)
+    owner = own_criterion if changed else owner
     title = owner.info.title if not changed else f"{owner.info.title} criterion, {solver.update_name} update"
     return {
-        "name": config.method if not changed else f"{solver.criterion_name}+{solver.update_name}",
+        "name": owner.info.name if not changed else f"{solver.criterion_name}+{solver.update_name}",
         "title": title,
         "criterion": solver.criterion_name,
         "update": solver.update_name,

@@ -9,6 +9,7 @@ from tiny import tiny_ids, tiny_model
 from hf_prune.allocation import ALLOCATIONS
 from hf_prune.arguments import RECONSTRUCT
 from hf_prune.compose import make_config, make_solver
+from hf_prune.description import describe_method
 from hf_prune.errors import BadInputError
 from hf_prune.methods import methods
 from hf_prune.pruning import prune
@@ -64,3 +65,17 @@ def test_presets_are_named_combinations() -> None:
     best = make_config({"method": "best"})
     assert best.reconstruct == "block" and make_solver(best).update_name == "admm"
     assert make_config({"method": "best", "reconstruct": "none"}).reconstruct == "none"
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "title"),
+    [
+        ({"criterion": "wanda", "update": "none"}, "wanda", "Wanda"),
+        ({"criterion": "sparsegpt", "update": "sparsegpt"}, "sparsegpt", "SparseGPT"),
+        ({"method": "fast"}, "fast", "Fast preset (SparseGPT)"),
+        ({"method": "wanda", "update": "sparsegpt"}, "wanda+sparsegpt", "Wanda criterion, sparsegpt update"),
+    ],
+)
+def test_parts_that_make_a_method_are_called_by_its_name(options: dict[str, str], name: str, title: str) -> None:
+    described = describe_method(make_config(options))
+    assert (described["name"], described["title"]) == (name, title)

@@ -19,6 +19,12 @@ OBJECTIVES = {
     "both": "loss and distance of Lyapunov spectra",
     "layer_error": "the layers' output error",
 }
+AXES = {
+    "ls_distance": "LS distance at the first budget",
+    "loss": "loss at the first budget, nats a token",
+    "both": "relative loss + LS distance at the first budget",
+    "layer_error": "layer error at the first budget",
+}
 SAMPLERS = {"tpe": "TPE", "random": "random search"}
 COLUMNS = ("candidate", "value", "LS distance", "loss", "layer error", "most given", "seconds", "of these spectra")
 
@@ -98,6 +104,7 @@ def _stability(rows: list[dict[str, Any]]) -> list[str]:
 def plot_candidates(summary: Mapping[str, Any], path: str | Path) -> Figure:
     """Draw each candidate's first value against the order in which they were drawn, the chosen one marked, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = sorted(
         (row for row in summary["candidates"] if row["first_value"] is not None), key=lambda row: row["trial"]
@@ -108,9 +115,11 @@ def plot_candidates(summary: Mapping[str, Any], path: str | Path) -> Figure:
     for row in rows:
         if row["candidate"] == summary["chosen"]:
             axes.plot(row["trial"], row["first_value"], "o", color="#d1873c", label="chosen")
-            axes.legend(frameon=False)
-    axes.set_xlabel("draw")
-    axes.set_ylabel(OBJECTIVES[summary["objective"]])
+            axes.legend(frameon=False, loc="best")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.08, y=0.12)
+    axes.set_xlabel("trial, in the order they were drawn")
+    axes.set_ylabel(AXES[summary["objective"]])
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=DPI)
     return figure
