@@ -1,7 +1,8 @@
 """Recurrent language models as transformers knows models; importing this makes its Auto classes know them.
 
 The classes live in one file that needs torch and transformers alone: `save_pretrained` puts a copy of it beside the
-weights, so that a folder loads without hf_prune by `trust_remote_code=True`, and with hf_prune imported without it.
+weights, so that a folder loads without hf_prune by `trust_remote_code=True`, and with this imported without it.
+`AutoConfig` and `AutoModelForCausalLM` are those of transformers: taken from here, they know these models for sure.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from hf_prune.models.modeling_recurrent import (
 __all__ = [
     "AWDLSTMMoSConfig",
     "AWDLSTMMoSForCausalLM",
+    "AutoConfig",
+    "AutoModelForCausalLM",
     "RHNConfig",
     "RHNForCausalLM",
     "RecurrentConfig",

@@ -252,7 +252,12 @@ class LSTMLayer(RecurrentLayer):
         cell = (f * before + i * g).tanh()
         outer = o * (1 - cell.square())
         # What a change of each gate's pre-activation adds to the output.
-        slopes = [outer * g * i * (1 - i), outer * before * f * (1 - f), outer * i * (1 - g.square()), cell * o * (1 - o)]
+        slopes = [
+            outer * g * i * (1 - i),
+            outer * before * f * (1 - f),
+            outer * i * (1 - g.square()),
+            cell * o * (1 - o),
+        ]
         return tuple(
             sum(slope[:, :, None] * gate for slope, gate in zip(slopes, weight.chunk(4), strict=True))
             for weight in (self.recurrent.weight, self.input.weight)

@@ -343,8 +343,9 @@ def fused(report: dict[str, Any]) -> str:
 def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:
     """What to do with the folder: load it, look into it, push it; what to try where the cost was high."""
     place = one_line(folder)
+    trust = ", trust_remote_code=True" if report.get("own_code") else ""
     steps = [
-        f"Load it: `AutoModelForCausalLM.from_pretrained({place!r})`",
+        f"Load it: `AutoModelForCausalLM.from_pretrained({place!r}{trust})`",
         f"Look into it: `hf-prune inspect {shlex.quote(place)}`",
         f"Publish it: `hf-prune push {shlex.quote(place)} --repo_id YOUR_NAME/{repo_name(report)}`",
     ]
