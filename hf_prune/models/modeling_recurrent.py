@@ -7,7 +7,8 @@ Weights are plain linear layers, the gates of a layer stacked in two of them: wh
 model. A sequence begins with a zero state unless `past_key_values` holds another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class RecurrentConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
         super().__post_init__(**kwargs)
@@ -73,15 +74,13 @@ class RecurrentConfig(PreTrainedConfig):
             )
 
     @property
-    def layer_sizes(self):
+    def layer_sizes(self) -> list[tuple[int, int]]:
         """(inputs, outputs) of each layer."""
-        return [
-            (self.hidden_size if number else self.embedding_size, self.hidden_size)
-            for number in range(self.num_hidden_layers)
-        ]
+        inputs = [self.embedding_size or self.hidden_size] + [self.hidden_size] * (self.num_hidden_layers - 1)
+        return [(size, self.hidden_size) for size in inputs]
 
     @property
-    def head_size(self):
+    def head_size(self) -> int:
         """Inputs of the head."""
         return self.layer_sizes[-1][1]
 
@@ -136,7 +135,7 @@ class AWDLSTMMoSConfig(RecurrentConfig):
     model_type = "awd_lstm_mos"
 
     hidden_size: int = 960
-    embedding_size: int | None = 280
+    embedding_size: int = 280
     last_hidden_size: int = 620
     num_hidden_layers: int = 3
     num_softmaxes: int = 15
@@ -151,12 +150,12 @@ class AWDLSTMMoSConfig(RecurrentConfig):
     tie_word_embeddings: bool = True
 
     @property
-    def layer_sizes(self):
+    def layer_sizes(self) -> list[tuple[int, int]]:
         sizes = super().layer_sizes
         return [*sizes[:-1], (sizes[-1][0], self.last_hidden_size)]
 
     @property
-    def head_size(self):
+    def head_size(self) -> int:
         return self.embedding_size
 
 
@@ -168,13 +167,24 @@ def dropout(values: Tensor, share: float, training: bool, variational: bool) -> 
     return values * functional.dropout(values.new_ones(shape), share)
 
 
+def scaled(slopes: list[Tensor], weight: Tensor) -> Tensor:
+    """The sum over gates of diag(slope) times the gate's matrix, [batch, size, inputs]; `weight` stacks the gates."""
+    return torch.einsum("gbi,gij->bij", torch.stack(slopes), weight.unflatten(0, (len(slopes), -1)))
+
+
 class RecurrentLayer(nn.Module):
     """One layer: its input's share for all times at once, then step by step.
 
-    `input` is a linear layer, what multiplies the layer's own output is up to the family.
+    `input` has no bias and the gates' outputs one behind another; what multiplies the layer's own output is up to the
+    kind of layer.
     """
 
     state_parts = 1
+
+    def __init__(self, inputs: int, size: int, gates: int) -> None:
+        super().__init__()
+        self.size = size
+        self.input = nn.Linear(inputs, gates * size, bias=False)
 
     def initial_state(self, batch: int) -> LayerState:
         """Zeros."""
@@ -212,9 +222,8 @@ class LSTMLayer(RecurrentLayer):
     state_parts = 2
 
     def __init__(self, inputs: int, size: int, weight_dropout: float) -> None:
-        super().__init__()
-        self.size, self.weight_dropout = size, weight_dropout
-        self.input = nn.Linear(inputs, 4 * size, bias=False)
+        super().__init__(inputs, size, gates=4)
+        self.weight_dropout = weight_dropout
         self.recurrent = nn.Linear(size, 4 * size)
 
     def forward(
@@ -258,38 +267,29 @@ class LSTMLayer(RecurrentLayer):
             outer * i * (1 - g.square()),
             cell * o * (1 - o),
         ]
-        return tuple(
-            sum(slope[:, :, None] * gate for slope, gate in zip(slopes, weight.chunk(4), strict=True))
-            for weight in (self.recurrent.weight, self.input.weight)
-        )
+        return scaled(slopes, self.recurrent.weight), scaled(slopes, self.input.weight)
 
 
 class HighwayLayer(RecurrentLayer):
-    """s_l = h_l t_l + s_{l-1} (1 - t_l) for l = 1 .. depth: equations 6 to 9 of Zilly et al. with coupled gates.
+    """s_l = h_l t_l + s_{l-1} (1 - t_l) for l = 1 .. depth, Zilly et al. with coupled gates.
 
     h_l = tanh and t_l = sigmoid of what the state gives, to which the input adds its share where l = 1; both matrices
     are stacked, first that of h. State between steps of time is s_depth.
     """
 
     def __init__(self, inputs: int, size: int, depth: int, state_dropout: float, variational: bool) -> None:
-        super().__init__()
-        self.size, self.state_dropout, self.variational = size, state_dropout, variational
-        self.input = nn.Linear(inputs, 2 * size, bias=False)
-        self.recurrent = nn.ModuleList(Highway(size, 2 * size) for _ in range(depth))
+        super().__init__(inputs, size, gates=2)
+        self.state_dropout, self.variational = state_dropout, variational
+        self.recurrent: Any = nn.ModuleList(Highway(size, 2 * size) for _ in range(depth))
 
     def recurrence(self, batch: int) -> Callable[[Tensor, LayerState], LayerState]:
-        ones = self.input.weight.new_ones(batch, self.size)
-
-        def draw() -> Tensor:
-            return functional.dropout(ones, self.state_dropout)
-
-        dropping = self.training and self.state_dropout > 0
-        fixed = draw() if dropping and self.variational else None
+        share_dropped, ones = self.state_dropout, self.input.weight.new_ones(batch, self.size)
+        mask = functional.dropout(ones, share_dropped, self.training) if self.variational else None
 
         def step(share: Tensor | float, state: LayerState) -> LayerState:
             (hidden,) = state
             for highway in self.recurrent:
-                left = hidden * (draw() if fixed is None else fixed) if dropping else hidden
+                left = functional.dropout(hidden, share_dropped, self.training) if mask is None else hidden * mask
                 new, transform = (highway(left) + share).chunk(2, 1)
                 transform = transform.sigmoid()
                 hidden = hidden + transform * (new.tanh() - hidden)
@@ -301,19 +301,19 @@ class HighwayLayer(RecurrentLayer):
     def jacobians(self, inputs: Tensor, state: LayerState) -> tuple[Tensor, Tensor]:
         """By the closed form: the product over the recurrence depth."""
         (hidden,) = state
-        share, by_hidden, by_input = self.input(inputs), None, None
+        share: Tensor | float = self.input(inputs)
+        by_hidden = by_input = None
         for highway in self.recurrent:
             new, transform = (highway(hidden) + share).chunk(2, 1)
             new, transform = new.tanh(), transform.sigmoid()
             slopes = [transform * (1 - new.square()), (new - hidden) * transform * (1 - transform)]
-
-            def through(weight: Tensor, slopes: list[Tensor] = slopes) -> Tensor:
-                return sum(slope[:, :, None] * part for slope, part in zip(slopes, weight.chunk(2), strict=True))
-
-            own = through(highway.weight) + torch.diag_embed(1 - transform)
-            by_hidden = own if by_hidden is None else own @ by_hidden
-            by_input = through(self.input.weight) if by_input is None else own @ by_input
+            own = scaled(slopes, highway.weight) + torch.diag_embed(1 - transform)
+            if by_hidden is None or by_input is None:
+                by_hidden, by_input = own, scaled(slopes, self.input.weight)
+            else:
+                by_hidden, by_input = own @ by_hidden, own @ by_input
             hidden, share = hidden + transform * (new - hidden), 0.0
+        assert by_hidden is not None and by_input is not None
         return by_hidden, by_input
 
 
@@ -349,17 +349,17 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
     _is_stateful = True
 
-    def __init__(self, config: RecurrentConfig, layers: list[RecurrentLayer]) -> None:
+    def __init__(self, config: RecurrentConfig, layers: Iterable[RecurrentLayer]) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
-        self.layers = nn.ModuleList(layers)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.layer_sizes[0][0])
+        self.layers: Any = nn.ModuleList(layers)
         self.lm_head = nn.Linear(config.head_size, config.vocab_size)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             init.uniform_(module.weight, -self.config.initializer_range, self.config.initializer_range)
-        if getattr(module, "bias", None) is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             start = torch.zeros_like(module.bias)
             if isinstance(module, Highway):
                 start[len(start) // 2 :] = self.config.transform_bias
@@ -406,7 +406,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As any causal language model of transformers.
 
@@ -430,7 +430,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=state if use_cache else None)
+        kept: Any = state if use_cache else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
 
     def recur(self, token: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """One step: the last layer's output [batch, size] and the state behind `token`, int64 [batch]."""
@@ -459,7 +460,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
     def state_jacobian(self, token: Tensor, state: RecurrentState) -> Tensor:
         """d hidden_vector behind `token` / d hidden_vector before it, cells as they are: block lower triangular."""
-        inputs, rows = self._embed(token[:, None]), []
+        inputs = self._embed(token[:, None])
+        rows: list[list[Tensor]] = []
         for number, (layer, own) in enumerate(zip(self.layers, state.layers, strict=True)):
             by_hidden, by_input = layer.jacobians(inputs[:, 0], own)
             below = [by_input @ part for part in rows[-1][:number]] if rows else []
@@ -485,8 +487,11 @@ class RHNForCausalLM(RecurrentForCausalLM):
     config_class = RHNConfig
 
     def __init__(self, config: RHNConfig) -> None:
-        rest = (config.recurrence_depth, config.hidden_dropout, config.variational_dropout)
-        super().__init__(config, [HighwayLayer(*sizes, *rest) for sizes in config.layer_sizes])
+        layers = (
+            HighwayLayer(*own, config.recurrence_depth, config.hidden_dropout, config.variational_dropout)
+            for own in config.layer_sizes
+        )
+        super().__init__(config, layers)
         self.post_init()
 
 
@@ -505,5 +510,5 @@ class AWDLSTMMoSForCausalLM(RecurrentForCausalLM):
         config = self.config
         latent = dropout(self.latent(hidden).tanh(), config.latent_dropout, self.training, config.variational_dropout)
         latent = latent.unflatten(-1, (config.num_softmaxes, config.embedding_size))
-        prior = self.prior(hidden).float().log_softmax(-1)
-        return (self.lm_head(latent).float().log_softmax(-1) + prior[..., None]).logsumexp(-2)
+        prior = self.prior(hidden).log_softmax(-1)
+        return (self.lm_head(latent).log_softmax(-1) + prior[..., None]).logsumexp(-2)
