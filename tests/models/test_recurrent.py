@@ -10,8 +10,9 @@ from scipy.special import expit, softmax
 from tiny_recurrent import RECURRENT, recurrent_model
 from torch import Tensor, nn
 
+from hf_prune import WandaConfig, prune
 from hf_prune.dynamics.spectrum import ORDERS, recurrent_spectrum
-from hf_prune.models import AWDLSTMMoSConfig, RHNConfig, StackedLSTMConfig
+from hf_prune.models import AWDLSTMMoSConfig, RHNConfig, RHNForCausalLM, StackedLSTMConfig
 from hf_prune.plan import select_views
 
 WORDS = 7
@@ -231,8 +232,6 @@ def test_highway_state_dropout_drops_from_the_state() -> None:
 
 def test_weights_begin_as_the_config_says() -> None:
     torch.manual_seed(0)
-    from hf_prune.models import RHNForCausalLM
-
     model = RHNForCausalLM(RHNConfig(vocab_size=500, hidden_size=64, recurrence_depth=2, initializer_range=0.2))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
@@ -252,6 +251,20 @@ def test_weights_begin_as_the_config_says() -> None:
 def test_what_is_pruned_are_the_gates_matrices(kind: str, names: list[str]) -> None:
     views, _ = select_views(recurrent_model(kind), None, None)
     assert [view.name for view in views] == [f"layers.{name}" for name in names]
+
+
+def test_one_shot_methods_see_the_state_of_every_step() -> None:
+    """Wanda: each output keeps the inputs with the largest |weight| times norm of what came in, over all steps."""
+    model = recurrent_model("stacked_lstm", torch.float32, vocab_size=WORDS)
+    before = model.layers[0].recurrent.weight.detach().double()
+    squares, state = torch.zeros(6, dtype=torch.float64), model.initial_state(8)
+    for token in tokens(8, 20).T:
+        squares += state.layers[0][0].detach().double().square().sum(0)
+        state = model.recur(token, state)[1]
+    prune(model, WandaConfig(sparsity=0.5), input_ids=tokens(8, 20))
+    dropped = (before.abs() * squares.sqrt()).argsort(1)[:, :3]
+    wanted = before.scatter(1, dropped, 0.0)
+    np.testing.assert_array_equal(model.layers[0].recurrent.weight.detach(), wanted)
 
 
 @pytest.mark.parametrize(
