@@ -275,6 +275,12 @@ def _quality_limits(report: dict[str, Any]) -> list[str]:
             sentences.append(
                 "The interval includes no change at all: these windows are too few to tell the two models apart."
             )
+    unknown = number(evaluation.get("unknown"))
+    if unknown:
+        sentences.append(
+            f"{percent(unknown)} of the words to predict are outside the vocabulary and count as one: the figures "
+            "compare with those of the same vocabulary only, bits per byte with none."
+        )
     sentences.append(
         f"Only language modelling on {name} was measured: nothing here tells how downstream tasks, instruction "
         "following, other languages or safety behaviour changed."

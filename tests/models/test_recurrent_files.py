@@ -20,6 +20,7 @@ from hf_prune.data.text import TextData, load_text
 from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
+from hf_prune.hub.push import files_to_upload
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig
 from hf_prune.models import AutoModelForCausalLM, StackedLSTMConfig
 from hf_prune.tickets import run_tickets
@@ -120,14 +121,18 @@ def test_a_recipe_makes_a_verified_folder(kind: str, tmp_path: Path) -> None:
     assert report["own_code"] == ["modeling_recurrent.py"] and (tmp_path / "out" / "modeling_recurrent.py").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "trust_remote_code=True)" in card and "`modeling_recurrent.py`" in card and "nothing but" not in card
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
-        AutoTokenizer.from_pretrained(tmp_path / "out"),
-    )
+    # All of it is pushed.
+    assert "modeling_recurrent.py" in files_to_upload(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     windows = evaluation_windows(load_text("builtin:python-docs", split="test"), tokenizer, 35, 6).input_ids
     assert float(window_nll(model, windows).mean().exp()) == pytest.approx(
         report["evaluation"]["pruned"]["perplexity"], rel=1e-5
     )
+    # At 300 words about a third of the text is none of them.
+    unknown = sum(row[1:].count(0) for row in windows.tolist()) / (6 * 34)
+    assert 0.1 < unknown == pytest.approx(report["evaluation"]["unknown"])
+    assert f"{100 * unknown:.1f} % of the words to predict are outside the vocabulary" in card
 
 
 @pytest.mark.parametrize(
