@@ -229,8 +229,7 @@ class LSTMLayer(RecurrentLayer):
     def forward(
         self, inputs: Tensor, state: LayerState, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
-        if not self.training or attention_mask is not None:
-            # Through the linear layers themselves: what hooks onto them sees every input.
+        if not (self.training and self._plain) or attention_mask is not None:
             return super().forward(inputs, state, attention_mask)
         bias = self.recurrent.bias
         weights = [self.input.weight, self._dropped(), bias, torch.zeros_like(bias)]
@@ -238,11 +237,17 @@ class LSTMLayer(RecurrentLayer):
         outputs, *last = torch.lstm(inputs, start, weights, True, 1, 0.0, True, False, True)
         return outputs, tuple(part[0] for part in last)
 
+    @property
+    def _plain(self) -> bool:
+        """Whether the linear layers are nothing but their weights; adapters in their place have to be called."""
+        return type(self.input) is nn.Linear and type(self.recurrent) is nn.Linear
+
     def _dropped(self) -> Tensor:
         return functional.dropout(self.recurrent.weight, self.weight_dropout, self.training)
 
     def recurrence(self, batch: int) -> Callable[[Tensor, LayerState], LayerState]:
-        weight = self._dropped() if self.training else None
+        # Otherwise through the linear layer itself: what hooks onto it sees every input.
+        weight = self._dropped() if self.training and self._plain else None
 
         def step(share: Tensor, state: LayerState) -> LayerState:
             hidden, cell = state

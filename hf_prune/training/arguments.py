@@ -24,7 +24,9 @@ Section = TypeVar("Section")
 class FreshModelArguments:
     """A model that begins with random weights, instead of `model_name_or_path`."""
 
-    model_type: str | None = field(default=None, metadata={"help": "architecture of a fresh model, as in llama"})
+    model_type: str | None = field(
+        default=None, metadata={"help": "architecture of a fresh model: llama, stacked_lstm, ..."}
+    )
     config_overrides: str | None = field(
         default=None, metadata={"help": "its sizes, hidden_size=64,num_hidden_layers=2"}
     )

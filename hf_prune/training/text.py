@@ -142,7 +142,9 @@ def fresh_config(model_type: str, overrides: str | None, more: Mapping[str, Any]
     try:
         known = AutoConfig.for_model(model_type)
     except (ValueError, KeyError):
-        raise BadInputError(f"model_type: {model_type!r} is no architecture of transformers; llama is one.") from None
+        raise BadInputError(
+            f"model_type: {model_type!r} is no architecture; llama and stacked_lstm are two that there are."
+        ) from None
     keys = known.to_dict()
     values: dict[str, Any] = {}
     for item in (overrides or "").split(","):

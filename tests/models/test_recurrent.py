@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.special import expit, softmax
 from tiny_recurrent import RECURRENT, recurrent_model
 from torch import Tensor, nn
@@ -182,6 +183,15 @@ def test_both_ways_give_one_spectrum(kind: str, order: str) -> None:
     full = recurrent_spectrum(model, tokens(length=14), warm_up=4, order=order, state="full")
     cells = 0 if kind == "rhn" else sum(layer.size for layer in model.layers)
     assert len(full) == sum(layer.size for layer in model.layers) + cells and bool(full.isfinite().all())
+
+
+def test_adapters_learn() -> None:
+    """They stand in the place of linear layers, which torch's kernel would pass by."""
+    model = recurrent_model("stacked_lstm", torch.float32, weight_dropout=0.5)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["input", "recurrent"], r=2, init_lora_weights=False))
+    adapted.train()(tokens(), labels=tokens()).loss.backward()
+    learning = {name: own for name, own in adapted.named_parameters() if own.requires_grad}
+    assert len(learning) == 8 and all(bool(own.grad.any()) for own in learning.values())
 
 
 def test_variational_dropout_is_one_mask_a_sequence() -> None:

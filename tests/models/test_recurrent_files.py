@@ -115,6 +115,7 @@ OVERRIDES = {
 @pytest.mark.parametrize("kind", OVERRIDES)
 def test_a_recipe_makes_a_verified_folder(kind: str, tmp_path: Path) -> None:
     values = {**RECIPE, "model_type": kind, "config_overrides": OVERRIDES[kind], "output_dir": str(tmp_path / "out")}
+    values["bf16"] = kind != "rhn"
     report = run_tickets(make_train_recipe(values, LotteryTicketConfig))
     assert all(row["passed"] for row in report["verification"])
     assert report["sparsity"]["achieved_pruned"] == pytest.approx(0.4, abs=2e-3)
