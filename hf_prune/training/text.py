@@ -143,8 +143,8 @@ def fresh_config(model_type: str, overrides: str | None, more: Mapping[str, Any]
         known = AutoConfig.for_model(model_type)
     except (ValueError, KeyError):
         raise BadInputError(
-            f"model_type: {model_type!r} is no architecture; choose one of transformers, as llama, or stacked_lstm, rhn or "
-            "awd_lstm_mos."
+            f"model_type: {model_type!r} is no architecture; choose one of transformers, as llama, or "
+            "stacked_lstm, rhn or awd_lstm_mos."
         ) from None
     keys = known.to_dict()
     values: dict[str, Any] = {}
