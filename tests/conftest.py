@@ -9,7 +9,12 @@ os.environ.setdefault("HF_PRUNE_QUIET", "1")
 # And before torch is: the suite runs in one process a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

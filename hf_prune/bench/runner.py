@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -235,6 +236,7 @@ class Bench:
                 "peak_memory_bytes": _peak(report["peak_memory_bytes"]),
                 "process_seconds": wall,
                 "cores_busy_elsewhere": busy,
+                "day": date.today().isoformat(),
                 "versions": report.get("versions"),
                 "densities": _densities(report),
                 **(self.look(cell, output) if self.look else {}),

@@ -25,11 +25,13 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
     Seconds are the median over runs that had an idle machine to themselves, over all where none had.
 
     `excess` is log(perplexity / dense perplexity), the mean over seeds; `excess_ratio` and `time_ratio` are to the
-    grid's reference row under the same setting.
+    grid's reference row under the same setting, `time_ratio` to its runs of the same days where it has any: machines
+    differ from day to day.
     """
     quality = results.quality
     dense = quality["dense"]
     lines = []
+    seconds: dict[tuple[str, str], list[tuple[str | None, float]]] = {}
     for setting in grid.settings:
         for row in grid.rows:
             runs = [
@@ -42,6 +44,7 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
                 continue
             first = {run["seed"]: quality[run["weights"]] for run in reversed(runs)}
             timed = [run for run in runs if run["cores_busy_elsewhere"] <= QUIET] or runs
+            seconds[setting, row["name"]] = [(run.get("day"), run["seconds"]) for run in timed]
             logs = [math.log(figures["perplexity"] / dense["perplexity"]) for figures in first.values()]
             seed = min(first)
             # Windows are drawn, seeds are what they are: their mean is that of the perplexity shown.
@@ -68,7 +71,7 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
                     **_agreement(grid, results, row["name"], setting),
                 }
             )
-    _add_ratios(lines, grid.reference)
+    _add_ratios(lines, grid.reference, seconds)
     return lines
 
 
@@ -103,12 +106,25 @@ def _mean_correlation(pairs: list[tuple[list[float], list[float]]]) -> float | N
     return sum(values) / len(values) if values else None
 
 
-def _add_ratios(lines: list[dict[str, Any]], reference: str | None) -> None:
+def _add_ratios(
+    lines: list[dict[str, Any]], reference: str | None, seconds: dict[tuple[str, str], list[tuple[str | None, float]]]
+) -> None:
     base = {line["setting"]: line for line in lines if line["row"] == reference}
     for line in lines:
         other = base.get(line["setting"])
         line["excess_ratio"] = line["excess"] / other["excess"] if other and other["excess"] > 0 else None
-        line["time_ratio"] = line["seconds"] / other["seconds"] if other and other["seconds"] > 0 else None
+        line["time_ratio"] = (
+            _time_ratio(seconds[line["setting"], line["row"]], seconds[line["setting"], other["row"]])
+            if other
+            else None
+        )
+
+
+def _time_ratio(own: list[tuple[str | None, float]], reference: list[tuple[str | None, float]]) -> float | None:
+    """Quotient of the medians, each over the runs of days that both have where there are such."""
+    shared = {day for day, _ in own} & {day for day, _ in reference}
+    medians = [median(took for day, took in runs if day in shared or not shared) for runs in (own, reference)]
+    return medians[0] / medians[1] if medians[1] > 0 else None
 
 
 def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
@@ -136,26 +152,28 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
             line["row"],
             f"{line['perplexity']:.2f}{interval}",
             f"{line['excess']:.3f}{spread}{against}",
-            f"{line['seconds']:.0f}{time}{allocating}",
+            f"{'~' if line['cores_busy_elsewhere'] > QUIET else ''}{line['seconds']:.0f}{time}{allocating}",
             f"{line['peak_memory_bytes'] / 1e6:.0f}",
             f"{100 * line['total_sparsity']:.1f} %",
         ]
         cells += [correlations(line)] if correlated else []
         out.append("| " + " | ".join(cells) + " |")
     dense = results.quality["dense"]
-    windows, busy = len(dense["nll"]), max((line["cores_busy_elsewhere"] for line in lines), default=0.0)
+    windows, others = len(dense["nll"]), [line["cores_busy_elsewhere"] for line in lines]
+    quiet, busy = [value for value in others if value <= QUIET], max(others, default=0.0)
     reference = f", in brackets as a multiple of {grid.reference}'s" if grid.reference else ""
     note = (
         f"{grid.title} Dense perplexity {dense['perplexity']:.2f} on {windows} windows; excess is the rise of "
-        f"log-perplexity in nats a token{reference}. Seconds and peak memory are of the pruning; at most {busy:.2f} "
-        "cores were busy elsewhere."
+        f"log-perplexity in nats a token{reference}. Seconds and peak memory are of the pruning"
     )
+    if grid.reference:
+        note += ", ratios of seconds those of one day"
+    note += f"; at most {max(quiet):.2f} cores were busy elsewhere" if quiet else ""
+    note += f" (at `~`, a sketch, up to {busy:.2f})." if busy > QUIET else "."
     if correlated and grid.allocation_reference:
         note += (
             f" Rank correlations of densities: over a row's own seeds, or with those of {grid.allocation_reference}."
         )
-    if busy > QUIET:
-        note += " The machine was not idle: the seconds are only a sketch."
     return "\n".join([*out, "", note.strip()])
 
 

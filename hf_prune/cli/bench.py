@@ -10,7 +10,7 @@ from hf_prune.errors import BadInputError, RunError
 from hf_prune.fields import coerce
 
 TEXT = """usage: hf-prune bench GRID.yaml --work_folder FOLDER [--results FILE.json] [--readme README.md]
-           [--rows NAME ...] [--settings NAME ...] [--max_minutes N] [--key value ...]
+           [--rows NAME ...] [--settings NAME ...] [--seeds N ...] [--at_once N] [--max_minutes N] [--key value ...]
 
 Runs every row of the grid under every setting, each in a process of its own, and scores all of them with one
 evaluator. What is finished is kept in the work folder, or in --results, a file to keep and take along: start again to
@@ -18,7 +18,8 @@ go on. Writes NAME.csv, NAME.md and NAME.png into the work folder, and the table
 <!-- benchmark:NAME:start --> and <!-- benchmark:NAME:end -->.
 
 --rows and --settings take names, --seeds numbers: only those are run this time; the tables hold everything that is
-finished. After --max_minutes no further run is begun.
+finished. After --max_minutes no further run is begun. --at_once N prunes N side by side, each with its share of the
+processors: more in the same time, where seconds do not count; the table marks them.
 A flag that is a recipe key is laid over the grid's common keys; any other fills the {word} of the same name in a peer's
 command, which may also name {model}, {token_ids}, {output}, {report} and every recipe key.
 """
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> None:
     chosen = [set(coerce(key, flags.pop(key, []), list[str])) for key in ("rows", "settings")]
     seeds = [coerce("seeds", seed, int) for seed in coerce("seeds", flags.pop("seeds", []), list[str])]
     max_minutes = coerce("max_minutes", flags.pop("max_minutes"), float) if "max_minutes" in flags else math.inf
+    at_once = coerce("at_once", flags.pop("at_once"), int) if "at_once" in flags else 1
     from hf_prune.bench import summary
     from hf_prune.bench.grid import load_grid
     from hf_prune.bench.runner import Bench
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> None:
     for names, known_names in zip(chosen, ({row["name"] for row in grid.rows}, set(grid.settings)), strict=True):
         if names - known_names:
             raise BadInputError(f"{min(names - known_names)!r} is neither a row nor a setting of {path}.")
-    failures = bench.run(chosen[0], chosen[1], seeds, max_minutes=max_minutes)
+    failures = bench.run(chosen[0], chosen[1], seeds, at_once=at_once, max_minutes=max_minutes)
     lines = summary.summarise(grid, bench.results)
     table = summary.markdown(grid, bench.results, lines)
     folder = Path(work_folder)

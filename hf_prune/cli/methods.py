@@ -18,13 +18,14 @@ def main(arguments: list[str]) -> None:
     take_flags(parse_flags(arguments))
     from hf_prune.allocation import ALLOCATIONS
     from hf_prune.methods import methods
+    from hf_prune.methods.dynamic_sparse import DynamicSparseConfig
     from hf_prune.methods.legcnet import LEGCNetConfig
     from hf_prune.methods.lottery_ticket import LotteryTicketConfig
     from hf_prune.reconstruction import RECONSTRUCTIONS
     from hf_prune.report.tables import methods_table
 
     out = console()
-    trained: list[Any] = [LotteryTicketConfig, LEGCNetConfig]
+    trained: list[Any] = [LotteryTicketConfig, DynamicSparseConfig, LEGCNetConfig]
     out.print(methods_table([asdict(config.info) for config in methods().values()]))
     out.print(methods_table([asdict(config.info) for config in trained], "Methods of hf-prune train"))
     for title, parts in (("Allocations", ALLOCATIONS), ("Reconstructions", RECONSTRUCTIONS)):

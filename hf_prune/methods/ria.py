@@ -50,7 +50,7 @@ class RIAConfig(PruneConfig):
     info = MethodInfo(
         name="ria",
         title="RIA",
-        summary="drops the smallest shares of row and column x root of the input norm; no update",
+        summary="drops the smallest shares of row and column x root of the input norm",
         paper="https://openreview.net/forum?id=Tr0lPx9woF",
         paper_title="Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
         citation="""@inproceedings{zhang2024plugandplay,

@@ -32,7 +32,7 @@ class WandaConfig(PruneConfig):
     info = MethodInfo(
         name="wanda",
         title="Wanda",
-        summary="drops the smallest |weight| x input norm of each output row; no update",
+        summary="drops the smallest |weight| x input norm of each output row",
         paper="https://arxiv.org/abs/2306.11695",
         paper_title="A Simple and Effective Pruning Approach for Large Language Models",
         citation="""@inproceedings{sun2024simple,

@@ -243,7 +243,8 @@ def _settings(report: dict[str, Any], available: Collection[str]) -> list[str]:
         sentences.append(
             'What would gain speed: `pattern: "2:4"` on GPUs with semi-structured sparse kernels (NVIDIA Ampere on).'
         )
-    if "structured" in available:
+    # Structured pruning refuses mixtures.
+    if "structured" in available and not any(".experts." in view["name"] for view in report.get("views") or ()):
         sentences.append(
             "What would gain size and speed on any hardware: `method: intra_fusion`, for a narrower model."
         )

@@ -58,6 +58,13 @@ class MaskHolder:
         for parameter, mask in self._held.values():
             parameter.mul_(mask)
 
+    def replace(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold other masks from now on; the tensors handed over at the beginning change with them."""
+        for name, mask in masks.items():
+            self.masks[name].copy_(mask)
+            self._held[name][1].copy_(mask)
+        self.apply()
+
     @torch.no_grad()
     def check(self) -> None:
         """Raise RunError for the first parameter that has a weight where its mask has none, or one that is NaN."""

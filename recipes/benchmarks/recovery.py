@@ -1,19 +1,23 @@
 """What twenty minutes of training give back to a pruned model: LoRA, all parameters, distillation; zeros intact.
 
-    python recipes/benchmarks/recovery.py --work_folder WORK --readme README.md \\
-        --dataset_name C4_FOLDER --eval_dataset_name WIKITEXT_TEST
+    python recipes/benchmarks/recovery.py --work_folder WORK --results recipes/benchmarks/recovery.json \\
+        --readme README.md --dataset_name C4_FOLDER --eval_dataset_name WIKITEXT_TEST
 
 SmolLM2-135M-Instruct, sparse (60 %, the preset balanced) and narrower (20 % of the blocks' parameters, refit), each
 pruned once and then trained on other windows of the same text. STEPS are what two CPU cores do in about 20 minutes; the
-table says how long they really took. A run that was cut goes on with the same command.
+table says how long they really took. A run that was cut goes on with the same command, on another day as well: what is
+finished stands in recovery.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
+from itertools import product
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from hf_prune.bench.summary import write_between_markers
@@ -40,7 +44,11 @@ KINDS: dict[str, dict[str, Any]] = {
 STEPS = {"LoRA, rank 16": 150, "all parameters": 150, "all parameters, distilled": 115}
 TRAINING: dict[str, Any] = {
     "dtype": "float32", "seq_length": 512, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
-    "warmup_steps": 10, "save_steps": 25, "logging_steps": 10, "eval_efficiency": False, "seed": 1,
+    "warmup_steps": 10, "save_steps": 25, "logging_steps": 10, "eval_efficiency": False,
+}  # fmt: skip
+PRUNING: dict[str, Any] = {
+    "model_name_or_path": "builtin:smollm2-135m-instruct", "dtype": "float32", "num_calibration_samples": 32,
+    "seq_length": 512,
 }  # fmt: skip
 EVALUATION = {"eval_seq_length": 1024, "eval_max_windows": 32, "eval_efficiency": False}
 
@@ -48,59 +56,79 @@ EVALUATION = {"eval_seq_length": 1024, "eval_max_windows": 32, "eval_efficiency"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_folder", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--readme", type=Path)
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--eval_dataset_name", required=True)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1])
     parser.add_argument("--max_minutes", type=float, default=75)
     given = parser.parse_args()
     texts = {"dataset_name": given.dataset_name, "eval_dataset_name": given.eval_dataset_name}
     started = time.monotonic()
-    for model in given.models:
-        pruned = given.work_folder / _slug(model)
+    finished = json.loads(given.results.read_text()) if given.results.exists() else []
+    for seed, model, kind in product(given.seeds, given.models, given.kinds):
+        if any((own["model"], own["kind"], own["seed"]) == (model, kind, seed) for own in finished):
+            continue
+        if time.monotonic() - started > 60 * given.max_minutes:
+            break
+        pruned, done = given.work_folder / _slug(model), given.work_folder / f"{_slug(model)}-{_slug(kind)}-{seed}"
         if not pruned.is_dir():
-            own = {**MODELS[model], **texts, **EVALUATION, "num_calibration_samples": 32, "seq_length": 512}
-            own |= {
-                "model_name_or_path": "builtin:smollm2-135m-instruct",
-                "dtype": "float32",
-                "output_dir": str(pruned),
-            }
-            run(make_recipe(own))
-        for kind in given.kinds:
-            done = given.work_folder / f"{_slug(model)}-{_slug(kind)}"
-            if not done.is_dir() and time.monotonic() - started < 60 * given.max_minutes:
-                own = {**TRAINING, **EVALUATION, **texts, **KINDS[kind], "max_steps": STEPS[kind]}
-                recover(str(pruned), make_train_recipe({**own, "output_dir": str(done)}, RecoveryConfig))
-    table = _table(given.work_folder)
+            own = {**PRUNING, **MODELS[model], **texts, **EVALUATION}
+            run(make_recipe({**own, "output_dir": str(pruned)}))
+        own = {**TRAINING, **EVALUATION, **texts, **KINDS[kind], "max_steps": STEPS[kind], "seed": seed}
+        shutil.rmtree(done, ignore_errors=True)  # finished, but cut before it was noted
+        report = recover(str(pruned), make_train_recipe({**own, "output_dir": str(done)}, RecoveryConfig))
+        finished.append({"model": model, "kind": kind, "seed": seed, **_figures(report)})
+        given.results.write_text(json.dumps(finished, indent=1) + "\n")
+        shutil.rmtree(done)
+    table = _table(finished)
     print(table)
     if given.readme:
         write_between_markers(given.readme, "recovery", table)
+
+
+def _figures(report: dict[str, Any]) -> dict[str, Any]:
+    entry = report["recoveries"][-1]
+    return {
+        "steps": entry["training"]["steps"],
+        "seconds": entry["training"]["seconds"],
+        "dense": report["evaluation"]["dense"]["perplexity"],
+        "before": entry["perplexity_before"],
+        "after": entry["perplexity_after"],
+        "gap_closed": entry["gap_closed"],
+        "zeros": report["sparsity"]["achieved_pruned"] if "sparsity" in report else None,
+    }
 
 
 def _slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
-def _table(work_folder: Path) -> str:
+def _table(finished: list[dict[str, Any]]) -> str:
+    """A line for each model and kind: means over seeds, and half the range of what was closed."""
     lines = ["| model | training | steps | seconds | perplexity before | after | gap closed | zeros |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for model in MODELS:
-        for kind in KINDS:
-            file = work_folder / f"{_slug(model)}-{_slug(kind)}" / "prune_report.json"
-            if not file.is_file():
-                continue
-            report = json.loads(file.read_text())
-            entry = report["recoveries"][-1]
-            figures = [
-                model, kind, f"{entry['training']['steps']}", f"{entry['training']['seconds']:.0f}",
-                f"{entry['perplexity_before']:.2f}", f"{entry['perplexity_after']:.2f}", f"{entry['gap_closed']:.0%}",
-                f"{report['sparsity']['achieved_pruned']:.2%}" if "sparsity" in report else "none",
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(figures)} |")
-            dense = report["evaluation"]["dense"]["perplexity"]
-    if len(lines) > 2:
-        lines += ["", f"The dense model's perplexity is {dense:.2f}; gap closed is of log-perplexity."]
+    for model, kind in product(MODELS, KINDS):
+        runs = [own for own in finished if (own["model"], own["kind"]) == (model, kind)]
+        if not runs:
+            continue
+        closed = [own["gap_closed"] for own in runs]
+        spread = f" ± {(max(closed) - min(closed)) / 2:.1%}, {len(runs)} seeds" if len(runs) > 1 else ""
+        figures = [
+            model,
+            kind,
+            f"{runs[0]['steps']}",
+            f"{median(own['seconds'] for own in runs):.0f}",
+            f"{runs[0]['before']:.2f}",
+            f"{mean(own['after'] for own in runs):.2f}",
+            f"{mean(closed):.0%}{spread}",
+            "none" if runs[0]["zeros"] is None else f"{min(own['zeros'] for own in runs):.2%}",
+        ]
+        lines.append(f"| {' | '.join(figures)} |")
+    if finished:
+        lines += ["", f"The dense model's perplexity is {finished[0]['dense']:.2f}; gap closed is of log-perplexity."]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_prune import cli
 from hf_prune.bench.grid import load_grid
 from hf_prune.bench.runner import Bench, Results
-from hf_prune.bench.summary import _add_ratios, summarise, write_between_markers
+from hf_prune.bench.summary import _add_ratios, _time_ratio, summarise, write_between_markers
 from hf_prune.compose import make_config
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
@@ -268,9 +268,16 @@ def test_ratios_are_to_the_reference_under_the_same_setting() -> None:
         {"setting": "c", "row": "peer", "excess": -0.1, "seconds": 10.0},
         {"setting": "c", "row": "own", "excess": 0.1, "seconds": 5.0},
     ]
-    _add_ratios(lines, "peer")
+    _add_ratios(lines, "peer", {(line["setting"], line["row"]): [(None, line["seconds"])] for line in lines})
     assert [line["excess_ratio"] for line in lines] == [1.0, 0.4, None, None, None]
     assert [line["time_ratio"] for line in lines] == [1.0, 2.5, None, 1.0, 0.5]
+
+
+def test_seconds_are_compared_with_those_of_the_same_day() -> None:
+    own = [("monday", 10.0), ("tuesday", 3.0), ("tuesday", 5.0)]
+    peer = [("tuesday", 2.0), ("wednesday", 100.0)]
+    assert _time_ratio(own, peer) == 2.0
+    assert _time_ratio(own[:1], peer) == 10.0 / 51.0  # no day in common
 
 
 @pytest.mark.parametrize(("busy", "seconds"), [((0.0, 0.9, 0.05), 11.0), ((0.5, 0.9, 0.7), 12.0)])

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_prune.dynamics.exponents import changes_abruptly, largest_exponents, window_starts, windowed_exponents
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     steps=st.integers(3, 30),
     kind=st.sampled_from(["noise", "ties", "walk"]),

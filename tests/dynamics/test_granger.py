@@ -78,7 +78,7 @@ def test_an_effect_that_never_changes_tests_nothing() -> None:
     assert agree(series(3, 44, 4), torch.ones(44, dtype=torch.float64), 3, "chi2") == [False] * 3
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     steps=st.integers(5, 60),
     digits=st.integers(0, 6),

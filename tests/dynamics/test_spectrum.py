@@ -31,7 +31,7 @@ def identity(batch: int, size: int, k: int | None = None) -> Tensor:
     return first_tangents(batch, size, k, 0, torch.zeros(1, dtype=torch.float64))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(size=st.integers(1, 6), k=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_qr_gives_back_the_matrix_with_a_positive_diagonal(size: int, k: int, seed: int) -> None:
     k = min(k, size)

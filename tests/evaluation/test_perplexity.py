@@ -111,7 +111,7 @@ def test_bits_per_byte_weighs_windows_by_their_tokens_not_by_their_bytes() -> No
 
 
 @given(st.lists(st.floats(0.1, 20), min_size=1, max_size=40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ratio_of_a_model_to_itself_is_exactly_one(values: list[float]) -> None:
     nll = torch.tensor(values, dtype=torch.float64)
     assert bootstrap_ratio(nll, nll.clone(), resamples=100) == ((1, 1, 1) if len(values) > 1 else (1, None, None))

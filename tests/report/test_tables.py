@@ -196,6 +196,11 @@ def test_gained_of_zeros_alone_is_nothing_measurable(report: dict[str, Any]) -> 
     assert '`pattern: "2:4"`' in text
     assert "`method: intra_fusion`, for a narrower model" in text
     assert "intra_fusion" not in "\n".join(gained(report, available={"2:4"}))
+    mixture = {
+        **report,
+        "views": [{**view, "name": "model.layers.0.mlp.experts.3.down_proj"} for view in report["views"]],
+    }
+    assert "intra_fusion" not in "\n".join(gained(mixture))
 
 
 def test_gained_of_2_4_names_the_kernels_and_not_itself(report: dict[str, Any]) -> None:

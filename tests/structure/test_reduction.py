@@ -97,7 +97,7 @@ def test_a_refusal_says_which_head_counts_are_possible():
     ),
 )
 @example(sparsity=0.2, round_to=1, units=["mlp", "attention", "depth"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_budget_is_met_within_one_unit(sparsity, round_to, units):
     model = tiny_model("llama")
     config = make_config({"method": "intra_fusion", "sparsity": sparsity, "round_to": round_to, "units": units})
@@ -124,7 +124,7 @@ def test_any_budget_is_met_within_one_unit(sparsity, round_to, units):
     sparsity=st.floats(0.02, 0.5),
     round_to=st.sampled_from([1, 5, 8]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_padded_widths_add_up_to_the_budget(densities, sparsity, round_to):
     model = tiny_model("llama")
     options = {"layout": "pad", "allocation": "erk", "sparsity": sparsity, "round_to": round_to}

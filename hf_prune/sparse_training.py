@@ -1,0 +1,118 @@
+"""Recipe in, a model that was sparse from its first step out, in a folder like any other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_prune.arguments import PruneConfig
+from hf_prune.checkpoint.folder import beside
+from hf_prune.engine.walk import ViewResult
+from hf_prune.errors import BadInputError
+from hf_prune.evaluation.perplexity import window_nll
+from hf_prune.evaluation.quality import QualityEvaluation
+from hf_prune.finish import Stopwatch
+from hf_prune.methods.dynamic_sparse import DynamicSparseConfig
+from hf_prune.plan import make_plan, select_views
+from hf_prune.pruning import PruneResult
+from hf_prune.report.privacy import may_show_samples
+from hf_prune.trained import Start, described, figures, hand_over, prepare, quality_of, trainers
+from hf_prune.training.arguments import TrainRecipe
+from hf_prune.training.checkpoints import fingerprint
+from hf_prune.training.dynamic import DynamicSparseTraining
+from hf_prune.training.rounds import Round
+from hf_prune.weights import WeightView
+
+# Of the training's windows, the last so many tell when averaging begins; they are not trained on.
+HELD_OUT = 16
+
+
+def run_sparse(recipe: TrainRecipe) -> dict[str, Any]:
+    """Train as a recipe says; returns the report that stands in the output folder.
+
+    Trainings are kept in `rounds_folder`, from which a run that was cut goes on.
+
+    Raises:
+        BadInputError: something handed over cannot be used; nothing has been written.
+        RunError: the training or the verification failed; checkpoints stay.
+    """
+    watch = Stopwatch()
+    with watch.phase("prepare"):
+        start, evaluation, views, training = prepare_sparse(recipe)
+    with watch.phase("train"):
+        model, rounds = training.run()
+    model.eval()
+    result = _result(model, views, rounds[-1], recipe.method)
+    qualities = {"dense" if own.kind == "dense" else "pruned": quality_of(own) for own in rounds}
+    report = {
+        **described(recipe, start, model, result),
+        "method": _method(recipe.method),
+        "seconds": {**watch.seconds, "train": sum(own.seconds for own in rounds)},
+        "evaluation": evaluation.report(**qualities),
+    }
+    if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
+        report["samples"] = evaluation.samples(**qualities)
+    hand_over(recipe, start, model, result, report, watch, lambda folder: None)
+    return report
+
+
+def prepare_sparse(
+    recipe: TrainRecipe,
+) -> tuple[Start, QualityEvaluation, list[WeightView], DynamicSparseTraining]:
+    """Everything of a run but the training.
+
+    Raises:
+        BadInputError: something handed over cannot be used; nothing has been written.
+    """
+    start, evaluation, views = prepare(recipe)
+    method: DynamicSparseConfig = recipe.method
+    windows, held_out = start.windows, start.windows.input_ids[-HELD_OUT:]
+    if method.averaging:
+        if len(windows) <= HELD_OUT:
+            raise BadInputError(
+                f"averaging: {HELD_OUT} windows are held out, and the text fills {len(windows)}; use more text."
+            )
+        windows = type(windows)(windows.input_ids[:-HELD_OUT])
+
+    def held_out_loss(model: nn.Module) -> float:
+        training = model.training
+        model.eval()
+        try:
+            return float(window_nll(cast("PreTrainedModel", model), held_out).mean())
+        finally:
+            model.train(training)
+
+    assert recipe.output.output_dir is not None
+    training = DynamicSparseTraining(
+        make_model=start.make_model,
+        names=[view.parameter_name for view in views],
+        make_trainer=trainers(recipe, windows),
+        evaluate=lambda model: figures(evaluation.measure(cast("PreTrainedModel", model), "evaluating")),
+        config=method,
+        folder=beside(method.rounds_folder, "")
+        if method.rounds_folder
+        else beside(recipe.output.output_dir, ".rounds"),
+        fingerprint=fingerprint(recipe.decisive, {"windows": windows.input_ids}),
+        evaluation=fingerprint(recipe.evaluation.sample_prompts, {"windows": evaluation.windows.input_ids}),
+        seed=recipe.text.seed,
+        held_out_loss=held_out_loss,
+    )
+    return start, evaluation, views, training
+
+
+def _method(config: DynamicSparseConfig) -> dict[str, Any]:
+    options = {key: own for key, own in asdict(config).items() if key not in ("method", "rounds_folder") and own != []}
+    return {**asdict(config.info), "pattern": "unstructured", "options": options}
+
+
+def _result(model: nn.Module, views: list[WeightView], found: Round, config: DynamicSparseConfig) -> PruneResult:
+    """The training in the words of every other pruning."""
+    densities = {view.name: found.layers[view.parameter_name] / (view.shape[0] * view.shape[1]) for view in views}
+    named = PruneConfig(method=config.info.name, sparsity=found.sparsity)
+    plan = make_plan(model, named, views, densities)
+    plan.allocation = f"dynamic_sparse, {config.initialization}, {config.redistribution}"
+    live = {view.name: view for view in select_views(model, None, config.ignore)[0]}
+    return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in densities], 0.0)

@@ -1,0 +1,125 @@
+"""Dynamic sparse training of any module that a Trainer can train, kept in a folder, with a dense twin where wanted.
+
+FOLDER/run.json                  what decides how the training goes
+FOLDER/initial.safetensors       the weights that everything began with
+FOLDER/round-00/                 the dense twin, shared by all settings
+FOLDER/sparse-IDENTITY/          the sparse training of one setting
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_prune.engine import distributed
+from hf_prune.methods.dynamic_sparse import DynamicSparseConfig, initial_masks
+from hf_prune.training.averaging import WeightAverage
+from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.dynamic_masks import DynamicMaskCallback
+from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, load_weights, make_round, save_weights
+from hf_prune.training.tickets import INITIAL, MakeTrainer
+from hf_prune.training.trainer import only_weights_change, train
+
+
+@dataclass
+class DynamicSparseTraining:
+    """The procedure.
+
+    Args:
+        make_model, names, make_trainer, evaluate, folder, fingerprint, evaluation: as for `TicketSearch`.
+        config: how sparse, and how weights die and grow.
+        seed: of the first masks and of random growth.
+        held_out_loss: nats a token of the module as it is, for `averaging`.
+        watch: further callbacks of each training.
+    """
+
+    make_model: Callable[[int | None], nn.Module]
+    names: Sequence[str]
+    make_trainer: MakeTrainer
+    evaluate: Callable[[nn.Module], dict[str, Any]]
+    config: DynamicSparseConfig
+    folder: Path
+    fingerprint: str = ""
+    evaluation: str = ""
+    seed: int = 0
+    held_out_loss: Callable[[nn.Module], float] | None = None
+    watch: Callable[[], list[TrainerCallback]] = list
+
+    def run(self) -> tuple[nn.Module, list[Round]]:
+        """The module with the sparse training's weights, and the rounds: the dense twin's first, where there is one.
+
+        Raises:
+            BadInputError: the folder belongs to another run, or the masks do not fit.
+            RunError: the loss is not a number.
+        """
+        model = self.make_model(None)
+        self._claim(model)
+        rounds = []
+        if self.config.train_dense:
+            rounds.append(self._round("round-00", Round(0, "dense"), model, self._full(model), None))
+        shapes = {name: tuple(model.get_parameter(name).shape) for name in self.names}
+        generator = torch.Generator().manual_seed(self.seed)
+        masks = initial_masks(shapes, self.config.sparsity, self.config.initialization, generator)
+        moving = DynamicMaskCallback(masks, self.config, self.seed, self._average())
+        rounds.append(self._round(self.sparse_folder.name, Round(1, "sparse"), model, masks, moving))
+        return model, rounds
+
+    @property
+    def sparse_folder(self) -> Path:
+        """Where the training of these settings is."""
+        left_out = ("method", "train_dense", "rounds_folder")
+        own = {key: value for key, value in asdict(self.config).items() if key not in left_out}
+        return self.folder / f"sparse-{fingerprint([own, sorted(self.names)], {})[:8]}"
+
+    def _full(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: torch.ones(model.get_parameter(name).shape, dtype=torch.bool) for name in self.names}
+
+    def _average(self) -> WeightAverage | None:
+        if not self.config.averaging:
+            return None
+        assert self.held_out_loss is not None
+        return WeightAverage(self.held_out_loss, self.config.non_monotone)
+
+    def _claim(self, model: nn.Module) -> None:
+        identity = {
+            "training": self.fingerprint,
+            "weights": fingerprint("", model.state_dict()),
+            "processes": distributed.world_size(),
+        }
+        began = any(
+            (self.folder / name).is_dir() or last_checkpoint(self.folder / f"{name}.unfinished" / CHECKPOINTS)
+            for name in ("round-00", self.sparse_folder.name)
+        )
+        claim(self.folder, identity, began)
+        if distributed.rank() == 0 and not began:
+            save_weights(model, self.folder / INITIAL)
+        distributed.barrier()
+
+    def _round(
+        self,
+        name: str,
+        begun: Round,
+        model: nn.Module,
+        masks: dict[str, Tensor],
+        moving: DynamicMaskCallback | None,
+    ) -> Round:
+        def train_it(checkpoints: Path) -> Trained:
+            stop = StopAtNaN(f"{begun.kind} training", checkpoints)
+            checkpoint = last_checkpoint(checkpoints)
+            if checkpoint is None:
+                load_weights(model, self.folder / INITIAL)
+            with only_weights_change(model):
+                # What puts the averaged weights in place comes before what looks at the end's.
+                callbacks = [*([moving] if moving else []), stop, *self.watch()]
+                trainer = self.make_trainer(model, checkpoints, callbacks)
+                train(trainer, checkpoint)
+                stop.check(model, "after the training")
+            return Trained(int(trainer.state.global_step))
+
+        return make_round(self.folder / name, begun, model, masks, train_it, Measuring(self.evaluate, self.evaluation))
