@@ -123,7 +123,7 @@ class AWDLSTMMoSConfig(RecurrentConfig):
     """AWD-LSTM (Merity et al. 2018, https://arxiv.org/abs/1708.02182) with a mixture of softmaxes (Yang et al. 2018).
 
     https://arxiv.org/abs/1711.03953; the defaults are its model for Penn Treebank. The penalties on activations that
-    AWD-LSTM adds to its loss, and its averaged SGD, belong to a training and are not here.
+    AWD-LSTM adds to its loss are not here.
 
     Args:
         last_hidden_size: of the last layer's output.
