@@ -63,7 +63,7 @@ def finish(
     Args:
         model: what is saved; it is left on the meta device.
         result: what the files are checked against.
-        report: gets its `verification`, and is what the card says.
+        report: gets its `verification`, the `own_code` that its model brings, and is what the card says.
         recipes: texts by file name, the run's own under `RECIPE_FILE`.
         complete: adds to report and folder what needs the saved files: plots, measurements.
 
@@ -74,6 +74,8 @@ def finish(
     with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
         with watch.phase("save"):
             save_model(model, tokenizer, folder)
+            if own_code := sorted(file.name for file in folder.glob("*.py")):
+                report["own_code"] = own_code
             result.plan.save(folder / PLAN_FILE)
             for name, text in recipes.items():
                 (folder / name).write_text(text, encoding="utf-8")

@@ -32,6 +32,7 @@ from hf_prune.training.text import (
     fresh_config,
     open_text,
     train_tokenizer,
+    train_word_tokenizer,
     training_windows,
 )
 from hf_prune.training.tickets import MakeTrainer
@@ -63,8 +64,9 @@ class Start:
         else:
             length = text.seq_length or 128
             self.text = open_text(text)
+            train = train_tokenizer if fresh.tokenizer_type == "bpe" else train_word_tokenizer
             self.tokenizer = (
-                train_tokenizer(self.text, fresh.vocab_size, length)
+                train(self.text, fresh.vocab_size, length)
                 if fresh.vocab_size
                 else load_tokenizer(str(fresh.tokenizer_name), model)
             )

@@ -196,8 +196,10 @@ def _layer_kinds(folder: Path) -> tuple[dict[str, str], str]:
     Also a pattern of the names that the model ignores when loading (GPT-2's stored attention masks). Both are empty
     where transformers cannot build the config: the raw names must then do.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel
     from transformers.pytorch_utils import Conv1D
+
+    from hf_prune.models import AutoConfig, AutoModelForCausalLM
 
     model: Any = None
     for auto_class in (AutoModelForCausalLM, AutoModel):

@@ -56,7 +56,7 @@ def load_config(path: str, arguments: ModelArguments, revision: str | None = Non
     Raises:
         BadInputError: the model is not found or not causal, or a safetensors file is damaged.
     """
-    from transformers import AutoConfig
+    from hf_prune.models import AutoConfig
 
     if Path(path).is_dir():
         check_safetensors(path)
@@ -87,7 +87,7 @@ def _check_causal(path: str, config: PreTrainedConfig) -> None:
 
 def skeleton(config: PreTrainedConfig, arguments: ModelArguments) -> PreTrainedModel:
     """The model on the meta device: shapes and modules, no weights."""
-    from transformers import AutoModelForCausalLM
+    from hf_prune.models import AutoModelForCausalLM
 
     with torch.device("meta"), _explained("the model"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
@@ -112,7 +112,7 @@ def load_model(path: str, arguments: ModelArguments, device: torch.device, revis
         BadInputError: not found, damaged, NaN or Inf weights.
         RunError: out of memory.
     """
-    from transformers import AutoModelForCausalLM
+    from hf_prune.models import AutoModelForCausalLM
 
     with _explained(path):
         model = AutoModelForCausalLM.from_pretrained(

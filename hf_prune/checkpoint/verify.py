@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.checkpoint import verify_folder as script
 from hf_prune.checkpoint.load import free_memory
+from hf_prune.models import RecurrentForCausalLM
 
 PROBE_SHAPE = (2, 32)
 PROBE_TEXT = "Pruning keeps 50 % of the weights;\n\nthe naïve baseline keeps 100 %."
@@ -89,7 +90,8 @@ def expectation(
         "num_threads": torch.get_num_threads(),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "device": str(model.device),
-        "trust_remote_code": trust_remote_code,
+        # The code beside those is a copy of our own.
+        "trust_remote_code": trust_remote_code or isinstance(model, RecurrentForCausalLM),
         "probe_input_ids": input_ids,
         "ties": script.tied_pairs(model),
         "tokenizer": None,

@@ -14,12 +14,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_prune.evaluation.flops import count_flops, count_parameters
 from hf_prune.evaluation.greedy import greedy_tokens
 from hf_prune.evaluation.memory import PeakMemory
+from hf_prune.models import AutoModelForCausalLM
 
 
 @dataclass

@@ -76,7 +76,10 @@ class QualityEvaluation:
         return Quality(nll, continuations, seconds)
 
     def report(self, **models: Quality) -> dict[str, Any]:
-        """The report's `evaluation` entry; with `dense` and `pruned` also the change between them."""
+        """The report's `evaluation` entry; with `dense` and `pruned` also the change between them.
+
+        Where the tokenizer has no token for some words, `unknown` is their share of what is predicted.
+        """
         length = self.windows.input_ids.shape[1]
         entry: dict[str, Any] = {
             "dataset": self.text.name,
@@ -89,6 +92,9 @@ class QualityEvaluation:
             "add_bos": self.windows.add_bos,
             "dtype": self.dtype,
         }
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and bool((self.windows.input_ids == unknown).any()):
+            entry["unknown"] = float((self.windows.input_ids[:, 1:] == unknown).double().mean())
         for name, quality in models.items():
             entry[name] = {
                 "perplexity": perplexity(quality.nll),

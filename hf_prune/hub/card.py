@@ -76,7 +76,8 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
         "measured": [text for text in (findings.protocol(report), _conditions(report)) if text],
         "plots": [(plot, caption) for plot, caption in PLOTS.items() if (folder / plot).is_file()],
         "gained": findings.gained(report),
-        "loading": fence(_loading(report.get("hub_model_id")), "python"),
+        "loading": fence(_loading(report.get("hub_model_id"), bool(report.get("own_code"))), "python"),
+        "needs": _needs(report),
         "making": _making(report, recipe),
         "command": fence(public_command(report.get("command"), hidden_keys(report, recipe)), "bash"),
         "recipe": fence(recipe_shown, "yaml"),
@@ -196,12 +197,23 @@ def _samples(report: dict[str, Any]) -> list[list[tuple[str, str]]]:
     return [sample for sample in samples if len(sample) > 1]
 
 
-def _loading(repo_id: Any) -> str:
+def _needs(report: dict[str, Any]) -> str:
+    own_code = report.get("own_code")
+    if not own_code:
+        return "The files are plain safetensors of the base model's architecture: nothing but `transformers` is needed."
+    return (
+        f"The architecture is none of transformers': its code is in {', '.join(map(code, own_code))} beside the "
+        "weights and runs with `trust_remote_code=True`; read it first."
+    )
+
+
+def _loading(repo_id: Any, own_code: bool) -> str:
     name = json.dumps(one_line(repo_id or "PATH_OR_ID_OF_THIS_MODEL"))
+    trust = ", trust_remote_code=True" if own_code else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
-        f"model = AutoModelForCausalLM.from_pretrained({name})"
+        f"model = AutoModelForCausalLM.from_pretrained({name}{trust})"
     )
 
 

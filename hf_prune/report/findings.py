@@ -276,6 +276,12 @@ def _quality_limits(report: dict[str, Any]) -> list[str]:
             sentences.append(
                 "The interval includes no change at all: these windows are too few to tell the two models apart."
             )
+    unknown = number(evaluation.get("unknown"))
+    if unknown:
+        sentences.append(
+            f"{percent(unknown)} of the words to predict are outside the vocabulary and count as one: the figures "
+            "compare with those of the same vocabulary only, bits per byte with none."
+        )
     sentences.append(
         f"Only language modelling on {name} was measured: nothing here tells how downstream tasks, instruction "
         "following, other languages or safety behaviour changed."
@@ -344,8 +350,9 @@ def fused(report: dict[str, Any]) -> str:
 def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:
     """What to do with the folder: load it, look into it, push it; what to try where the cost was high."""
     place = one_line(folder)
+    trust = ", trust_remote_code=True" if report.get("own_code") else ""
     steps = [
-        f"Load it: `AutoModelForCausalLM.from_pretrained({place!r})`",
+        f"Load it: `AutoModelForCausalLM.from_pretrained({place!r}{trust})`",
         f"Look into it: `hf-prune inspect {shlex.quote(place)}`",
         f"Publish it: `hf-prune push {shlex.quote(place)} --repo_id YOUR_NAME/{repo_name(report)}`",
     ]

@@ -24,20 +24,34 @@ Section = TypeVar("Section")
 class FreshModelArguments:
     """A model that begins with random weights, instead of `model_name_or_path`."""
 
-    model_type: str | None = field(default=None, metadata={"help": "architecture of a fresh model, as in llama"})
+    model_type: str | None = field(
+        default=None, metadata={"help": "architecture of a fresh model: llama, stacked_lstm, ..."}
+    )
     config_overrides: str | None = field(
         default=None, metadata={"help": "its sizes, hidden_size=64,num_hidden_layers=2"}
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer of a fresh model"})
     vocab_size: int | None = field(
-        default=None, metadata={"help": "instead: train a byte-level BPE of this size on the training text"}
+        default=None, metadata={"help": "instead: train a tokenizer of this size on the training text"}
+    )
+    tokenizer_type: str = field(
+        default="bpe", metadata={"help": "bpe of bytes, or word: the most frequent words, <unk> and <eos>"}
     )
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.tokenizer_name is not None:
             raise BadInputError("tokenizer_name: vocab_size trains a tokenizer; keep one of the two.")
-        if self.vocab_size is not None and self.vocab_size < 257:
-            raise BadInputError(f"vocab_size: {self.vocab_size} is too small; 256 are bytes, and one ends a text.")
+        if self.tokenizer_type not in ("bpe", "word"):
+            raise BadInputError(f"tokenizer_type: {self.tokenizer_type!r} is unknown; choose bpe or word.")
+        if self.vocab_size is None and self.tokenizer_type != "bpe":
+            raise BadInputError("tokenizer_type: it says what is trained; add vocab_size, or leave the key out.")
+        if self.vocab_size is not None and self.vocab_size < self._least:
+            why = "256 are bytes, and one ends a text" if self.tokenizer_type == "bpe" else "two are <unk> and <eos>"
+            raise BadInputError(f"vocab_size: {self.vocab_size} is too small; {why}.")
+
+    @property
+    def _least(self) -> int:
+        return 257 if self.tokenizer_type == "bpe" else 3
 
 
 @dataclass

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
-    AutoConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -19,10 +19,12 @@ from transformers import (
 from hf_prune.data.text import TextData, load_text
 from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError
+from hf_prune.models import AutoConfig
 from hf_prune.recipe import parse_yaml
 from hf_prune.training.arguments import TrainingTextArguments
 
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
 
 
 def describe_training(
@@ -109,6 +111,28 @@ def train_tokenizer(text: TextData, vocab_size: int, context: int) -> PreTrained
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, model_max_length=context)
 
 
+def train_word_tokenizer(text: TextData, vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """The rule of the Penn Treebank in language modelling: the most frequent words, `<unk>` for all others.
+
+    Words are what stands between white space, as that corpus and WikiText-2 are written; other text wants its
+    punctuation set apart first. The end of a line, several in a row counted once, is the word `<eos>`. Mikolov et al.
+    (2010), https://www.isca-archive.org/interspeech_2010/mikolov10_interspeech.html.
+    """
+    end_of_line = normalizers.Replace(Regex(r"\s*\n\s*"), f" {END_OF_LINE} ")
+    words = pre_tokenizers.WhitespaceSplit()
+    counts: Counter[str] = Counter()
+    for document in text.documents:
+        counts.update(word for word, _ in words.pre_tokenize_str(end_of_line.normalize_str(document)))
+    special = [UNKNOWN, END_OF_LINE]
+    frequent = [word for word, _ in counts.most_common() if word not in special][: vocab_size - len(special)]
+    vocabulary = {word: number for number, word in enumerate([*special, *frequent])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = end_of_line, words
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END_OF_LINE, model_max_length=context
+    )
+
+
 def fresh_config(model_type: str, overrides: str | None, more: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of a fresh causal language model; `more` are the vocabulary's keys, which overrides may not name.
 
@@ -118,7 +142,10 @@ def fresh_config(model_type: str, overrides: str | None, more: Mapping[str, Any]
     try:
         known = AutoConfig.for_model(model_type)
     except (ValueError, KeyError):
-        raise BadInputError(f"model_type: {model_type!r} is no architecture of transformers; llama is one.") from None
+        raise BadInputError(
+            f"model_type: {model_type!r} is no architecture; choose one of transformers, as llama, or "
+            "stacked_lstm, rhn or awd_lstm_mos."
+        ) from None
     keys = known.to_dict()
     values: dict[str, Any] = {}
     for item in (overrides or "").split(","):
