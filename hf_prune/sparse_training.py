@@ -30,10 +30,10 @@ from hf_prune.weights import WeightView
 HELD_OUT = 16
 
 
-def run_sparse(recipe: TrainRecipe) -> dict[str, Any]:
+def run_sparse(recipe: TrainRecipe, notes: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train as a recipe says; returns the report that stands in the output folder.
 
-    Trainings are kept in `rounds_folder`, from which a run that was cut goes on.
+    Trainings are kept in `rounds_folder`, from which a run that was cut goes on. `notes` go into the report.
 
     Raises:
         BadInputError: something handed over cannot be used; nothing has been written.
@@ -52,6 +52,7 @@ def run_sparse(recipe: TrainRecipe) -> dict[str, Any]:
         "method": _method(recipe.method),
         "seconds": {**watch.seconds, "train": sum(own.seconds for own in rounds)},
         "evaluation": evaluation.report(**qualities),
+        **(notes or {}),
     }
     if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
         report["samples"] = evaluation.samples(**qualities)

@@ -18,7 +18,7 @@ card.
 --num_processes N searches with N processes; `accelerate launch -m hf_prune search ...` does the same. With one process
 the same search_seed gives the same search, cut or not.
 
-The other keys are those of `hf-prune prune`. search:
+The other keys are those of `hf-prune prune`, and with `search: dynamic_sparse` those of `hf-prune train`. search:
 """
 
 

@@ -14,7 +14,7 @@ from hf_prune.dynamics.names import DISTANCES, FITTED, ORDERS
 from hf_prune.errors import BadInputError
 from hf_prune.fields import field_types, fill
 
-KINDS = ("one_shot",)
+KINDS = ("one_shot", "dynamic_sparse")
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("elimination", "hyperband", "none")
 OBJECTIVES = ("ls_distance", "loss", "both", "layer_error")
@@ -37,10 +37,12 @@ MAY_CHANGE = {
 class SearchArguments:
     """How candidates are drawn, measured and dropped.
 
-    The budget of one candidate is counted in calibration windows (`one_shot`): more of them cost more and say more.
+    The budget of one candidate is counted in calibration windows (`one_shot`) or epochs (`dynamic_sparse`): more of
+    them cost more and say more.
 
     Args:
-        search: what a candidate is; `one_shot`, a way to prune a transformer once.
+        search: what a candidate is; `one_shot`, a way to prune a transformer once; `dynamic_sparse`, a way to train a
+            model that is sparse from its first step.
         search_dir: folder of the study, the spectra and the tables; it is what `--resume` goes on with.
         sampler: `tpe` (tree-structured Parzen estimator) or `random`.
         pruner: `elimination`, the published one (keep floor(n/2) + 1, measure them again with more, until 2 are left);
@@ -49,9 +51,9 @@ class SearchArguments:
             candidate is calibrated on; `both`, the sum of the relative excess of the loss and the relative distance
             (ours); `layer_error`, the mean relative output error of the layers.
         num_candidates: candidates drawn, those that were drawn before included.
-        first_budget: calibration windows of a candidate in the first round.
+        first_budget: calibration windows or epochs of a candidate in the first round.
         budget_step: how many more in each further round.
-        max_budget: no candidate gets more; num_calibration_samples unless given.
+        max_budget: no candidate gets more; num_calibration_samples or num_train_epochs unless given.
         total_budget: of all candidates together; no end unless given.
         max_minutes: nothing is begun after so many minutes of measuring, over all processes, spectra included.
         search_seed: seed of the sampler, the tangents and the auto-encoder.
@@ -60,7 +62,7 @@ class SearchArguments:
         num_exponents: leading exponents of a spectrum.
         spectrum_order: `textbook` or `transposed`.
         spectrum_sequences: sequences a spectrum is the mean over.
-        spectrum_length: tokens of each; seq_length unless given.
+        spectrum_length: tokens of each, the 10 that a recurrent model warms up with included; seq_length unless given.
         tangents_at_once: tangents carried together; fewer take less memory.
         loss_windows: windows the loss is measured on.
         stability_candidates: of so many of the best, spectra are computed in other ways as well, to see how far their

@@ -32,6 +32,10 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 def make_candidates(recipe: SearchRecipe) -> Candidates:
     """The candidates of the kind that a recipe names, every combination checked."""
+    if recipe.search.search == "dynamic_sparse":
+        from hf_prune.search.trained import TrainedCandidates
+
+        return TrainedCandidates(recipe)
     return OneShotCandidates(recipe)
 
 
