@@ -72,7 +72,8 @@ def batches_of_the_trainer(folder: Path) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("growth", "redistribution"), [("random", "none"), ("gradient", "nonzeros"), ("momentum", "momentum")]
+    ("growth", "redistribution"),
+    [("random", "none"), ("gradient", "nonzeros"), ("gradient", "momentum"), ("momentum", "momentum")],
 )
 def test_a_trainer_does_what_a_plain_loop_does(growth: str, redistribution: str, tmp_path: Path) -> None:
     own = {"growth": growth, "redistribution": redistribution, "death": "magnitude"}
@@ -107,7 +108,7 @@ def test_a_trainer_does_what_a_plain_loop_does(growth: str, redistribution: str,
             if step % 4 == 0 and step < len(everything):
                 new, _ = updated_masks(
                     weights, masks, config, config.rate(step, len(everything)), FIRST_THRESHOLD,
-                    torch.Generator().manual_seed(7 * SEED_STRIDE + step), means if growth == "momentum" else dense,
+                    torch.Generator().manual_seed(7 * SEED_STRIDE + step), {"gradient": dense, "momentum": means},
                 )  # fmt: skip
                 for name, weight in weights.items():
                     for kept in ("exp_avg", "exp_avg_sq"):
