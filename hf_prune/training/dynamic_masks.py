@@ -221,8 +221,9 @@ class DynamicMaskCallback(MaskCallback):
             for name, own in kept.items():
                 own.copy_(tensors[prefix + name])
         if self.average is not None:
-            own = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
-            self.average.restore(own, said["average"])
+            prefix = "average."
+            averaged = {name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)}
+            self.average.restore(averaged, said["average"])
 
 
 @torch.no_grad()
