@@ -250,6 +250,15 @@ def test_the_average_is_the_mean_of_the_steps_since_the_loss_stopped_falling() -
     assert torch.allclose(net.weight, wanted, atol=1e-6)
 
 
+def test_an_average_that_never_began_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Linear(2, 2)
+    before = net.weight.detach().clone()
+    average = WeightAverage(lambda model: 1.0, non_monotone=2)
+    average.attach(net, {})
+    average.write()
+    assert torch.equal(net.weight, before) and "the held-out loss fell to the end" in caplog.text
+
+
 def test_a_dense_twin_begins_with_the_same_weights(tmp_path: Path) -> None:
     run = training(tmp_path, {"train_dense": True})
     _, rounds = run.run()
