@@ -15,7 +15,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.fields import coerce
 from hf_prune.recipe import dump_yaml, load_recipe, make_recipe, parse_flags, parse_yaml, read_recipe, read_values
 from hf_prune.search.arguments import make_search_recipe
-from hf_prune.search.candidates import OneShotCandidates
+from hf_prune.search.run import make_candidates
 from hf_prune.training.arguments import make_train_recipe
 from hf_prune.training.recovery import RecoveryConfig
 
@@ -70,7 +70,7 @@ def test_every_shipped_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
         return
     if path.parent.name == "lsh" and "search_dir" in read_values(path, {}):
         assert path.name in text.splitlines()[0]
-        assert OneShotCandidates(make_search_recipe(read_values(path, {}))).space.possible > 1
+        assert make_candidates(make_search_recipe(read_values(path, {}))).space.possible > 1
         return
     if path.stem == "sweep":
         assert path.name in text.splitlines()[0] and make_sweep(read_values(path, {}), path.stem)[0].cells
