@@ -1,5 +1,8 @@
 """The ways hf_prune says no, or not yet. Each message is one sentence: what is wrong, where, and what to do."""
 
+# In the environment of processes that `hf-prune` itself has started through a launcher.
+RELAUNCHED = "HF_PRUNE_RELAUNCHED"
+
 
 class HfPruneError(Exception):
     """Base of every error hf_prune raises on purpose; the command line prints its message without a traceback."""

@@ -253,7 +253,8 @@ class Bench:
         if cell.command is None:
             left_out = {"sample_prompts", "push_to_hub", *CALIBRATION_KEYS}
             values = {k: v for k, v in cell.values.items() if k not in left_out and not k.startswith("eval_")}
-            values |= {"seed": cell.seed, "output_dir": str(output), "eval_efficiency": False}
+            # What is timed is done in one go.
+            values |= {"seed": cell.seed, "output_dir": str(output), "eval_efficiency": False, "restart": True}
             if token_ids is not None:
                 values["dataset_name"] = str(token_ids)
             if values.get("propagate") is False or self.share_learning:

@@ -108,7 +108,7 @@ class WalkCheckpoint:
         asked = distributed.gather((self.stop.reason(needed), self._is_due(index, last, now)))
         reason = asked[0][0] or next((reason for reason, _ in asked if reason == "SIGTERM"), None)
         if reason or asked[0][1]:
-            self._write(index, model, runner, streams, result)
+            self._write(index, last, model, runner, streams, result)
             self._saved = perf_counter()
             self._cost = self._saved - now
         if reason:
@@ -126,7 +126,13 @@ class WalkCheckpoint:
         return now - self._saved >= _WORK_PER_SAVING * self._cost
 
     def _write(
-        self, index: int, model: nn.Module, runner: BlockRunner, streams: Sequence[Stream], result: WalkResult
+        self,
+        index: int,
+        last: int,
+        model: nn.Module,
+        runner: BlockRunner,
+        streams: Sequence[Stream],
+        result: WalkResult,
     ) -> None:
         before = self.work.entries.get(_ENTRY, {"blocks": [], "next_block": 0})
         following = index + 1
@@ -134,7 +140,7 @@ class WalkCheckpoint:
         for number, stream in enumerate(streams):
             hidden = {str(place): states for place, states in enumerate(stream.hidden) if states is not None}
             # Behind the last block there is nothing to go on to.
-            if hidden and index < len(runner.blocks):
+            if hidden and index < last:
                 files[_inputs_file(following, number)] = partial(_save_tensors, hidden)
         if distributed.rank() == 0:
             for own in self._unsaved:

@@ -1,0 +1,106 @@
+"""Runs that are cut and go on: real processes, killed at seeded moments, are gone on with to the same bytes."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from cut_runs import HALF, Cut, prune
+from tiny import byte_tokenizer, tiny_model
+
+RECIPE = {
+    "method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
+    "num_calibration_samples": 40, "seq_length": 64, "eval_seq_length": 64, "eval_max_windows": 4,
+    "eval_efficiency": False, "checkpoint_every": 1,
+}  # fmt: skip
+KILLED, TOO_LARGE, STOPPED = -signal.SIGKILL, -signal.SIGXFSZ, 75
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_model("llama").save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000)))
+    return {**RECIPE, "model_name_or_path": folder / "model", "dataset_name": text, "eval_dataset_name": text}
+
+
+@pytest.fixture(scope="module")
+def uncut(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("uncut")
+    codes, log = prune({**recipe, "output_dir": folder / "out"}, folder)
+    assert codes == [0], log
+    assert [entry.name for entry in folder.iterdir() if entry.is_dir()] == ["out"]
+    return made(folder / "out")
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """What must be the same to the byte."""
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "prune_plan.json")}
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing(recipe: dict, uncut: dict[str, bytes], tmp_path: Path) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out"}
+    drawn = random.Random(0)
+    # The manifest is replaced for the dense scores, the plan, and each of the three blocks.
+    cuts = [
+        Cut("os.rename", "manifest.json", drawn.randint(1, 3)),
+        Cut("os.rename", "inputs_", drawn.randint(1, 2), "half"),
+        Cut("open", "block_", drawn.randint(1, 2)),
+        Cut("os.remove", "inputs_", 1),
+        Cut("open", "hf_prune_recipe.yaml", 1),
+    ]
+    for cut in cuts:
+        codes, log = prune(values, tmp_path, cut=cut)
+        assert codes == [TOO_LARGE if cut.action == "half" else KILLED], (cut, log)
+        assert not (tmp_path / "out").exists()
+        if cut.action == "half":
+            (part,) = (tmp_path / "out.pruning").glob("block_*.part")
+            assert part.stat().st_size == HALF
+    codes, log = prune(values, tmp_path)
+    assert codes == [0] and "Going on with block 3" in log, log
+    assert made(tmp_path / "out") == uncut
+    assert not (tmp_path / "out.pruning").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_killed_and_go_on(recipe: dict, tmp_path: Path) -> None:
+    values = {**recipe, "reconstruct": "block", "reconstruct_passes": 1, "reconstruct_target": "model"}
+    (tmp_path / "whole").mkdir()
+    codes, log = prune({**values, "output_dir": tmp_path / "whole" / "out"}, tmp_path, world=2)
+    assert codes == [0, 0], log
+    cut_values = {**values, "output_dir": tmp_path / "out"}
+    for cut in (Cut("os.rename", "inputs_0002", 1, "half", rank=1), Cut("os.rename", "manifest.json", 2)):
+        codes, log = prune(cut_values, tmp_path, world=2, cut=cut)
+        # The one that is left says so, in a sentence, and goes as well.
+        assert codes[cut.rank] in (KILLED, TOO_LARGE) and codes[1 - cut.rank] == 1, (codes, log)
+        assert "another process of this run is gone" in log and "Traceback" not in log, log
+    codes, log = prune(cut_values, tmp_path, world=2)
+    assert codes == [0, 0] and "Going on with block" in log, log
+    assert made(tmp_path / "out") == made(tmp_path / "whole" / "out")
+
+
+@pytest.mark.slow
+def test_a_run_stops_between_blocks_and_goes_on_the_next_night(
+    recipe: dict, uncut: dict[str, bytes], tmp_path: Path
+) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out"}
+    # Every session does one block's work at least, however little time it has.
+    for place in ("once the plan was made", "behind block 0", "behind block 1", "behind block 2"):
+        codes, log = prune({**values, "time_limit": "0.001"}, tmp_path)
+        assert codes == [STOPPED] and f"stopped by time_limit 0.001 {place}" in log, log
+    codes, log = prune({**values, "time_limit": "1h"}, tmp_path)
+    assert codes == [0], log
+    assert made(tmp_path / "out") == uncut
+
+
+@pytest.mark.slow
+def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out", "checkpoint_every": 100}
+    # While the plan is kept: the signal is seen there. While the first block would not have been saved: it is.
+    codes, log = prune(values, tmp_path, cut=Cut("os.rename", "fisher_factors", 1, "term"))
+    assert codes == [STOPPED] and "stopped by SIGTERM" in log, log
+    codes, log = prune({**values, "checkpoint_every": 1}, tmp_path, cut=Cut("open", "block_0001", 1, "term"))
+    assert codes == [STOPPED] and "stopped by SIGTERM behind block 2" in log, log
