@@ -298,9 +298,7 @@ class OutputArguments:
 class RunArguments:
     """How a run goes on after a cut, and when it stops by itself; nothing in the result depends on it."""
 
-    time_limit: str | None = field(
-        default=None, metadata={"help": "stop between blocks in time, as in 6h"}
-    )
+    time_limit: str | None = field(default=None, metadata={"help": "stop between blocks in time, as in 6h"})
     deadline: str | None = field(default=None, metadata={"help": "stop between blocks before this time, as in 06:00"})
     checkpoint_every: int = field(
         default=0, metadata={"help": "blocks between saves; 0, as many as keep saving under 5 % of the time"}
