@@ -42,6 +42,7 @@ class PruneResult:
         reconstruction: outcome of each block's training by the block's index, where there was one.
         reduction: which units stayed, where whole units went.
         earlier_seconds: that earlier sessions took for what counts, where the run was cut.
+        saving_seconds: that it took to keep the walk's state, earlier sessions included.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class PruneResult:
     reconstruction: dict[int, BlockOutcome] = field(default_factory=dict)
     reduction: ReduceResult | None = None
     earlier_seconds: float = 0.0
+    saving_seconds: float = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -234,7 +236,12 @@ def prune(
         checkpoint=checkpoint,
     )
     return PruneResult(
-        plan, result.views, result.forward_passes, result.reconstruction, earlier_seconds=result.earlier_seconds
+        plan,
+        result.views,
+        result.forward_passes,
+        result.reconstruction,
+        earlier_seconds=result.earlier_seconds,
+        saving_seconds=result.saving_seconds,
     )
 
 

@@ -131,4 +131,5 @@ class Unfinished:
 
     def finished(self) -> None:
         """The output folder has its name: nothing is left to go on with."""
+        self.stop.listen_no_more()
         self.work.discard()

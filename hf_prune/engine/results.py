@@ -47,12 +47,14 @@ class WalkResult:
     Attributes:
         reconstruction: outcome of each block's training by the block's index.
         earlier_seconds: what sessions before this one took for blocks that count, where the walk was cut.
+        saving_seconds: what it took to keep the state between blocks, earlier sessions included.
     """
 
     views: list[ViewResult] = field(default_factory=list)
     forward_passes: float = 0.0
     reconstruction: dict[int, BlockOutcome] = field(default_factory=dict)
     earlier_seconds: float = 0.0
+    saving_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -62,4 +64,5 @@ class WalkResult:
         """Become what `to_dict` told of."""
         self.views = [ViewResult(**view) for view in values["views"]]
         self.reconstruction = {int(index): BlockOutcome(**own) for index, own in values["reconstruction"].items()}
-        self.forward_passes, self.earlier_seconds = values["forward_passes"], values["earlier_seconds"]
+        for name in ("forward_passes", "earlier_seconds", "saving_seconds"):
+            setattr(self, name, values[name])

@@ -14,6 +14,7 @@ from typing import Any
 from hf_prune.clock import next_time, parse_duration
 from hf_prune.errors import Stopped
 
+SIGNAL = "SIGTERM"
 logger = logging.getLogger(__name__)
 
 
@@ -35,11 +36,12 @@ class StopRequest:
         self.end = min(ends) if ends else None
         self.signalled = False
         self._deferred = False
+        self._before: Any = None
 
     def reason(self, needed: float = 0.0) -> str | None:
         """Why to stop now, None for no reason: a signal has come, or the end comes within `needed` seconds."""
         if self.signalled:
-            return "SIGTERM"
+            return SIGNAL
         return self.end[1] if self.end is not None and time.time() + needed >= self.end[0] else None
 
     @contextmanager
@@ -49,26 +51,35 @@ class StopRequest:
             # Python hands signals to the main thread alone.
             yield
             return
-        before = signal.getsignal(signal.SIGTERM)
-
-        def stop(number: int, frame: Any) -> None:
-            self.signalled = True
-            if not self._deferred:
-                raise Stopped("stopped by SIGTERM; start the same run again to go on.")
-            logger.info("SIGTERM: stopping after this block; another one stops at once.")
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-        signal.signal(signal.SIGTERM, stop)
+        self._before = signal.signal(signal.SIGTERM, self._stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            self.listen_no_more()
+
+    def listen_no_more(self) -> None:
+        """From now on SIGTERM does what it did before."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.signalled = True
+        if not self._deferred:
+            self._raise()
+        logger.info("SIGTERM: stopping after this block; another one stops at once.")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _raise(self) -> None:
+        raise Stopped(f"stopped by {SIGNAL}; start the same run again to go on.")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal waits for somebody to ask for a reason."""
+        """Inside, a signal waits for somebody to ask for a reason, at the latest for the end."""
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
+        if self.signalled:
+            self._raise()

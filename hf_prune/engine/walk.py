@@ -107,7 +107,7 @@ def walk(
         if statistics_folder is not None and not propagate and solver.statistics:
             # Named after the dense model: before anything is restored.
             cache = StatisticsCache(statistics_folder, model, input_ids, views, solver.statistics)
-        first = checkpoint.restore(model, runner, streams, result) if checkpoint else 0
+        first = checkpoint.restore(runner, streams, result, views) if checkpoint else 0
         for index in progress(range(first, last + 1), "pruning blocks", total=last + 1 - first):
             own = [view for view in views if view.block == index]
             if cache is not None and cache.complete:
@@ -137,7 +137,7 @@ def walk(
                 if index < last:
                     stream.advance(index, None if propagate else outputs)
             if checkpoint:
-                checkpoint.save(index, last, bool(own), model, runner, streams, result)
+                checkpoint.save(index)
         if cache is not None:
             cache.finish()
         result.forward_passes = stream.forward_passes + (dense.forward_passes if dense else 0.0)
