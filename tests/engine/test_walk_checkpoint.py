@@ -20,7 +20,7 @@ BLOCK = {"method": "wanda", "reconstruct": "block", "reconstruct_passes": 1}
 CASES = {
     "sparsegpt": ("llama", {"method": "sparsegpt"}),
     "blocks that return tuples": ("gpt2", {"method": "sparsegpt"}),
-    "experts and importance": ("qwen3_moe", {"method": "wanda", "output_importance": "fisher"}),
+    "experts and importance": ("qwen3_moe", {"method": "sparsegpt", "output_importance": "fisher"}),
     "the head, and blocks left alone": ("qwen3", {"method": "wanda", "targets": ["lm_head", "model.layers.1"]}),
     "dense inputs": ("llama", {"method": "wanda", "propagate": False}),
     "trained blocks": ("opt", BLOCK),
