@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class Cut:
         event: `os.rename` (to the name), `open`, `os.remove`.
         name: how the file's name begins.
         count: the how-manieth of these events, from 1.
-        action: `kill`; `term`, SIGTERM; `half`, the kernel ends the process inside the next write past `HALF` bytes.
+        action: `kill`; `term`, SIGTERM; `half`, the kernel ends the process inside the next write past `HALF` bytes;
+            `fill`, a file `filler` beside the file's folder takes all that the disk has left.
         rank: of the process that it happens to.
     """
 
@@ -52,7 +54,12 @@ class Cut:
             seen += 1
             if seen != self.count:
                 return
-            if self.action == "half":
+            if self.action == "fill":
+                filler = Path(path).parent.parent / "filler"
+                with suppress(OSError), filler.open("wb", buffering=0) as stream:
+                    while True:
+                        stream.write(bytes(4096))
+            elif self.action == "half":
                 # Python ignores it otherwise, and write() says that the file is too large.
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, resource.RLIM_INFINITY))

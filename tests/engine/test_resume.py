@@ -1,6 +1,8 @@
 """Runs that are cut and go on: real processes, killed at seeded moments, are gone on with to the same bytes."""
 
 import random
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import torch
 from cut_runs import HALF, Cut, prune
 from safetensors.torch import load, load_file
 from tiny import byte_tokenizer, tiny_model
+
+from hf_prune.checkpoint.lock import hold
 
 RECIPE = {
     "method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
@@ -112,3 +116,63 @@ def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> Non
     assert codes == [STOPPED] and "stopped by SIGTERM" in log, log
     codes, log = prune({**values, "checkpoint_every": 1}, tmp_path, cut=Cut("open", "block_0001", 1, "term"))
     assert codes == [STOPPED] and "stopped by SIGTERM behind block 2" in log, log
+
+
+@pytest.mark.slow
+def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: Path) -> None:
+    shutil.copytree(recipe["model_name_or_path"], tmp_path / "model")
+    text = tmp_path / "text.txt"
+    shutil.copy(recipe["dataset_name"], text)
+    values = {
+        **recipe, "model_name_or_path": tmp_path / "model", "dataset_name": text, "output_dir": tmp_path / "out",
+        "time_limit": "0.001",
+    }  # fmt: skip
+    for _ in range(2):
+        codes, log = prune(values, tmp_path)
+        assert codes == [STOPPED], log
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
+
+    def refused(said: str, **changes: object) -> None:
+        codes, log = prune({**values, **changes}, tmp_path)
+        assert codes == [2] and re.search(said, log) and len(log.strip().splitlines()) == 1, log
+        after = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
+        assert all(after[name] == content for name, content in before.items() if name != "lock")
+
+    weights = tmp_path / "model" / "model.safetensors"
+    for damage, said in (
+        (lambda whole: whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:], r"weight model\.\S+ is not what it was;"),
+        (lambda whole: whole[:-100], r"model\.safetensors"),
+    ):
+        whole = weights.read_bytes()
+        weights.write_bytes(damage(whole))
+        refused(said)
+        weights.write_bytes(whole)
+    block = tmp_path / "out.pruning" / "block_0000.safetensors"
+    block.write_bytes(before[block.name][:-4])
+    codes, log = prune(values, tmp_path)
+    assert codes == [2] and "block_0000.safetensors is damaged or gone" in log, log
+    block.write_bytes(before[block.name])
+    refused(r"sparsity was 0\.5 and is 0\.6", sparsity=0.6)
+    refused("num_calibration_samples was 40 and is 41", num_calibration_samples=41)
+    lock = hold(tmp_path / "out.pruning" / "lock", before["lock"].decode())
+    refused(r"process \d+ on .* is making it already")
+    assert lock is not None
+    lock.close()
+    text.write_text(text.read_text().replace("foxes", "hares"))
+    refused("calibration windows is not what it was")
+    codes, log = prune({**values, "sparsity": 0.6, "restart": True}, tmp_path)
+    assert codes == [STOPPED] and "once the plan was made" in log, log
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while(recipe: dict, uncut: dict[str, bytes], small_disk, tmp_path: Path) -> None:
+    with small_disk("20m") as disk:
+        values = {**recipe, "output_dir": disk / "out"}
+        codes, log = prune(values, tmp_path, cut=Cut("open", "block_0001", 1, "fill"))
+        assert codes == [1] and "the disk is full" in log and "Traceback" not in log, log
+        assert sorted(entry.name for entry in disk.iterdir()) == ["filler", "out.pruning"]
+        assert not list((disk / "out.pruning").glob("*.part"))
+        (disk / "filler").unlink()
+        codes, log = prune(values, tmp_path)
+        assert codes == [0] and "Going on with block 1" in log, log
+        assert made(disk / "out") == uncut
