@@ -70,7 +70,7 @@ def finish(
         placed: called once the folder has its name.
 
     Raises:
-        RunError: verification failed; nothing is left behind. Where only the push fails, the finished folder stays.
+        RunError: verification failed; the folder is not left behind. Where only the push fails, the finished folder stays.
     """
     assert output.output_dir is not None
     with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
@@ -94,7 +94,7 @@ def finish(
         if failed:
             raise RunError(
                 f"output_dir: the saved model failed its verification ({failed[0]['check']}: {failed[0]['detail']}); "
-                "nothing was kept, please report this."
+                "it was not kept, please report this."
             )
         complete(folder)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
