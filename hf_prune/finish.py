@@ -70,7 +70,7 @@ def finish(
         placed: called once the folder has its name.
 
     Raises:
-        RunError: verification failed; the folder is not left behind. Where only the push fails, the finished folder stays.
+        RunError: verification failed; no folder is made. Where only the push fails, the finished folder stays.
     """
     assert output.output_dir is not None
     with output_folder(output.output_dir, output.overwrite_output_dir) as folder:

@@ -59,7 +59,7 @@ def test_every_shipped_recipe_parses_and_says_how_to_run_it(path: Path) -> None:
     if path.parent.name == "accelerate_configs":
         assert parse_yaml(text, path.name)
         return
-    if path.parent.name in ("lottery", "legcnet", "recovery") or path.stem in ("tickets", "legcnet"):
+    if path.parent.name in ("lottery", "legcnet", "dst", "recovery") or path.stem in ("tickets", "legcnet"):
         values, _ = read_recipe(path, {})
         recovers = path.parent.name == "recovery"
         recipe = make_train_recipe(values, RecoveryConfig) if recovers else make_any_train_recipe(values)

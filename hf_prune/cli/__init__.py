@@ -14,7 +14,7 @@ from hf_prune.progress import is_main_process
 VERBS = {
     "quickstart": "prune a small real model with the embedded recipe: no Hub, no account",
     "prune": "prune, evaluate, save, verify, and push if asked: the main job",
-    "train": "prune while training: lottery tickets, or what does not cause the errors",
+    "train": "prune while training: lottery tickets, moving masks, or what does not cause the errors",
     "recover": "train a pruned model for a while; every zero stays a zero",
     "compare": "what tickets share: overlap, signs, movement",
     "plan": "dry run: what would be pruned, and what it would take",

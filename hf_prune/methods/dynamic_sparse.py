@@ -97,6 +97,11 @@ class DynamicSparseConfig:
                 raise BadInputError(f"{key}: {value} is too few; use 1 or more.")
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether the dense gradient of an update's step is looked at."""
+        return self.growth == "gradient"
+
+    @property
     def needs_momentum(self) -> bool:
         """Whether a running mean of dense gradients is kept."""
         return "momentum" in (self.growth, self.redistribution)
@@ -196,7 +201,7 @@ def updated_masks(
     rate: float,
     threshold: float,
     generator: torch.Generator,
-    dense: Mapping[str, Tensor] | None = None,
+    dense: Mapping[str, Mapping[str, Tensor]],
 ) -> tuple[dict[str, Tensor], float]:
     """The next masks, with as many weights as these, and the threshold of the next update.
 
@@ -204,7 +209,7 @@ def updated_masks(
         weights: by name, of any shape; zero outside the masks.
         masks: bool, of the same names and shapes, on the CPU.
         rate: share of the weights that die.
-        dense: gradients of all places, masked or not, or their running mean, where growth or redistribution asks.
+        dense: `gradient` and `momentum` of all places, masked or not, as far as growth and redistribution ask.
     """
     die, threshold = dying(weights, masks, config.death, rate, threshold)
     left = {name: masks[name] & ~die[name] for name in masks}
@@ -219,20 +224,21 @@ def updated_masks(
         if config.growth == "random":
             scores = torch.rand(own.shape, generator=generator)
         else:
-            assert dense is not None
-            scores = dense[name].abs().float()
+            scores = dense[config.growth][name].abs().float()
         new[name] = own | _chosen(scores.masked_fill(own, -math.inf), grow[name])
     return new, threshold
 
 
 def _claims(
-    weights: Mapping[str, Tensor], left: Mapping[str, Tensor], redistribution: str, dense: Mapping[str, Tensor] | None
+    weights: Mapping[str, Tensor],
+    left: Mapping[str, Tensor],
+    redistribution: str,
+    dense: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, float]:
     """What each layer's part of the freed weights is in proportion to."""
     if redistribution == "nonzeros":
         return {name: float(own.sum()) for name, own in left.items()}
-    values = weights if redistribution == "magnitude" else dense
-    assert values is not None
+    values = weights if redistribution == "magnitude" else dense["momentum"]
     return {name: float(values[name][own].abs().double().mean()) if own.any() else 0.0 for name, own in left.items()}
 
 

@@ -1,1 +1,1 @@
-"""Pruning while training, and training what was pruned: masks that hold, tickets, recovery."""
+"""Pruning while training, and training what was pruned: masks that hold or move, tickets, recovery."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 
 class WeightAverage:
@@ -79,6 +82,8 @@ class WeightAverage:
     def write(self) -> None:
         """Put the mean into the model, where there is one."""
         assert self._model is not None
+        if not self._means:
+            logger.warning("averaging: the held-out loss fell to the end, so that the last weights are handed over.")
         for name, parameter in self._model.named_parameters():
             if name in self._means:
                 parameter.copy_(self._means[name])

@@ -18,12 +18,24 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_prune.engine import distributed
+from hf_prune.errors import BadInputError
 from hf_prune.methods.dynamic_sparse import DynamicSparseConfig, initial_masks
 from hf_prune.training.averaging import WeightAverage
 from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.dynamic_masks import DynamicMaskCallback
-from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, load_weights, make_round, save_weights
-from hf_prune.training.tickets import INITIAL, MakeTrainer
+from hf_prune.training.rounds import (
+    CHECKPOINTS,
+    INITIAL,
+    WEIGHTS,
+    Measuring,
+    Round,
+    Trained,
+    leave,
+    load_weights,
+    make_round,
+    save_weights,
+)
+from hf_prune.training.tickets import MakeTrainer
 from hf_prune.training.trainer import only_weights_change, train
 
 
@@ -55,19 +67,20 @@ class DynamicSparseTraining:
         """The module with the sparse training's weights, and the rounds: the dense twin's first, where there is one.
 
         Raises:
-            BadInputError: the folder belongs to another run, or the masks do not fit.
+            BadInputError: the folder belongs to another run, the masks do not fit or cannot move in this training.
             RunError: the loss is not a number.
         """
         model = self.make_model(None)
         self._claim(model)
-        rounds = []
-        if self.config.train_dense:
-            rounds.append(self._round("round-00", Round(0, "dense"), model, self._full(model), None))
         shapes = {name: tuple(model.get_parameter(name).shape) for name in self.names}
         generator = torch.Generator().manual_seed(self.seed)
         masks = initial_masks(shapes, self.config.sparsity, self.config.initialization, generator)
         moving = DynamicMaskCallback(masks, self.config, self.seed, self._average())
-        rounds.append(self._round(self.sparse_folder.name, Round(1, "sparse"), model, masks, moving))
+        # Before the twin: what cannot be trained this way is refused when the training begins.
+        rounds = [self._round(self.sparse_folder.name, Round(1, "sparse"), model, masks, moving)]
+        if self.config.train_dense:
+            rounds.insert(0, self._round("round-00", Round(0, "dense"), model, self._full(model), None))
+            load_weights(model, self.sparse_folder / WEIGHTS)
         return model, rounds
 
     @property
@@ -75,7 +88,7 @@ class DynamicSparseTraining:
         """Where the training of these settings is."""
         left_out = ("method", "train_dense", "rounds_folder")
         own = {key: value for key, value in asdict(self.config).items() if key not in left_out}
-        return self.folder / f"sparse-{fingerprint([own, sorted(self.names)], {})[:8]}"
+        return self.folder / f"sparse-{fingerprint([own, sorted(self.names), self.seed], {})[:8]}"
 
     def _full(self, model: nn.Module) -> dict[str, Tensor]:
         return {name: torch.ones(model.get_parameter(name).shape, dtype=torch.bool) for name in self.names}
@@ -92,9 +105,10 @@ class DynamicSparseTraining:
             "weights": fingerprint("", model.state_dict()),
             "processes": distributed.world_size(),
         }
+        # Of any settings: all trainings of a folder have one beginning.
         began = any(
-            (self.folder / name).is_dir() or last_checkpoint(self.folder / f"{name}.unfinished" / CHECKPOINTS)
-            for name in ("round-00", self.sparse_folder.name)
+            not path.name.endswith((".unfinished", ".part")) or last_checkpoint(path / CHECKPOINTS) is not None
+            for path in self.folder.glob("*-*")
         )
         claim(self.folder, identity, began)
         if distributed.rank() == 0 and not began:
@@ -118,7 +132,12 @@ class DynamicSparseTraining:
                 # What puts the averaged weights in place comes before what looks at the end's.
                 callbacks = [*([moving] if moving else []), stop, *self.watch()]
                 trainer = self.make_trainer(model, checkpoints, callbacks)
-                train(trainer, checkpoint)
+                try:
+                    train(trainer, checkpoint)
+                except BadInputError:
+                    # Known when the training began.
+                    leave(self.folder, checkpoints)
+                    raise
                 stop.check(model, "after the training")
             return Trained(int(trainer.state.global_step))
 

@@ -29,9 +29,18 @@ from hf_prune.training.causes import Causes, find_causes, load_causes, save_caus
 from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
 from hf_prune.training.recorder import Recorder, read_record
-from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, load_weights, make_round, save_weights
+from hf_prune.training.rounds import (
+    CHECKPOINTS,
+    INITIAL,
+    Measuring,
+    Round,
+    Trained,
+    load_weights,
+    make_round,
+    save_weights,
+)
 from hf_prune.training.series import Series
-from hf_prune.training.tickets import INITIAL, MakeTrainer
+from hf_prune.training.tickets import MakeTrainer
 from hf_prune.training.trainer import FinishedBefore, only_weights_change, train
 
 KINDS = ("legcnet", "magnitude", "random")

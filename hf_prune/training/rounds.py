@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from hf_prune.checkpoint.files import write_whole
 from hf_prune.checkpoint.folder import explained_disk_errors
 from hf_prune.engine import distributed
+from hf_prune.training.checkpoints import IDENTITY, last_checkpoint
 
+INITIAL = "initial.safetensors"
 WEIGHTS, MASKS, RESULT, CHECKPOINTS = "model.safetensors", "masks.safetensors", "round.json", "checkpoints"
 
 
@@ -143,6 +145,22 @@ def keep_round(folder: Path, model: nn.Module, masks: Mapping[str, Tensor], resu
         save_file(dict(masks), part / MASKS)
         keep_result(part, result)
         part.rename(folder)
+
+
+def leave(folder: Path, unfinished: Path) -> None:
+    """Remove what was made for a training that never began, and the folder of the rounds where nothing else is there.
+
+    Args:
+        folder: of all rounds.
+        unfinished: of the Trainer's checkpoints of this one.
+    """
+    if distributed.rank() == 0 and last_checkpoint(unfinished) is None:
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
+        if not any(path.is_dir() for path in folder.iterdir()):
+            for name in (INITIAL, IDENTITY):
+                (folder / name).unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def keep_result(folder: Path, result: Round) -> None:

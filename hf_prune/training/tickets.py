@@ -26,12 +26,20 @@ from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks, random_masks
 from hf_prune.progress import progress
-from hf_prune.training.checkpoints import IDENTITY, KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
-from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, load_weights, make_round, save_weights
+from hf_prune.training.rounds import (
+    CHECKPOINTS,
+    INITIAL,
+    Measuring,
+    Round,
+    Trained,
+    leave,
+    load_weights,
+    make_round,
+    save_weights,
+)
 from hf_prune.training.trainer import only_weights_change, train
-
-INITIAL = "initial.safetensors"
 
 
 class MakeTrainer(Protocol):
@@ -138,20 +146,10 @@ class TicketSearch:
                 train(trainer, checkpoint)
             except BadInputError:
                 # Known when the training began.
-                self._leave(folder)
+                leave(self.folder, folder)
                 raise
             stop.check(model, "after the training")
         return int(trainer.state.global_step)
-
-    def _leave(self, folder: Path) -> None:
-        """Remove what was made for a training that never began."""
-        if distributed.rank() == 0 and last_checkpoint(folder) is None:
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            if not (self.folder / "round-00").is_dir():
-                for name in (INITIAL, IDENTITY):
-                    (self.folder / name).unlink(missing_ok=True)
-                if not any(self.folder.iterdir()):
-                    self.folder.rmdir()
 
     def _controls(self, number: int, masks: dict[str, Tensor]) -> list[Round]:
         """The ticket's mask on other initial weights, and a random mask of its densities on the ticket's own."""

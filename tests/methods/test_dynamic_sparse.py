@@ -63,7 +63,10 @@ def test_the_number_of_weights_never_changes(
     weights, masks, generator = layers(shapes, sparsity, how, seed)
     assert count(masks) == round((1 - sparsity) * sum(rows * columns for rows, columns in shapes))
     config = DynamicSparseConfig(death=death, growth=growth, redistribution=redistribution)
-    dense = {name: torch.randn(mask.shape, generator=generator) for name, mask in masks.items()}
+    dense = {
+        kind: {name: torch.randn(mask.shape, generator=generator) for name, mask in masks.items()}
+        for kind in ("gradient", "momentum")
+    }
     for _ in range(3):
         new, threshold = updated_masks(weights, masks, config, rate, threshold, generator, dense)
         die, _ = dying(weights, masks, death, rate, threshold)
@@ -154,19 +157,25 @@ def test_the_threshold_moves_until_as_many_die_as_are_wanted() -> None:
     assert dying(weights, masks, "threshold", 0.3, 0.5)[0]["0"].equal(masks["0"] & (weights["0"].abs() <= 0.5))
 
 
-def test_weights_grow_where_the_gradient_is_largest_and_layers_get_their_part() -> None:
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+@pytest.mark.parametrize("redistribution", ["magnitude", "momentum"])
+def test_weights_grow_where_they_should_and_layers_get_their_part(growth: str, redistribution: str) -> None:
     weights, masks, generator = layers([(10, 10), (10, 10)], 0.5, "uniform", 2)
     weights["1"] *= 3
-    dense = {name: torch.randn(10, 10, generator=generator) for name in masks}
-    config = DynamicSparseConfig(growth="gradient", redistribution="magnitude", death="magnitude")
+    dense = {
+        kind: {name: torch.randn(10, 10, generator=generator) for name in masks} for kind in ("gradient", "momentum")
+    }
+    dense["momentum"]["1"] *= 3
+    config = DynamicSparseConfig(growth=growth, redistribution=redistribution, death="magnitude")
     new, _ = updated_masks(weights, masks, config, 0.4, 0.0, generator, dense)
     die, _ = dying(weights, masks, "magnitude", 0.4, 0.0)
     left = {name: masks[name] & ~die[name] for name in masks}
-    means = {name: float(weights[name][left[name]].abs().mean()) for name in masks}
+    values = weights if redistribution == "magnitude" else dense["momentum"]
+    means = {name: float(values[name][left[name]].abs().mean()) for name in masks}
     for name in masks:
         grown = (new[name] & ~left[name]).flatten()
         assert int(grown.sum()) == pytest.approx(40 * means[name] / sum(means.values()), abs=1)
-        sizes = dense[name].abs().flatten()
+        sizes = dense[growth][name].abs().flatten()
         rest = ~left[name].flatten() & ~grown
         assert float(sizes[grown].min()) >= float(sizes[rest].max())
 

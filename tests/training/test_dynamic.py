@@ -1,6 +1,10 @@
 """Masks that move through a Trainer: against a plain loop, over a cut, with an average, and as a folder."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,14 @@ from safetensors.torch import load_file
 from small_net import Data, Net
 from tiny import FAMILIES, tiny_ids, tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_prune.errors import BadInputError
 from hf_prune.methods.dynamic_sparse import FIRST_THRESHOLD, DynamicSparseConfig, initial_masks, updated_masks
@@ -19,20 +30,24 @@ from hf_prune.sparse_training import run_sparse
 from hf_prune.training.arguments import make_train_recipe, make_training_arguments
 from hf_prune.training.averaging import WeightAverage
 from hf_prune.training.dynamic import DynamicSparseTraining
-from hf_prune.training.dynamic_masks import MOMENTUM, SEED_STRIDE
+from hf_prune.training.dynamic_masks import MOMENTUM, SEED_STRIDE, DynamicMaskCallback, forget
 from hf_prune.training.text import Windows
 
 NAMES = ["first.weight", "second.weight"]
 
 
 class Batches(TrainerCallback):
-    """Stops a run behind a step, as a kill would."""
+    """Stops a run behind a step, as a kill would; behind the checkpoint of one where the step is negative."""
 
     def __init__(self, stop: int) -> None:
         self.stop = stop
 
     def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
         if state.global_step == self.stop:
+            raise KeyboardInterrupt
+
+    def on_save(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        if state.global_step == -self.stop:
             raise KeyboardInterrupt
 
 
@@ -47,7 +62,7 @@ def training(folder: Path, own: dict[str, Any], stop: int = 0, losses: Any = Non
             }
         )  # fmt: skip
         kept = [callback for callback in callbacks if not isinstance(callback, Batches)]
-        return Trainer(model=model, args=given, train_dataset=Data(), callbacks=[*kept, Batches(stop)])
+        return Trainer(model=model, args=given, train_dataset=Data(), callbacks=[Batches(stop), *kept])
 
     config = DynamicSparseConfig(**{"sparsity": 0.6, "update_steps": 4, **own})
     return DynamicSparseTraining(
@@ -72,7 +87,8 @@ def batches_of_the_trainer(folder: Path) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("growth", "redistribution"), [("random", "none"), ("gradient", "nonzeros"), ("momentum", "momentum")]
+    ("growth", "redistribution"),
+    [("random", "none"), ("gradient", "nonzeros"), ("gradient", "momentum"), ("momentum", "momentum")],
 )
 def test_a_trainer_does_what_a_plain_loop_does(growth: str, redistribution: str, tmp_path: Path) -> None:
     own = {"growth": growth, "redistribution": redistribution, "death": "magnitude"}
@@ -107,7 +123,7 @@ def test_a_trainer_does_what_a_plain_loop_does(growth: str, redistribution: str,
             if step % 4 == 0 and step < len(everything):
                 new, _ = updated_masks(
                     weights, masks, config, config.rate(step, len(everything)), FIRST_THRESHOLD,
-                    torch.Generator().manual_seed(7 * SEED_STRIDE + step), means if growth == "momentum" else dense,
+                    torch.Generator().manual_seed(7 * SEED_STRIDE + step), {"gradient": dense, "momentum": means},
                 )  # fmt: skip
                 for name, weight in weights.items():
                     for kept in ("exp_avg", "exp_avg_sq"):
@@ -124,18 +140,80 @@ def test_a_trainer_does_what_a_plain_loop_does(growth: str, redistribution: str,
     )
 
 
-@pytest.mark.parametrize("stop", [3, 13])
-def test_a_cut_run_goes_on_to_the_same_bits(stop: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stop", "saved"), [(3, "steps"), (13, "steps"), (-12, "steps"), (-48, "steps"), (30, "epoch")]
+)
+def test_a_cut_run_goes_on_to_the_same_bits(stop: int, saved: str, tmp_path: Path) -> None:
+    """Within an epoch, at an update and the end of an epoch, behind the last step, from an epoch's checkpoint."""
     own = {"growth": "momentum", "redistribution": "momentum", "death": "threshold", "averaging": True}
     own |= {"non_monotone": 1, "update_steps": 3}
     # Falls in no epoch but the first: the average begins with the third.
     falling = lambda model: float(model.first.weight.abs().sum() > 0)  # noqa: E731
-    whole, _ = training(tmp_path / "whole", own, losses=falling, num_train_epochs=4).run()
+    given = {"losses": falling, "num_train_epochs": 4, "save_strategy": saved}
+    whole, _ = training(tmp_path / "whole", own, **given).run()
     with pytest.raises(KeyboardInterrupt):
-        training(tmp_path / "cut", own, stop, losses=falling, num_train_epochs=4).run()
-    model, _ = training(tmp_path / "cut", own, losses=falling, num_train_epochs=4).run()
+        training(tmp_path / "cut", own, stop, **given).run()
+    model, rounds = training(tmp_path / "cut", own, **given).run()
     for name, parameter in whole.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
+    assert sum(int((model.get_parameter(name) != 0).sum()) for name in NAMES) <= rounds[-1].kept
+
+
+def test_a_folder_has_one_beginning_whatever_the_settings(tmp_path: Path) -> None:
+    """Another training's result under the same settings is never taken for one's own."""
+    first, _ = training(tmp_path, {}).run()
+    other = training(tmp_path, {"growth": "gradient"}, learning_rate=0.1)
+    other.fingerprint = "another learning rate"
+    with pytest.raises(BadInputError, match="holds a training of another model, text or recipe"):
+        other.run()
+    training(tmp_path, {"growth": "gradient"}).run()
+    seeded = training(tmp_path, {})
+    seeded.seed = 8
+    assert not torch.equal(seeded.run()[0].first.weight, first.first.weight)
+    assert len(list(tmp_path.glob("sparse-*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("own", "arguments", "message"),
+    [
+        ({"update_steps": 24}, {}, "update_steps: the masks would first move behind step 24, and the training has 24"),
+        ({"update_steps": None}, {"num_train_epochs": 1}, "would first move behind step 12, and the training has 12"),
+    ],
+)
+def test_masks_that_would_never_move_are_refused(own: dict, arguments: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=message):
+        training(tmp_path / "run", {**own, "train_dense": True}, **arguments).run()
+    assert not list(tmp_path.iterdir())
+    # What was there before stays.
+    training(tmp_path / "run", {}, **arguments).run()
+    with pytest.raises(BadInputError, match=message):
+        training(tmp_path / "run", own, **arguments).run()
+    assert (tmp_path / "run" / "initial.safetensors").is_file() and len(list((tmp_path / "run").glob("sparse-*"))) == 1
+
+
+def test_scaled_gradients_and_packed_states_are_refused() -> None:
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True)
+    arguments.fp16 = True
+    callback = DynamicMaskCallback({}, DynamicSparseConfig(growth="gradient", update_steps=1))
+    with pytest.raises(BadInputError, match="fp16: it scales gradients"):
+        state, loader = TrainerState(max_steps=4), [None] * 4
+        callback.on_train_begin(arguments, state, TrainerControl(), model=Net(), train_dataloader=loader)
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.state[weight] = {"codes": torch.zeros(2, 2, dtype=torch.uint8)}
+    with pytest.raises(BadInputError, match="optim: SGD packs what it remembers"):
+        forget(optimizer, weight, torch.ones(2, 2, dtype=torch.bool))
+
+
+def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path, {}, stop=13).run()
+    file = next(tmp_path.rglob("dynamic_masks.safetensors"))
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(BadInputError, match=r"checkpoint-12: the checkpoint lacks its masks .* remove it"):
+        training(tmp_path, {}).run()
+    shutil.rmtree(file.parent)
+    training(tmp_path, {}).run()
 
 
 def test_the_average_is_the_mean_of_the_steps_since_the_loss_stopped_falling() -> None:
@@ -170,6 +248,15 @@ def test_the_average_is_the_mean_of_the_steps_since_the_loss_stopped_falling() -
     wanted = torch.stack(seen).mean(dim=0)
     wanted[0, 1] = 0.25  # over the two steps since it grew
     assert torch.allclose(net.weight, wanted, atol=1e-6)
+
+
+def test_an_average_that_never_began_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Linear(2, 2)
+    before = net.weight.detach().clone()
+    average = WeightAverage(lambda model: 1.0, non_monotone=2)
+    average.attach(net, {})
+    average.write()
+    assert torch.equal(net.weight, before) and "the held-out loss fell to the end" in caplog.text
 
 
 def test_a_dense_twin_begins_with_the_same_weights(tmp_path: Path) -> None:
@@ -231,3 +318,46 @@ def test_too_little_text_to_hold_some_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="averaging: 16 windows are held out, and the text fills 16"):
         run_sparse(make_train_recipe(values, DynamicSparseConfig))
     assert not (tmp_path / "out").exists()
+
+
+def moved_masks(folder: Path, batch: int) -> dict[str, Tensor]:
+    """What this process's masks are behind a training, where every process has batches of so many rows."""
+    # SGD: a gradient summed in another order moves a weight by as little, whatever its size.
+    own = {"optim": "sgd", "learning_rate": 0.2, "save_strategy": "no", "per_device_train_batch_size": batch}
+    config = DynamicSparseConfig(growth="gradient", redistribution="momentum", death="global_magnitude", update_steps=4)
+    net = Net(0)
+    shapes = {name: tuple(net.get_parameter(name).shape) for name in NAMES}
+    moving = DynamicMaskCallback(initial_masks(shapes, 0.6, "er", torch.Generator().manual_seed(7)), config, 7)
+    training(folder, {}, **own).make_trainer(net, folder, [moving]).train()
+    assert moving.updates == 5
+    return moving.masks
+
+
+ONE_OF_TWO = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from test_dynamic import moved_masks
+import torch.distributed as dist
+folder = Path(sys.argv[1])
+masks = moved_masks(folder, 4)
+assert dist.get_world_size() == 2
+save_file(masks, folder / f"{dist.get_rank()}.safetensors")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_move_masks_as_one_does_on_the_batches_of_both(tmp_path: Path) -> None:
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    here = Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{here.parent}:{here.parents[1]}"}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[:4000]
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    one = moved_masks(tmp_path / "one", 8)
+    for name in NAMES:
+        assert torch.equal(first[name], second[name]) and torch.equal(first[name], one[name])
