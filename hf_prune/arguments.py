@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, ClassVar
 
+from hf_prune.clock import next_time, parse_duration
 from hf_prune.errors import BadInputError
 from hf_prune.patterns import Pattern
 
@@ -292,11 +294,32 @@ class OutputArguments:
             raise BadInputError("hub_model_id: push_to_hub needs the repository's name; set it to user/name.")
 
 
+@dataclass
+class RunArguments:
+    """How a run goes on after a cut, and when it stops by itself; nothing in the result depends on it."""
+
+    time_limit: str | None = field(default=None, metadata={"help": "stop between blocks in time, as in 6h"})
+    deadline: str | None = field(default=None, metadata={"help": "stop between blocks before this time, as in 06:00"})
+    checkpoint_every: int = field(
+        default=0, metadata={"help": "blocks between saves; 0, as many as keep saving under 5 % of the time"}
+    )
+    restart: bool = field(default=False, metadata={"help": "throw away what an unfinished run of output_dir has kept"})
+
+    def __post_init__(self) -> None:
+        if self.time_limit is not None:
+            parse_duration("time_limit", self.time_limit)
+        if self.deadline is not None:
+            next_time("deadline", self.deadline, datetime.now())
+        if self.checkpoint_every < 0:
+            raise BadInputError(f"checkpoint_every: {self.checkpoint_every} is too few; use 0 or more.")
+
+
 SECTIONS: dict[str, type] = {
     "model": ModelArguments,
     "data": DataArguments,
     "evaluation": EvaluationArguments,
     "output": OutputArguments,
+    "run": RunArguments,
 }
 
 

@@ -1,4 +1,7 @@
-"""The two ways hf_prune says no. Each message is one sentence: what is wrong, where, and what to do."""
+"""The ways hf_prune says no, or not yet. Each message is one sentence: what is wrong, where, and what to do."""
+
+# In the environment of processes that `hf-prune` itself has started through a launcher.
+RELAUNCHED = "HF_PRUNE_RELAUNCHED"
 
 
 class HfPruneError(Exception):
@@ -15,3 +18,9 @@ class BadInputError(HfPruneError):
 
 class RunError(HfPruneError):
     """The input was fine and the run failed all the same: a failed verification, a full disk. Exit code 1."""
+
+
+class Stopped(HfPruneError):
+    """Nothing is wrong: the run was asked to stop and goes on when it is started again. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75

@@ -56,6 +56,7 @@ def finish(
     watch: Stopwatch,
     complete: Callable[[Path], None],
     *,
+    placed: Callable[[], None] = lambda: None,
     trust_remote_code: bool = False,
 ) -> None:
     """Save, verify, complete, describe; the folder takes its name only when all of it worked. Then push, if asked.
@@ -66,9 +67,10 @@ def finish(
         report: gets its `verification`, the `own_code` that its model brings, and is what the card says.
         recipes: texts by file name, the run's own under `RECIPE_FILE`.
         complete: adds to report and folder what needs the saved files: plots, measurements.
+        placed: called once the folder has its name.
 
     Raises:
-        RunError: verification failed; nothing is left behind. Where only the push fails, the finished folder stays.
+        RunError: verification failed; no folder is made. Where only the push fails, the finished folder stays.
     """
     assert output.output_dir is not None
     with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
@@ -92,11 +94,12 @@ def finish(
         if failed:
             raise RunError(
                 f"output_dir: the saved model failed its verification ({failed[0]['check']}: {failed[0]['detail']}); "
-                "nothing was kept, please report this."
+                "it was not kept, please report this."
             )
         complete(folder)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_card(folder, report, recipes[RECIPE_FILE])
+    placed()
     if output.push_to_hub:
         assert output.hub_model_id is not None
         push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)

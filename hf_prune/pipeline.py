@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from hf_prune.checkpoint.folder import RECIPE_FILE
@@ -17,11 +17,13 @@ from hf_prune.engine import distributed
 from hf_prune.evaluation.memory import PeakMemory
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.finish import Stopwatch, efficiency, finish
+from hf_prune.plan import Plan
 from hf_prune.preparation import Preparation, check_feasible, prepare
-from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune
+from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune, with_importance
 from hf_prune.recipe import Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 from hf_prune.report.privacy import may_show_samples
+from hf_prune.unfinished import Unfinished, check_stoppable
 
 
 def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -35,8 +37,9 @@ def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any
 
     Raises:
         BadInputError: something handed over cannot be used; nothing has been written.
-        RunError: the run failed, verification included; nothing is left behind. Where only the push at the end fails,
-            the finished folder stays.
+        RunError: the run failed, verification included; nothing is left behind but what the same run goes on with.
+            Where only the push at the end fails, the finished folder stays.
+        Stopped: it was asked to stop; the same run goes on.
     """
     recipe.require("output_dir")
     distributed.initialise(recipe.model.device)
@@ -44,9 +47,16 @@ def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any
     with watch.phase("prepare"):
         ready = prepare(recipe)
         check_feasible(ready)
+        check_stoppable(ready)
+    with Unfinished.opened(recipe) as unfinished:
+        return _run(ready, unfinished, watch, notes or {})
+
+
+def _run(ready: Preparation, unfinished: Unfinished, watch: Stopwatch, notes: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = ready.recipe
+    with watch.phase("text"):
         revision = ready.source.revision or recipe.model.revision
         tokenizer = load_tokenizer(ready.source.path, recipe.model, revision)
-    with watch.phase("text"):
         text, input_ids = None, None
         if needs_text(ready.config):
             text, input_ids = load_calibration(recipe.data, tokenizer, ready.model_config)
@@ -56,17 +66,24 @@ def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any
     with PeakMemory(ready.device) as memory:
         with watch.phase("load"):
             model = load_model(ready.source.path, recipe.model, ready.device, revision)
+            windows = evaluation.windows.input_ids if evaluation else None
+            unfinished.claim(ready, model, {"calibration windows": input_ids, "evaluation windows": windows})
         total = sum(parameter.numel() for parameter in model.parameters())
         with watch.phase("evaluate"):
-            dense = evaluation.measure(model, "evaluating the dense model") if evaluation else None
+            dense = None
+            if evaluation:
+                dense = unfinished.dense(partial(evaluation.measure, model, "evaluating the dense model"))
         folder = recipe.data.statistics_folder
-        allocation_seconds = 0.0
         with watch.phase("prune"):
-            if not ready.plan_is_final:
-                start = perf_counter()
-                plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
-                ready = replace(ready, plan=plan, plan_is_final=True)
-                allocation_seconds = perf_counter() - start
+
+            def plan() -> Plan:
+                made = ready.plan
+                if not ready.plan_is_final:
+                    made = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
+                return with_importance(model, ready.config, made, input_ids)
+
+            final, allocation_seconds = unfinished.plan(plan, ready.device)
+            ready = replace(ready, plan=final, plan_is_final=True)
             result = prune(
                 model,
                 ready.config,
@@ -74,29 +91,40 @@ def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any
                 plan=ready.plan,
                 statistics_folder=folder,
                 seed=recipe.data.seed,
+                checkpoint=unfinished.walk,
             )
+        watch.seconds["prune"] += result.earlier_seconds
         with watch.phase("evaluate"):
             pruned = evaluation.measure(model, "evaluating the pruned model") if evaluation else None
     report = {
         **describe(ready, model, result, text, total),
         "seconds": watch.seconds,
-        # A part of the seconds to prune.
+        # Parts of the seconds to prune.
         "allocation_seconds": allocation_seconds,
+        "saving_seconds": result.saving_seconds,
         "peak_memory_bytes": memory.bytes,
         # The recipe beside the report holds the flags as well, and no path of the machine it ran on.
         "command": f"hf-prune prune --config {RECIPE_FILE}",
-        **(notes or {}),
+        **notes,
     }
     if evaluation and dense and pruned:
         report["evaluation"] = evaluation.report(dense=dense, pruned=pruned)
         if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
             report["samples"] = evaluation.samples(dense=dense, pruned=pruned)
     if distributed.rank() == 0:
-        write(ready, model, tokenizer, result, report, watch)
+        write(ready, model, tokenizer, result, report, watch, unfinished.finished)
     return report
 
 
-def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, report: dict, watch: Stopwatch) -> None:
+def write(
+    ready: Preparation,
+    model: Any,
+    tokenizer: Any,
+    result: PruneResult,
+    report: dict[str, Any],
+    watch: Stopwatch,
+    placed: Callable[[], None],
+) -> None:
     """Finish the folder; displacement, sizes and speeds and plots are this run's own."""
 
     def complete(folder: Path) -> None:
@@ -117,7 +145,18 @@ def write(ready: Preparation, model: Any, tokenizer: Any, result: PruneResult, r
     recipe = ready.recipe
     texts = {RECIPE_FILE: recipe.text}
     trust = recipe.model.trust_remote_code
-    finish(recipe.output, model, tokenizer, result, report, texts, watch, complete, trust_remote_code=trust)
+    finish(
+        recipe.output,
+        model,
+        tokenizer,
+        result,
+        report,
+        texts,
+        watch,
+        complete,
+        placed=placed,
+        trust_remote_code=trust,
+    )
 
 
 def evaluate(recipe: Recipe, baseline: str | None = None, baseline_revision: str | None = None) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from hf_prune.compose import make_allocation, make_block_reconstruction, make_so
 from hf_prune.engine import distributed
 from hf_prune.engine.gradients import FisherFactors, fisher_factors
 from hf_prune.engine.measure import measure_views
+from hf_prune.engine.results import BlockOutcome, ViewResult
 from hf_prune.engine.stream import windows_per_forward
-from hf_prune.engine.walk import ViewResult, walk
+from hf_prune.engine.walk import walk
+from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, make_plan, select_views
-from hf_prune.reconstruction.block import BlockOutcome
 from hf_prune.reduction import as_sparsity, budget_candidates, mlp_views, plan_reduction, reduce, search_budget
 from hf_prune.structure.walk import ReduceResult
 from hf_prune.weights import WeightView, find_views
@@ -40,6 +41,8 @@ class PruneResult:
         forward_passes: forwards over the calibration set that the walk took.
         reconstruction: outcome of each block's training by the block's index, where there was one.
         reduction: which units stayed, where whole units went.
+        earlier_seconds: that earlier sessions took for what counts, where the run was cut.
+        saving_seconds: that it took to keep the walk's state, earlier sessions included.
     """
 
     plan: Plan
@@ -47,6 +50,8 @@ class PruneResult:
     forward_passes: float
     reconstruction: dict[int, BlockOutcome] = field(default_factory=dict)
     reduction: ReduceResult | None = None
+    earlier_seconds: float = 0.0
+    saving_seconds: float = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -120,16 +125,21 @@ def _densities(
     return densities, held, measures if rule.needs_fisher else None
 
 
-def row_scales(model: nn.Module, config: PruneConfig, plan: Plan, input_ids: Tensor | None) -> dict[str, Tensor]:
+def with_importance(model: nn.Module, config: PruneConfig, plan: Plan, input_ids: Tensor | None) -> Plan:
+    """The plan with its Fisher factors, of the dense model, where outputs are to count by them."""
+    if config.output_importance == "none" or plan.fisher_factors is not None:
+        return plan
+    planned = {view.name for view in plan.views}
+    views = [view for view in find_views(model) if view.name in planned]
+    return replace(plan, fisher_factors=fisher_factors(model, views, input_ids))
+
+
+def row_scales(config: PruneConfig, plan: Plan) -> dict[str, Tensor]:
     """What the rows of each planned matrix are multiplied by while it is pruned; empty where all count alike."""
     if config.output_importance == "none":
         return {}
-    found = plan.fisher_factors
-    if found is None:
-        planned = {view.name for view in plan.views}
-        views = [view for view in find_views(model) if view.name in planned]
-        found = fisher_factors(model, views, input_ids)
-    return {name: own.row_scale for name, own in found.items()}
+    assert plan.fisher_factors is not None
+    return {name: own.row_scale for name, own in plan.fisher_factors.items()}
 
 
 def _by_block(views: list[WeightView], densities: dict[str, float]) -> list[float]:
@@ -178,6 +188,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     plan: Plan | None = None,
     statistics_folder: str | None = None,
+    checkpoint: WalkCheckpoint | None = None,
     **data: Any,
 ) -> PruneResult:
     """Prune a causal language model in place; it is usable at once and `save_pretrained` works as always.
@@ -191,10 +202,12 @@ def prune(
         plan: a plan made before; made here otherwise.
         statistics_folder: keeps the activations' statistics for further runs (with `propagate=False`), and the state
             of an allocation that learns.
+        checkpoint: where the walk is kept between blocks, and gone on with; whole units are removed without.
 
     Raises:
         BadInputError: config, plan, text and model do not fit together.
         RunError: the arithmetic failed (an indefinite Hessian, an overflow).
+        Stopped: the checkpoint was asked to stop.
     """
     arguments = DataArguments(**data)
     if input_ids is None and needs_text(config):
@@ -210,17 +223,26 @@ def prune(
     if isinstance(config, StructuredConfig):
         smaller, reduction = reduce(model, config, plan, input_ids, arguments.seed, reconstruction)
         return PruneResult(plan, smaller, reduction.forward_passes, reduction.reconstruction, reduction)
+    plan = with_importance(model, config, plan, input_ids)
     result = walk(
         model,
         plan,
         make_solver(config),
         input_ids,
-        row_scales=row_scales(model, config, plan, input_ids),
+        row_scales=row_scales(config, plan),
         reconstruction=reconstruction,
         propagate=config.propagate,
         statistics_folder=Path(statistics_folder) if statistics_folder else None,
+        checkpoint=checkpoint,
     )
-    return PruneResult(plan, result.views, result.forward_passes, result.reconstruction)
+    return PruneResult(
+        plan,
+        result.views,
+        result.forward_passes,
+        result.reconstruction,
+        earlier_seconds=result.earlier_seconds,
+        saving_seconds=result.saving_seconds,
+    )
 
 
 def load_calibration(

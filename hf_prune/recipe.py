@@ -14,7 +14,14 @@ from typing import Any
 
 import yaml
 
-from hf_prune.arguments import SECTIONS, DataArguments, EvaluationArguments, ModelArguments, OutputArguments
+from hf_prune.arguments import (
+    SECTIONS,
+    DataArguments,
+    EvaluationArguments,
+    ModelArguments,
+    OutputArguments,
+    RunArguments,
+)
 from hf_prune.errors import BadInputError
 from hf_prune.fields import field_types, fill
 
@@ -27,6 +34,7 @@ class Recipe:
     data: DataArguments
     evaluation: EvaluationArguments
     output: OutputArguments
+    run: RunArguments
     prune_options: dict[str, Any]
     text: str
 
@@ -168,6 +176,8 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
 def _recipe_text(text: str, values: dict[str, Any], flags: dict[str, Any]) -> str:
     """The recipe as it ran: verbatim where no flag changed it, else rewritten with a comment that says so."""
+    # When a run stops says nothing of what it makes.
+    flags = {key: value for key, value in flags.items() if key not in field_types(RunArguments)}
     changed = {key: value for key, value in flags.items() if key not in values or values[key] != value}
     if not changed:
         return text

@@ -22,7 +22,7 @@ from hf_prune.checkpoint.folder import RECOVERY_FILE
 from hf_prune.checkpoint.load import free_memory, load_model
 from hf_prune.description import environment, zeros_of
 from hf_prune.engine import distributed
-from hf_prune.engine.walk import ViewResult
+from hf_prune.engine.results import ViewResult
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import bootstrap_ratio, perplexity
 from hf_prune.evaluation.quality import Quality, QualityEvaluation

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hf_prune.arguments import PruneConfig, StructuredConfig
 from hf_prune.engine import distributed
-from hf_prune.engine.walk import BlockUpdater, ViewResult
+from hf_prune.engine.results import ViewResult
+from hf_prune.engine.walk import BlockUpdater
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.plan import Plan, ViewPlan

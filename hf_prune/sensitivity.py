@@ -22,7 +22,7 @@ from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.plan import Plan, ViewPlan
 from hf_prune.preparation import prepare
 from hf_prune.progress import progress
-from hf_prune.pruning import load_calibration, plan_pruning, row_scales
+from hf_prune.pruning import load_calibration, plan_pruning, row_scales, with_importance
 from hf_prune.recipe import Recipe
 from hf_prune.weights import WeightView, find_views
 
@@ -146,7 +146,7 @@ def measure_sensitivity(
 
     dense_nll = evaluate("dense")
     try:
-        scales = row_scales(model, config, plan, input_ids)
+        scales = row_scales(config, with_importance(model, config, plan, input_ids))
         walk(model, plan, make_solver(config), input_ids, row_scales=scales, propagate=False)
         pruned = {view.name: view.stored.clone() for view in views}
         all_pruned = perplexity(evaluate("all parts"))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.checkpoint.folder import beside
-from hf_prune.engine.walk import ViewResult
+from hf_prune.engine.results import ViewResult
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.evaluation.quality import QualityEvaluation

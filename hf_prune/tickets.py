@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.checkpoint.folder import beside
-from hf_prune.engine.walk import ViewResult
+from hf_prune.engine.results import ViewResult
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.finish import Stopwatch
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig

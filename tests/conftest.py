@@ -1,6 +1,9 @@
-"""Shared fixtures: tiny random models of every supported family, and the optional folder of real assets."""
+"""Shared fixtures: the optional folder of real assets, and a real, small disk."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before transformers or huggingface_hub are imported: both read these at import.
@@ -31,3 +34,26 @@ def shared_folder() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder of real assets at {SHARED.name}/ beside the checkout")
     return SHARED
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable]:
+    """(size, options) -> context manager with the folder of a fresh tmpfs; skips where mounting is not allowed."""
+
+    @contextmanager
+    def mounted(size: str, options: str = "rw") -> Iterator[Path]:
+        folder = tmp_path / f"disk-{size}-{options}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size},{options}", "tmpfs", str(folder)]
+        try:
+            mount = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("no mount command here")
+        if mount.returncode:
+            pytest.skip(f"mounting a tmpfs is not allowed here: {mount.stderr.strip()}")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+
+    return mounted

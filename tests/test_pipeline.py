@@ -173,7 +173,7 @@ def test_an_existing_folder_is_not_overwritten_unless_asked(finished: Path, dens
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_a_failed_verification_fails_the_run_and_leaves_nothing(
+def test_a_failed_verification_fails_the_run_and_leaves_no_model(
     dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_prune import finish
@@ -188,7 +188,8 @@ def test_a_failed_verification_fails_the_run_and_leaves_nothing(
     monkeypatch.setattr(finish, "save_model", damage)
     with pytest.raises(RunError, match=r"failed its verification.*up_proj"):
         run(make_recipe(recipe(dense, text, tmp_path / "out", method="magnitude", eval_dataset_name=None)))
-    assert list(tmp_path.iterdir()) == []
+    # What it took so far is there for the same run, whose disk may be to blame.
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.pruning"]
 
 
 def made_by(make: Callable[[Path], str | None], folder: Path) -> str:

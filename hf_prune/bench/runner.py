@@ -29,12 +29,14 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
+from hf_prune.arguments import RunArguments
 from hf_prune.bench.grid import Cell, Grid
 from hf_prune.checkpoint.inspect import inspect_checkpoint
 from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
 from hf_prune.errors import BadInputError, HfPruneError
 from hf_prune.evaluation.quality import QualityEvaluation
+from hf_prune.fields import field_types
 from hf_prune.pruning import load_calibration
 from hf_prune.recipe import dump_yaml, make_recipe
 
@@ -251,9 +253,10 @@ class Bench:
     def _command(self, cell: Cell, output: Path, report: Path) -> list[str]:
         token_ids = self._token_ids(cell)
         if cell.command is None:
-            left_out = {"sample_prompts", "push_to_hub", *CALIBRATION_KEYS}
+            left_out = {"sample_prompts", "push_to_hub", *CALIBRATION_KEYS, *field_types(RunArguments)}
             values = {k: v for k, v in cell.values.items() if k not in left_out and not k.startswith("eval_")}
-            values |= {"seed": cell.seed, "output_dir": str(output), "eval_efficiency": False}
+            # What is timed is done in one go.
+            values |= {"seed": cell.seed, "output_dir": str(output), "eval_efficiency": False, "restart": True}
             if token_ids is not None:
                 values["dataset_name"] = str(token_ids)
             if values.get("propagate") is False or self.share_learning:

@@ -8,7 +8,7 @@ import os
 import sys
 
 from hf_prune import __version__
-from hf_prune.errors import HfPruneError
+from hf_prune.errors import RELAUNCHED, HfPruneError, Stopped
 from hf_prune.progress import is_main_process
 
 VERBS = {
@@ -36,7 +36,10 @@ USAGE = f"""usage: hf-prune VERB [--config RECIPE.yaml] [--key value ...] [--deb
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 when interrupted."""
+    """Run one verb; returns the exit code.
+
+    0; 1 for a failed run, 2 for bad input, 75 for a run that was asked to stop and can go on, 130 when interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -60,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hf-prune: interrupted.", file=sys.stderr)
         return 130
+    except Stopped as error:
+        if is_main_process():
+            print(f"hf-prune: {error}", file=sys.stderr)
+        # A launcher would call anything else a failure; `relaunch` hands the code on.
+        return 0 if RELAUNCHED in os.environ else error.exit_code
     except HfPruneError as error:
         if debug:
             raise

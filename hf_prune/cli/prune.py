@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from hf_prune.cli.arguments import console, quiet_libraries, read_recipe, recipe_help
+from hf_prune.errors import RELAUNCHED, Stopped
 from hf_prune.recipe import Recipe
 
 
@@ -22,22 +27,48 @@ def execute(recipe: Recipe, command: list[str]) -> int:
     """Run the recipe here, or `command` once per process where the recipe asks for several."""
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
         from hf_prune.preparation import check_feasible, prepare
+        from hf_prune.unfinished import check_stoppable, work_folder
 
         # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
         quiet_libraries()
         recipe.require("output_dir")
-        check_feasible(prepare(recipe))
-        return relaunch(recipe.model.num_processes, command)
+        ready = prepare(recipe)
+        check_feasible(ready)
+        check_stoppable(ready)
+        return relaunch(recipe.model.num_processes, command, work_folder(str(recipe.output.output_dir)))
     run_and_show(recipe)
     return 0
 
 
-def relaunch(num_processes: int, arguments: list[str]) -> int:
-    """The same command once per process, through accelerate."""
+def relaunch(num_processes: int, arguments: list[str], work: Path | None = None) -> int:
+    """The same command once per process, through accelerate; its exit code.
+
+    The launcher knows of failures alone: whether the run has stopped to go on later is seen from its folder.
+
+    Args:
+        work: the run's working folder, whose processes are handed SIGTERM; the launcher would give them 30 seconds.
+    """
     # --multi_gpu is accelerate's word for several processes; without it (and with --cpu) it starts one only.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return subprocess.call([*launch, "-m", "hf_prune", *arguments])
+    # Late: it brings torch.
+    from hf_prune.checkpoint.work import holders
+
+    environment = {**os.environ, RELAUNCHED: "1"}
+    with subprocess.Popen([*launch, "-m", "hf_prune", *arguments], env=environment) as launcher:
+
+        def hand_on(number: int, frame: Any) -> None:
+            own = holders(work) if work is not None else []
+            for process in own or [launcher.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
+
+        before = signal.signal(signal.SIGTERM, hand_on)
+        try:
+            code = launcher.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return Stopped.exit_code if code == 0 and work is not None and work.exists() else code
 
 
 def run_and_show(recipe: Recipe) -> None:

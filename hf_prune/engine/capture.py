@@ -98,6 +98,12 @@ class BlockRunner:
         else:
             self.run(index, input_ids, hidden)
 
+    def learn_outputs(self, input_ids: Tensor, count: int) -> None:
+        """Find out in which form the first `count` blocks return their outputs, where others have run them."""
+        hidden = None
+        for index in range(min(count, len(self.blocks))):
+            hidden = self.run(index, input_ids, hidden)
+
     @staticmethod
     def stop() -> None:
         """Leave the forward from inside a hook: nothing later in it is needed."""

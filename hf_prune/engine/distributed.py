@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
+
+from hf_prune.errors import RunError
+
+Result = TypeVar("Result")
 
 
 def initialise(device: str = "auto") -> None:
@@ -40,10 +46,24 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """One sentence for what a backend says where a process has died, or its machine."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RunError(
+            f"process {rank()}: another process of this run is gone; look for what it said, and start the run again."
+        ) from error
+
+
 def barrier() -> None:
     """Wait for every process."""
     if is_distributed():
-        torch.distributed.barrier()
+        with _all_there():
+            torch.distributed.barrier()
 
 
 def _on_backend(tensor: Tensor) -> Tensor:
@@ -55,7 +75,8 @@ def sum_at(tensor: Tensor, owner: int) -> None:
     """Sum over processes in place; only `owner` may rely on the result."""
     if is_distributed():
         moved = _on_backend(tensor)
-        torch.distributed.reduce(moved, dst=owner)
+        with _all_there():
+            torch.distributed.reduce(moved, dst=owner)
         if moved is not tensor:
             tensor.copy_(moved)
 
@@ -64,7 +85,8 @@ def send_from(tensor: Tensor, owner: int) -> None:
     """Overwrite `tensor` everywhere with the owner's values, bit for bit."""
     if is_distributed():
         whole = _on_backend(tensor.contiguous())
-        torch.distributed.broadcast(whole, src=owner)
+        with _all_there():
+            torch.distributed.broadcast(whole, src=owner)
         if whole is not tensor:
             tensor.copy_(whole)
 
@@ -80,5 +102,23 @@ def gather(value: Any) -> list[Any]:
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(values, value)
+    with _all_there():
+        torch.distributed.all_gather_object(values, value)
     return values
+
+
+def all_or_none(action: Callable[[], Result]) -> list[Result]:
+    """What `action` returned on every process, by rank, everywhere.
+
+    What one raises all raise: otherwise the others would go on, and wait for it.
+    """
+    outcome: Result | Exception
+    try:
+        outcome = action()
+    except Exception as error:
+        outcome = error
+    outcomes = gather(outcome)
+    for own in outcomes:
+        if isinstance(own, Exception):
+            raise own
+    return outcomes

@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from hf_prune.engine import distributed
 from hf_prune.engine.block_training import BlockTask, train_block
 from hf_prune.engine.capture import BlockRunner
+from hf_prune.engine.results import BlockOutcome, ViewResult, WalkResult
 from hf_prune.engine.statistics import Statistics, check_finite
 from hf_prune.engine.statistics_cache import StatisticsCache
 from hf_prune.engine.stream import Stream
+from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.masks import MaskRule
 from hf_prune.plan import Plan
@@ -41,28 +43,6 @@ class WeightSolver(Protocol):
     def solve(self, weight: Tensor, statistics: Statistics | None, rule: MaskRule) -> tuple[Tensor, Tensor]: ...
 
 
-@dataclass
-class ViewResult:
-    """What became of one weight matrix.
-
-    Attributes:
-        kept: weights that are not zero afterwards, counted in the model's dtype.
-        zeros_before: weights that were zero before.
-        error: relative output error ||(W' - W) X||^2 / ||W X||^2 on the calibration inputs; None without a Gram matrix,
-            and where the block was trained afterwards.
-        change: how far a weight was moved, root mean square, as the output felt it: sqrt(error) times the weights' own
-            root mean square; without a Gram matrix that of W' - W.
-        scarce: an expert that saw too few calibration tokens: its weights were compared by magnitude.
-    """
-
-    name: str
-    kept: int
-    zeros_before: int
-    error: float | None = None
-    change: float = 0.0
-    scarce: bool = False
-
-
 class BlockUpdater(Protocol):
     """What the walk needs of a block reconstruction."""
 
@@ -75,19 +55,7 @@ class BlockUpdater(Protocol):
     @property
     def reconstruct_held_out(self) -> float: ...
 
-    def update_block(self, task: BlockTask) -> Any: ...
-
-
-@dataclass
-class WalkResult:
-    """Results by view, in the plan's order, and the forward passes over the calibration set that they took.
-
-    `reconstruction` holds the outcome of each block's training by the block's index.
-    """
-
-    views: list[ViewResult] = field(default_factory=list)
-    forward_passes: float = 0.0
-    reconstruction: dict[int, Any] = field(default_factory=dict)
+    def update_block(self, task: BlockTask) -> BlockOutcome: ...
 
 
 def walk(
@@ -100,6 +68,7 @@ def walk(
     reconstruction: BlockUpdater | None = None,
     propagate: bool = True,
     statistics_folder: Path | None = None,
+    checkpoint: WalkCheckpoint | None = None,
 ) -> WalkResult:
     """Prune `model` in place.
 
@@ -112,10 +81,12 @@ def walk(
         propagate: hand pruned outputs on; False lets every block see the dense model's hidden states.
         statistics_folder: keeps the statistics for further runs on the same model and windows; used only where
             nothing is propagated.
+        checkpoint: where the walk is kept between blocks, and gone on with; a solver without statistics needs none.
 
     Raises:
         BadInputError: calibration is missing or cannot be shared out over the processes; a weight is not finite.
         RunError: a layer saw no tokens, or a statistic overflowed.
+        Stopped: the checkpoint was asked to stop.
     """
     views = _views_of(model, plan)
     rules = {view.name: plan.rule(view) for view in plan.views}
@@ -127,41 +98,46 @@ def walk(
         return result
     if input_ids is None:
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
-    with BlockRunner(model) as runner, _full_float32():
+    with BlockRunner(model) as runner, _full_float32(), checkpoint or nullcontext():
         stream = Stream(runner, input_ids)
         dense = Stream(runner, input_ids) if reconstruction and reconstruction.reconstruct_target == "model" else None
+        streams = [stream] if dense is None else [stream, dense]
         last = max(view.block for view in views)
         cache = None
         if statistics_folder is not None and not propagate and solver.statistics:
+            # Named after the dense model: before anything is restored.
             cache = StatisticsCache(statistics_folder, model, input_ids, views, solver.statistics)
-        for index in progress(range(last + 1), "pruning blocks", total=last + 1):
+        first = checkpoint.restore(runner, streams, result, views) if checkpoint else 0
+        for index in progress(range(first, last + 1), "pruning blocks", total=last + 1 - first):
             own = [view for view in views if view.block == index]
             if cache is not None and cache.complete:
                 result.views += _solve(cache.load(index), solver, rules, scales) if own else []
-                continue
-            inside = index < len(runner.blocks)
-            # The dense block's outputs on the pruned prefix come with the observation for one layer's product more.
-            wanted = inside and ((reconstruction is not None and dense is None) or not propagate)
-            groups, outputs = stream.observe(index, own, solver.statistics, outputs=wanted) if own else ([], None)
-            if cache is not None and own:
-                cache.save(index, groups)
-            if dense is not None and inside:
-                dense.advance(index)
-                outputs = dense.hidden
-            if own:
-                solved = _solve(groups, solver, rules, scales)
-                if reconstruction is not None and inside:
-                    assert outputs is not None
-                    changes = {view.name: view.change for view in solved}
-                    result.reconstruction[index] = train_block(
-                        stream, index, [(view, changes[view.name]) for view in own], outputs, reconstruction
-                    )
-                    kept = {view.name: view.count_nonzero() for view in own}
-                    # The errors were those of the solve.
-                    solved = [replace(view, kept=kept[view.name], error=None) for view in solved]
-                result.views += solved
-            if index < last:
-                stream.advance(index, None if propagate else outputs)
+            else:
+                inside = index < len(runner.blocks)
+                # The dense block's outputs on the pruned prefix come with the observation for one layer's product more.
+                wanted = inside and ((reconstruction is not None and dense is None) or not propagate)
+                groups, outputs = stream.observe(index, own, solver.statistics, outputs=wanted) if own else ([], None)
+                if cache is not None and own:
+                    cache.save(index, groups)
+                if dense is not None and inside:
+                    dense.advance(index)
+                    outputs = dense.hidden
+                if own:
+                    solved = _solve(groups, solver, rules, scales)
+                    if reconstruction is not None and inside:
+                        assert outputs is not None
+                        changes = {view.name: view.change for view in solved}
+                        result.reconstruction[index] = train_block(
+                            stream, index, [(view, changes[view.name]) for view in own], outputs, reconstruction
+                        )
+                        kept = {view.name: view.count_nonzero() for view in own}
+                        # The errors were those of the solve.
+                        solved = [replace(view, kept=kept[view.name], error=None) for view in solved]
+                    result.views += solved
+                if index < last:
+                    stream.advance(index, None if propagate else outputs)
+            if checkpoint:
+                checkpoint.save(index)
         if cache is not None:
             cache.finish()
         result.forward_passes = stream.forward_passes + (dense.forward_passes if dense else 0.0)
@@ -205,16 +181,23 @@ def _solve(
         statistics.finish(lambda tensor, owner=owner: distributed.sum_at(tensor, owner))  # type: ignore[misc]
         if owner != distributed.rank():
             statistics.release()
-    results: list[ViewResult] = []
-    for (statistics, members), owner in zip(groups, owners, strict=True):
-        if owner == distributed.rank():
-            check_finite(statistics, members[0].name)
-            results += [_prune(view, statistics, solver, rules[view.name], scales.get(view.name)) for view in members]
-            statistics.release()
+
+    def solve_own() -> list[ViewResult]:
+        results: list[ViewResult] = []
+        for (statistics, members), owner in zip(groups, owners, strict=True):
+            if owner == distributed.rank():
+                check_finite(statistics, members[0].name)
+                results += [
+                    _prune(view, statistics, solver, rules[view.name], scales.get(view.name)) for view in members
+                ]
+                statistics.release()
+        return results
+
+    results = distributed.all_or_none(solve_own)
     for (_, members), owner in zip(groups, owners, strict=True):
         for view in members:
             distributed.send_from(view.stored, owner)
-    return [result for own in distributed.gather(results) for result in own]
+    return [result for own in results for result in own]
 
 
 def _assign(costs: Sequence[float]) -> list[int]:

@@ -28,6 +28,15 @@ class Quality:
     continuations: list[str]
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold, to the bit."""
+        return {"nll": self.nll.tolist(), "continuations": self.continuations, "seconds": self.seconds}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Quality:
+        """What `to_dict` told of."""
+        return cls(**{**values, "nll": torch.tensor(values["nll"], dtype=torch.float64)})
+
 
 @dataclass
 class QualityEvaluation:

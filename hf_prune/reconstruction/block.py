@@ -18,19 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.engine.block_training import BlockTask
+from hf_prune.engine.results import BlockOutcome
 from hf_prune.errors import BadInputError
 
 TARGETS = ("block", "model")
-
-
-@dataclass
-class BlockOutcome:
-    """Held-out loss before and after, as a share of the target's own size, and the passes that were trained."""
-
-    before: float
-    after: float
-    passes: float
-    seconds: float
 
 
 @dataclass(frozen=True)

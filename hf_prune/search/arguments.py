@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_prune.arguments import ModelArguments, OutputArguments
+from hf_prune.arguments import ModelArguments, OutputArguments, RunArguments
 from hf_prune.dynamics.names import DISTANCES, FITTED, ORDERS
 from hf_prune.errors import BadInputError
 from hf_prune.fields import field_types, fill
@@ -29,7 +29,7 @@ CHOICES = {
 # What may differ when a search goes on: nothing that was measured depends on it.
 MAY_CHANGE = {
     "num_candidates", "total_budget", "max_minutes", "search_dir", "num_processes", "device",
-    *field_types(OutputArguments),
+    *field_types(OutputArguments), *field_types(RunArguments),
 }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ SQLite because it takes several processes and a kill at any moment without repai
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_prune.checkpoint.lock import hold, is_held
 from hf_prune.errors import BadInputError
 from hf_prune.search.arguments import SearchArguments
 from hf_prune.search.space import Choice, Space
@@ -49,24 +49,15 @@ def sign_in(folder: Path) -> dict[str, Any]:
     place = folder.resolve()
     if place not in _signed_in:
         (place / PROCESSES).mkdir(parents=True, exist_ok=True)
-        file = (place / PROCESSES / TOKEN).open("w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = hold(place / PROCESSES / TOKEN)
+        assert file is not None  # nobody else has this name
         _signed_in[place] = file
     return {"token": TOKEN, "pid": os.getpid()}
 
 
 def is_alive(folder: Path, process: dict[str, Any] | None) -> bool:
     """Whether a process that signed in is still there."""
-    if not process:
-        return False
-    try:
-        with (folder / PROCESSES / process["token"]).open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_held(folder / PROCESSES / process["token"]) if process else False
 
 
 def check_storage(folder: Path, resume: bool) -> None:

@@ -166,18 +166,15 @@ class _Block:
         statistics = self._observe(groups) if self.reducer.statistics else None
         before = self._outputs(view) if self.measures else None
         start = perf_counter()
-        # Decided once: processes must not disagree over a tie.
-        own: list[Fusion] | Exception = []
-        if distributed.rank() == 0:
+
+        def decide() -> list[Fusion]:
+            # Once: processes must not disagree over a tie.
+            if distributed.rank():
+                return []
             evidence = Evidence(statistics, self.gradients, self.reducer.seed, self.scores)
-            try:
-                own = [self.reducer.reduce(group, count, evidence) for group in groups]
-            except Exception as error:
-                # All processes fail together, where one would leave the others waiting.
-                own = error
-        decided = distributed.gather(own)[0]
-        if isinstance(decided, Exception):
-            raise decided
+            return [self.reducer.reduce(group, count, evidence) for group in groups]
+
+        decided = distributed.all_or_none(decide)[0]
         fusions: list[Fusion] = [fusion.to(view.parameter.device) for fusion in decided]
         fused = any(len(fusion.source) > len(fusion.kept) for fusion in fusions)
         if fused:

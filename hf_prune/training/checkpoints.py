@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_prune.checkpoint.files import write_whole
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
 
@@ -53,14 +54,6 @@ def claim(folder: Path, identity: Mapping[str, Any], trained: bool) -> None:
     if before != text and distributed.rank() == 0:
         write_whole(file, text)
     distributed.barrier()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_prune.checkpoint.files import write_whole
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.methods.dynamic_sparse import FIRST_THRESHOLD, DynamicSparseConfig, updated_masks
 from hf_prune.training.averaging import WeightAverage
-from hf_prune.training.checkpoints import write_whole
 from hf_prune.training.masks import MaskCallback
 
 TENSORS, STATE = "dynamic_masks.safetensors", "dynamic_masks.json"

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_prune.checkpoint.files import write_whole
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
-from hf_prune.training.checkpoints import write_whole
 
 VALUES, TARGETS, ABOUT = "series.f32", "targets.jsonl", "recording.json"
 BUFFER_BYTES = 16 * 1024**2

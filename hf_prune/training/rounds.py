@@ -13,9 +13,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_prune.checkpoint.files import write_whole
 from hf_prune.checkpoint.folder import explained_disk_errors
 from hf_prune.engine import distributed
-from hf_prune.training.checkpoints import IDENTITY, last_checkpoint, write_whole
+from hf_prune.training.checkpoints import IDENTITY, last_checkpoint
 
 INITIAL = "initial.safetensors"
 WEIGHTS, MASKS, RESULT, CHECKPOINTS = "model.safetensors", "masks.safetensors", "round.json", "checkpoints"

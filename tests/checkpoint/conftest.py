@@ -1,9 +1,6 @@
-"""Tiny random models and a real, small disk."""
+"""Tiny random models."""
 
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import tiny
@@ -30,26 +27,3 @@ def tiny_tokenizer() -> object:
     tokenizer = tiny.byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     return tokenizer
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable]:
-    """(size, options) -> context manager with the folder of a fresh tmpfs; skips where mounting is not allowed."""
-
-    @contextmanager
-    def mounted(size: str, options: str = "rw") -> Iterator[Path]:
-        folder = tmp_path / f"disk-{size}-{options}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size},{options}", "tmpfs", str(folder)]
-        try:
-            mount = subprocess.run(command, capture_output=True, text=True)
-        except FileNotFoundError:
-            pytest.skip("no mount command here")
-        if mount.returncode:
-            pytest.skip(f"mounting a tmpfs is not allowed here: {mount.stderr.strip()}")
-        try:
-            yield folder
-        finally:
-            subprocess.run(["umount", str(folder)], check=True)
-
-    return mounted

@@ -1,0 +1,46 @@
+"""Locks on files, which the system lets go of however a process ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+
+def hold(file: Path, about: str = "") -> IO[str] | None:
+    """Lock a file, made where it is missing, for as long as what is returned stays open; None where it is taken.
+
+    Args:
+        about: what the file says of its holder.
+    """
+    while True:
+        stream = file.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed the file since it was opened: that lock would keep nobody out.
+            mine, there = os.fstat(stream.fileno()), file.stat()
+        except BlockingIOError:
+            stream.close()
+            return None
+        except FileNotFoundError:
+            stream.close()
+            continue
+        if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+            stream.truncate(0)
+            stream.write(about)
+            stream.flush()
+            return stream
+        stream.close()
+
+
+def is_held(file: Path) -> bool:
+    """Whether a process, this one included, holds a file's lock."""
+    try:
+        with file.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

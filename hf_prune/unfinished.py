@@ -1,0 +1,135 @@
+"""What is kept of a pruning run until it is finished: whose it is, dense scores, plan, and the walk's state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import hf_prune
+from hf_prune.arguments import StructuredConfig
+from hf_prune.checkpoint.files import tensor_digest, text_digest
+from hf_prune.checkpoint.folder import beside
+from hf_prune.checkpoint.work import WorkFolder
+from hf_prune.engine import distributed
+from hf_prune.engine.gradients import FisherFactors
+from hf_prune.engine.stopping import StopRequest
+from hf_prune.engine.walk_checkpoint import WalkCheckpoint
+from hf_prune.errors import BadInputError, Stopped
+from hf_prune.evaluation.quality import Quality
+from hf_prune.plan import Plan
+from hf_prune.preparation import Preparation
+from hf_prune.recipe import Recipe
+
+SUFFIX = ".pruning"
+_FISHER = "fisher_factors.safetensors"
+
+
+def work_folder(output_dir: str) -> Path:
+    """Where a run that makes `output_dir` keeps what it has done until it is finished."""
+    return beside(output_dir, SUFFIX)
+
+
+def check_stoppable(ready: Preparation) -> None:
+    """Raise BadInputError where a run is to stop in time and could not be gone on with."""
+    run = ready.recipe.run
+    for key in ("time_limit", "deadline"):
+        if getattr(run, key) is not None and isinstance(ready.config, StructuredConfig):
+            raise BadInputError(f"{key}: method {ready.config.method} removes whole units in one go; leave it out.")
+
+
+class Unfinished:
+    """A run's working folder and its requests to stop; made by `opened`."""
+
+    def __init__(self, work: WorkFolder, stop: StopRequest, every: int) -> None:
+        self.work = work
+        self.stop = stop
+        self.walk = WalkCheckpoint(work, stop, every)
+
+    @classmethod
+    @contextmanager
+    def opened(cls, recipe: Recipe) -> Iterator[Unfinished]:
+        """The working folder beside the recipe's output folder, locked, with SIGTERM listened for.
+
+        Raises:
+            BadInputError: another process is making the same output folder.
+        """
+        assert recipe.output.output_dir is not None
+        stop = StopRequest(recipe.run.time_limit, recipe.run.deadline)
+        with WorkFolder.opened(work_folder(recipe.output.output_dir), recipe.run.restart) as work, stop.listening():
+            yield cls(work, stop, recipe.run.checkpoint_every)
+
+    def claim(self, ready: Preparation, model: nn.Module, texts: dict[str, Tensor | None]) -> None:
+        """Say what the run is made of: recipe, model, texts, plan, versions, processes.
+
+        Args:
+            model: the dense model, as loaded.
+            texts: int64 windows by what they are called.
+
+        Raises:
+            BadInputError: what is kept is of another run.
+        """
+        recipe = ready.recipe
+        sections = {**asdict(recipe.data), **asdict(recipe.evaluation), "dtype": recipe.model.dtype}
+        # Where learned thresholds are kept says nothing of what is learned.
+        del sections["statistics_folder"]
+        identity: dict[str, Any] = {**sections, **asdict(ready.config)}
+        identity["base model"] = ready.source.base_model
+        identity["processes"] = distributed.world_size()
+        identity["device"] = ready.device.type
+        identity["hf_prune"] = hf_prune.__version__
+        identity |= {name: metadata.version(name) for name in ("torch", "transformers")}
+        if ready.plan_is_final:
+            identity["plan"] = text_digest(json.dumps(ready.plan.to_dict()))
+        identity |= {name: tensor_digest(ids) for name, ids in texts.items() if ids is not None}
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        identity |= {f"weight {name}": tensor_digest(tensor) for name, tensor in tensors.items()}
+        self.work.claim(identity)
+
+    def dense(self, measure: Callable[[], Quality]) -> Quality:
+        """The dense model's scores: kept ones, or those that `measure` finds, which are kept."""
+        kept = self.work.entries.get("dense")
+        if kept is None:
+            kept = measure().to_dict()
+            self.work.save({"dense": kept})
+        return Quality.from_dict(kept)
+
+    def plan(self, make: Callable[[], Plan], device: Any) -> tuple[Plan, float]:
+        """The plan with what it knows of the dense model, and the seconds it took: a kept one, or what `make` makes."""
+        kept = self.work.entries.get("plan")
+        if kept is None:
+            start = perf_counter()
+            plan = make()
+            seconds = perf_counter() - start
+            factors = {
+                f"{side}.{name}": getattr(own, side).contiguous()
+                for name, own in (plan.fisher_factors or {}).items()
+                for side in ("inputs", "outputs")
+            }
+            files = {_FISHER: partial(save_file, factors)} if factors and distributed.rank() == 0 else {}
+            self.work.save({"plan": plan.to_dict(), "plan_seconds": seconds}, files)
+            reason = distributed.gather(self.stop.reason())[0]
+            if reason:
+                raise Stopped(f"stopped by {reason} once the plan was made; start the same run again to go on.")
+            return plan, seconds
+        plan = Plan.from_dict(kept)
+        if _FISHER in self.work.files:
+            factors = load_file(self.work.file(_FISHER), device=str(device))
+            names = [view.name for view in plan.views if f"inputs.{view.name}" in factors]
+            found = {name: FisherFactors(factors[f"inputs.{name}"], factors[f"outputs.{name}"]) for name in names}
+            plan = replace(plan, fisher_factors=found)
+        return plan, self.work.entries["plan_seconds"]
+
+    def finished(self) -> None:
+        """The output folder has its name: nothing is left to go on with."""
+        self.stop.listen_no_more()
+        self.work.discard()

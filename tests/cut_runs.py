@@ -1,0 +1,99 @@
+"""Runs in real processes of a fork server, which has paid for the imports, and what cuts them at a chosen moment."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_prune import cli
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["hf_prune.pipeline", "datasets", "rich.console", "tiny", "cut_runs"])
+
+# Fewer bytes than a block of the tiny models has.
+HALF = 10_000
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The moment before an event of Python's audit hooks, and what happens then.
+
+    Attributes:
+        event: `os.rename` (to the name), `open`, `os.remove`.
+        name: how the file's name begins.
+        count: the how-manieth of these events, from 1.
+        action: `kill`; `term`, SIGTERM; `half`, the kernel ends the process inside the next write past `HALF` bytes;
+            `fill`, a file `filler` beside the file's folder takes all that the disk has left.
+        rank: of the process that it happens to.
+    """
+
+    event: str
+    name: str
+    count: int = 1
+    action: str = "kill"
+    rank: int = 0
+
+    def install(self) -> None:
+        """From now on in this process."""
+        seen = 0
+
+        def look(event: str, arguments: tuple) -> None:
+            nonlocal seen
+            if event != self.event:
+                return
+            path = arguments[1] if event == "os.rename" else arguments[0]
+            if not isinstance(path, (str, os.PathLike)) or not Path(path).name.startswith(self.name):
+                return
+            seen += 1
+            if seen != self.count:
+                return
+            if self.action == "fill":
+                filler = Path(path).parent.parent / "filler"
+                with suppress(OSError), filler.open("wb", buffering=0) as stream:
+                    while True:
+                        stream.write(bytes(4096))
+            elif self.action == "half":
+                # Python ignores it otherwise, and write() says that the file is too large.
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, resource.RLIM_INFINITY))
+            else:
+                os.kill(os.getpid(), signal.SIGTERM if self.action == "term" else signal.SIGKILL)
+
+        sys.addaudithook(look)
+
+
+def _child(values: dict, rank: int, world: int, port: int, cut: Cut | None, log: str) -> None:
+    os.environ |= {"HF_PRUNE_QUIET": "1", "OMP_NUM_THREADS": "1"}
+    if world > 1:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ |= {key: str(value) for key, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if cut is not None and cut.rank == rank:
+        cut.install()
+    sys.exit(cli.main(["prune", *[f"--{key}={json.dumps(value) if isinstance(value, bool) else value}"
+                                  for key, value in values.items()]]))  # fmt: skip
+
+
+def prune(values: dict, folder: Path, world: int = 1, cut: Cut | None = None) -> tuple[Sequence[int | None], str]:
+    """Exit codes of the command line in `world` processes, negative for a signal, and all that they wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [folder / f"log-{rank}.txt" for rank in range(world)]
+    started = [
+        CONTEXT.Process(target=_child, args=(values, rank, world, port, cut, str(logs[rank]))) for rank in range(world)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    return [process.exitcode for process in started], "".join(log.read_text() for log in logs)

@@ -1,0 +1,178 @@
+"""Runs that are cut and go on: real processes, killed at seeded moments, are gone on with to the same bytes."""
+
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from cut_runs import HALF, Cut, prune
+from safetensors.torch import load, load_file
+from tiny import byte_tokenizer, tiny_model
+
+from hf_prune.checkpoint.lock import hold
+
+RECIPE = {
+    "method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
+    "num_calibration_samples": 40, "seq_length": 64, "eval_seq_length": 64, "eval_max_windows": 4,
+    "eval_efficiency": False, "checkpoint_every": 1,
+}  # fmt: skip
+KILLED, TOO_LARGE, STOPPED = -signal.SIGKILL, -signal.SIGXFSZ, 75
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_model("llama").save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000)))
+    return {**RECIPE, "model_name_or_path": folder / "model", "dataset_name": text, "eval_dataset_name": text}
+
+
+@pytest.fixture(scope="module")
+def uncut(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("uncut")
+    codes, log = prune({**recipe, "output_dir": folder / "out"}, folder)
+    assert codes == [0], log
+    assert [entry.name for entry in folder.iterdir() if entry.is_dir()] == ["out"]
+    return made(folder / "out")
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """What must be the same to the byte."""
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "prune_plan.json")}
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing(recipe: dict, uncut: dict[str, bytes], tmp_path: Path) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out"}
+    drawn = random.Random(0)
+    # The manifest is replaced for the dense scores, the plan, and each of the three blocks.
+    cuts = [
+        Cut("os.rename", "manifest.json", drawn.randint(1, 3)),
+        Cut("os.rename", "inputs_0002", 1, "half"),
+        Cut("open", "block_", drawn.randint(1, 2), "half"),
+        Cut("os.remove", "inputs_", 1),
+        Cut("open", "hf_prune_recipe.yaml", 1),
+    ]
+    for cut in cuts:
+        codes, log = prune(values, tmp_path, cut=cut)
+        assert codes == [TOO_LARGE if cut.action == "half" else KILLED], (cut, log)
+        assert not (tmp_path / "out").exists()
+        # Nothing of a file that was being written has its name: a shard, then the manifest.
+        left = {file.name: file.stat().st_size for file in (tmp_path / "out.pruning").iterdir()}
+        if cut.action == "half" and cut.event == "os.rename":
+            assert [name for name in left if name.startswith(".tmp") or name.endswith(".part")]
+            assert not [name for name in left if name.startswith("block_") and name > "block_0000.safetensors"]
+        elif cut.action == "half":
+            assert left["manifest.json.part"] == HALF
+    codes, log = prune(values, tmp_path)
+    assert codes == [0] and "Going on with block 3" in log, log
+    assert made(tmp_path / "out") == uncut
+    assert not (tmp_path / "out.pruning").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_killed_and_go_on(recipe: dict, tmp_path: Path) -> None:
+    values = {**recipe, "reconstruct": "block", "reconstruct_passes": 1, "reconstruct_target": "model"}
+    (tmp_path / "whole").mkdir()
+    codes, log = prune({**values, "output_dir": tmp_path / "whole" / "out"}, tmp_path, world=2)
+    assert codes == [0, 0], log
+    cut_values = {**values, "output_dir": tmp_path / "out"}
+    for cut in (Cut("os.rename", "inputs_0002", 1, "half", rank=1), Cut("os.rename", "manifest.json", 2)):
+        codes, log = prune(cut_values, tmp_path, world=2, cut=cut)
+        # The one that is left says so, in a sentence, and goes as well.
+        assert codes[cut.rank] in (KILLED, TOO_LARGE) and codes[1 - cut.rank] == 1, (codes, log)
+        assert "another process of this run is gone" in log and "Traceback" not in log, log
+    codes, log = prune(cut_values, tmp_path, world=2)
+    assert codes == [0, 0] and "Going on with block" in log, log
+    assert made(tmp_path / "out") == made(tmp_path / "whole" / "out")
+
+
+@pytest.mark.slow
+def test_a_run_stops_between_blocks_and_goes_on_the_next_night(
+    recipe: dict, uncut: dict[str, bytes], tmp_path: Path
+) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out"}
+    # Every session does one block's work at least, however little time it has.
+    for place in ("once the plan was made", "behind block 0", "behind block 1", "behind block 2"):
+        codes, log = prune({**values, "time_limit": "0.001"}, tmp_path)
+        assert codes == [STOPPED] and f"stopped by time_limit 0.001 {place}" in log, log
+    whole = load(uncut["model.safetensors"])
+    for block in range(3):
+        kept = load_file(tmp_path / "out.pruning" / f"block_{block:04}.safetensors")
+        assert len(kept) == 9
+        assert all(torch.equal(whole[f"model.layers.{block}.{name}"], kept[name]) for name in kept)
+
+
+@pytest.mark.slow
+def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out", "checkpoint_every": 100}
+    # While the plan is kept: the signal is seen there. While the first block would not have been saved: it is.
+    codes, log = prune(values, tmp_path, cut=Cut("os.rename", "fisher_factors", 1, "term"))
+    assert codes == [STOPPED] and "stopped by SIGTERM" in log, log
+    codes, log = prune({**values, "checkpoint_every": 1}, tmp_path, cut=Cut("open", "block_0001", 1, "term"))
+    assert codes == [STOPPED] and "stopped by SIGTERM behind block 2" in log, log
+
+
+@pytest.mark.slow
+def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: Path) -> None:
+    shutil.copytree(recipe["model_name_or_path"], tmp_path / "model")
+    text = tmp_path / "text.txt"
+    shutil.copy(recipe["dataset_name"], text)
+    values = {
+        **recipe, "model_name_or_path": tmp_path / "model", "dataset_name": text, "output_dir": tmp_path / "out",
+        "time_limit": "0.001",
+    }  # fmt: skip
+    for _ in range(2):
+        codes, log = prune(values, tmp_path)
+        assert codes == [STOPPED], log
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
+
+    def refused(said: str, **changes: object) -> None:
+        codes, log = prune({**values, **changes}, tmp_path)
+        assert codes == [2] and re.search(said, log) and len(log.strip().splitlines()) == 1, log
+        after = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
+        assert all(after[name] == content for name, content in before.items() if name != "lock")
+
+    weights = tmp_path / "model" / "model.safetensors"
+    for damage, said in (
+        (lambda whole: whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:], r"weight model\.\S+ is not what it was;"),
+        (lambda whole: whole[:-100], r"model\.safetensors"),
+    ):
+        whole = weights.read_bytes()
+        weights.write_bytes(damage(whole))
+        refused(said)
+        weights.write_bytes(whole)
+    block = tmp_path / "out.pruning" / "block_0000.safetensors"
+    block.write_bytes(before[block.name][:-4])
+    codes, log = prune(values, tmp_path)
+    assert codes == [2] and "block_0000.safetensors is damaged or gone" in log, log
+    block.write_bytes(before[block.name])
+    refused(r"sparsity was 0\.5 and is 0\.6", sparsity=0.6)
+    refused("num_calibration_samples was 40 and is 41", num_calibration_samples=41)
+    lock = hold(tmp_path / "out.pruning" / "lock", before["lock"].decode())
+    refused(r"process \d+ on .* is making it already")
+    assert lock is not None
+    lock.close()
+    text.write_text(text.read_text().replace("foxes", "hares"))
+    refused("calibration windows is not what it was")
+    codes, log = prune({**values, "sparsity": 0.6, "restart": True}, tmp_path)
+    assert codes == [STOPPED] and "once the plan was made" in log, log
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while(recipe: dict, uncut: dict[str, bytes], small_disk, tmp_path: Path) -> None:
+    with small_disk("20m") as disk:
+        values = {**recipe, "output_dir": disk / "out"}
+        codes, log = prune(values, tmp_path, cut=Cut("open", "block_0001", 1, "fill"))
+        assert codes == [1] and "the disk is full" in log and "Traceback" not in log, log
+        assert sorted(entry.name for entry in disk.iterdir()) == ["filler", "out.pruning"]
+        assert not list((disk / "out.pruning").glob("*.part"))
+        (disk / "filler").unlink()
+        codes, log = prune(values, tmp_path)
+        assert codes == [0] and "Going on with block 1" in log, log
+        assert made(disk / "out") == uncut

@@ -1,0 +1,101 @@
+"""A walk that is stopped behind every block ends as one that is not, whatever it carries from block to block."""
+
+from datetime import datetime, timedelta
+from pathlib import Path
+from time import time
+
+import pytest
+import torch
+from tiny import tiny_ids, tiny_model
+
+from hf_prune.checkpoint.work import WorkFolder
+from hf_prune.clock import next_time, parse_duration
+from hf_prune.compose import make_config
+from hf_prune.engine.stopping import StopRequest
+from hf_prune.engine.walk_checkpoint import WalkCheckpoint
+from hf_prune.errors import BadInputError, Stopped
+from hf_prune.pruning import PruneResult, plan_pruning, prune, with_importance
+
+BLOCK = {"method": "wanda", "reconstruct": "block", "reconstruct_passes": 1}
+CASES = {
+    "sparsegpt": ("llama", {"method": "sparsegpt"}),
+    "blocks that return tuples": ("gpt2", {"method": "sparsegpt"}),
+    "experts and importance": ("qwen3_moe", {"method": "sparsegpt", "output_importance": "fisher"}),
+    "the head, and blocks left alone": ("qwen3", {"method": "wanda", "targets": ["lm_head", "model.layers.1"]}),
+    "dense inputs": ("llama", {"method": "wanda", "propagate": False}),
+    "trained blocks": ("opt", BLOCK),
+    "the dense model beside": ("gemma3", {**BLOCK, "reconstruct_target": "model"}),
+}
+
+
+def walk(family: str, options: dict, work: WorkFolder | None, stop: StopRequest) -> tuple[torch.nn.Module, PruneResult]:
+    model = tiny_model(family, torch.bfloat16 if family == "gemma3" else torch.float32)
+    config, input_ids = make_config({"sparsity": 0.5, **options}), tiny_ids(36)
+    plan = with_importance(model, config, plan_pruning(model, config), input_ids)
+    checkpoint = WalkCheckpoint(work, stop, every=1) if work else None
+    folder = str(work.path / ".." / "statistics") if work and not config.propagate else None
+    return model, prune(model, config, input_ids=input_ids, plan=plan, checkpoint=checkpoint, statistics_folder=folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopping_behind_every_block_changes_no_bit(case: str, tmp_path: Path) -> None:
+    family, options = CASES[case]
+    whole, expected = walk(family, options, None, StopRequest())
+    sessions = 0
+    while True:
+        with WorkFolder.opened(tmp_path / "work") as work:
+            work.claim({})
+            try:
+                model, result = walk(family, options, work, StopRequest(time_limit="0.001"))
+                break
+            except Stopped:
+                sessions += 1
+    assert sessions == 1 + max(view.block for view in result.plan.views)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+    assert result.views == expected.views and result.forward_passes == pytest.approx(expected.forward_passes)
+    losses = [{index: (own.before, own.after) for index, own in r.reconstruction.items()} for r in (result, expected)]
+    assert losses[0] == losses[1] and bool(losses[0]) == ("reconstruct" in options)
+    assert result.earlier_seconds > 0
+
+
+def test_saving_waits_until_it_is_a_twentieth_of_the_work(tmp_path: Path) -> None:
+    """Blocks of these models take a few milliseconds, and a save a part of one."""
+    with WorkFolder.opened(tmp_path / "work") as work:
+        work.claim({})
+        checkpoint = WalkCheckpoint(work, StopRequest())
+        with checkpoint:
+            checkpoint._last, checkpoint._saved, checkpoint._cost = 30, 100.0, 2.0
+            assert [checkpoint._is_due(7, now) for now in (137.9, 138.0)] == [False, True]
+            assert checkpoint._is_due(30, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("6h", 21600), ("90m", 5400), ("1h30m", 5400), ("1.5h", 5400), ("45s", 45), ("45", 45)]
+)
+def test_lengths_of_time(text: str, seconds: float) -> None:
+    assert parse_duration("time_limit", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "6d", "-1h", "0", "30m1h", "six hours"])
+def test_what_is_no_length_of_time(text: str) -> None:
+    with pytest.raises(BadInputError, match=r"time_limit: .* is no length of time"):
+        parse_duration("time_limit", text)
+
+
+def test_a_deadline_is_the_next_one() -> None:
+    evening, morning = datetime(2026, 12, 31, 22, 30), datetime(2026, 12, 31, 5, 59)
+    assert next_time("deadline", "06:00", evening) == datetime(2027, 1, 1, 6)
+    assert next_time("deadline", "06:00", morning) == datetime(2026, 12, 31, 6)
+    assert next_time("deadline", "06:00", datetime(2026, 12, 31, 6)) == datetime(2027, 1, 1, 6)
+    for text in ("24:00", "6", "6 am"):
+        with pytest.raises(BadInputError, match=r"deadline: .* is no time of day"):
+            next_time("deadline", text, evening)
+
+
+def test_a_block_that_would_end_too_late_is_not_begun() -> None:
+    soon = (datetime.now() + timedelta(minutes=2)).strftime("%H:%M")
+    stop = StopRequest(time_limit="1h", deadline=soon)
+    assert stop.end is not None and 60 <= stop.end[0] - time() <= 120
+    assert stop.reason() is None and stop.reason(needed=30) is None
+    assert stop.reason(needed=121) == f"deadline {soon}"
