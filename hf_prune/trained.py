@@ -64,7 +64,7 @@ class Start:
         else:
             length = text.seq_length or 128
             self.text = open_text(text)
-            train = train_tokenizer if fresh.tokenizer_type == "bpe" else train_word_tokenizer
+            train = train_word_tokenizer if fresh.tokenizer_type == "word" else train_tokenizer
             self.tokenizer = (
                 train(self.text, fresh.vocab_size, length)
                 if fresh.vocab_size

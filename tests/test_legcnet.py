@@ -124,7 +124,7 @@ def test_bad_recipes_write_nothing(values: dict[str, Any], message: str, tmp_pat
 
 def test_a_method_that_does_not_train_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--method", "wanda"]) == 2
-    assert "'wanda' is unknown or prunes without training; choose lottery_ticket or legcnet" in capsys.readouterr().err
+    assert "'wanda' is unknown or prunes without training; choose lottery_ticket, legcnet" in capsys.readouterr().err
 
 
 TEXT = "".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(1500))

@@ -244,7 +244,7 @@ def _settings(report: dict[str, Any], available: Collection[str]) -> list[str]:
             'What would gain speed: `pattern: "2:4"` on GPUs with semi-structured sparse kernels (NVIDIA Ampere on).'
         )
     # Structured pruning refuses mixtures, and architectures that it has no description of.
-    mixture = any(".experts." in view["name"] for view in report.get("views") or ())
+    mixture = any(".experts." in str(view.get("name")) for view in report.get("views") or ())
     if "structured" in available and not mixture and not report.get("own_code"):
         sentences.append(
             "What would gain size and speed on any hardware: `method: intra_fusion`, for a narrower model."

@@ -34,24 +34,25 @@ class FreshModelArguments:
     vocab_size: int | None = field(
         default=None, metadata={"help": "instead: train a tokenizer of this size on the training text"}
     )
-    tokenizer_type: str = field(
-        default="bpe", metadata={"help": "bpe of bytes, or word: the most frequent words, <unk> and <eos>"}
+    tokenizer_type: str | None = field(
+        default=None,
+        metadata={"help": "bpe of bytes unless given, or word: the most frequent words, <unk> and <eos>"},
     )
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.tokenizer_name is not None:
             raise BadInputError("tokenizer_name: vocab_size trains a tokenizer; keep one of the two.")
-        if self.tokenizer_type not in ("bpe", "word"):
+        if self.tokenizer_type not in (None, "bpe", "word"):
             raise BadInputError(f"tokenizer_type: {self.tokenizer_type!r} is unknown; choose bpe or word.")
-        if self.vocab_size is None and self.tokenizer_type != "bpe":
+        if self.vocab_size is None and self.tokenizer_type is not None:
             raise BadInputError("tokenizer_type: it says what is trained; add vocab_size, or leave the key out.")
         if self.vocab_size is not None and self.vocab_size < self._least:
-            why = "256 are bytes, and one ends a text" if self.tokenizer_type == "bpe" else "two are <unk> and <eos>"
+            why = "256 are bytes, and one ends a text" if self._least > 3 else "two are <unk> and <eos>"
             raise BadInputError(f"vocab_size: {self.vocab_size} is too small; {why}.")
 
     @property
     def _least(self) -> int:
-        return 257 if self.tokenizer_type == "bpe" else 3
+        return 3 if self.tokenizer_type == "word" else 257
 
 
 @dataclass
