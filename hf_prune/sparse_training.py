@@ -9,9 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_prune.arguments import PruneConfig
-from hf_prune.checkpoint.folder import beside
 from hf_prune.engine.results import ViewResult
-from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.finish import Stopwatch
@@ -19,9 +17,8 @@ from hf_prune.methods.dynamic_sparse import DynamicSparseConfig
 from hf_prune.plan import make_plan, select_views
 from hf_prune.pruning import PruneResult
 from hf_prune.report.privacy import may_show_samples
-from hf_prune.trained import Start, described, figures, hand_over, prepare, quality_of, trainers
+from hf_prune.trained import Start, described, hand_over, prepare, procedure, quality_of
 from hf_prune.training.arguments import TrainRecipe
-from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.dynamic import DynamicSparseTraining
 from hf_prune.training.rounds import Round
 from hf_prune.weights import WeightView
@@ -49,14 +46,13 @@ def run_sparse(recipe: TrainRecipe, notes: dict[str, Any] | None = None) -> dict
     qualities = {"dense" if own.kind == "dense" else "pruned": quality_of(own) for own in rounds}
     report = {
         **described(recipe, start, model, result),
-        "method": _method(recipe.method),
         "seconds": {**watch.seconds, "train": sum(own.seconds for own in rounds)},
         "evaluation": evaluation.report(**qualities),
         **(notes or {}),
     }
     if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
         report["samples"] = evaluation.samples(**qualities)
-    hand_over(recipe, start, model, result, report, watch, lambda folder: None)
+    hand_over(recipe, start, model, result, report, watch)
     return report
 
 
@@ -70,13 +66,7 @@ def prepare_sparse(
     """
     start, evaluation, views = prepare(recipe)
     method: DynamicSparseConfig = recipe.method
-    windows, held_out = start.windows, start.windows.input_ids[-HELD_OUT:]
-    if method.averaging:
-        if len(windows) <= HELD_OUT:
-            raise BadInputError(
-                f"averaging: {HELD_OUT} windows are held out, and the text fills {len(windows)}; use more text."
-            )
-        windows = type(windows)(windows.input_ids[:-HELD_OUT])
+    windows, held_out = start.windows.without_last(HELD_OUT if method.averaging else 0, "averaging")
 
     def held_out_loss(model: nn.Module) -> float:
         training = model.training
@@ -86,27 +76,12 @@ def prepare_sparse(
         finally:
             model.train(training)
 
-    assert recipe.output.output_dir is not None
     training = DynamicSparseTraining(
-        make_model=start.make_model,
-        names=[view.parameter_name for view in views],
-        make_trainer=trainers(recipe, windows),
-        evaluate=lambda model: figures(evaluation.measure(cast("PreTrainedModel", model), "evaluating")),
-        config=method,
-        folder=beside(method.rounds_folder, "")
-        if method.rounds_folder
-        else beside(recipe.output.output_dir, ".rounds"),
-        fingerprint=fingerprint(recipe.decisive, {"windows": windows.input_ids}),
-        evaluation=fingerprint(recipe.evaluation.sample_prompts, {"windows": evaluation.windows.input_ids}),
+        **procedure(recipe, start, evaluation, views, windows),
         seed=recipe.text.seed,
         held_out_loss=held_out_loss,
     )
     return start, evaluation, views, training
-
-
-def _method(config: DynamicSparseConfig) -> dict[str, Any]:
-    options = {key: own for key, own in asdict(config).items() if key not in ("method", "rounds_folder") and own != []}
-    return {**asdict(config.info), "pattern": "unstructured", "options": options}
 
 
 def _result(model: nn.Module, views: list[WeightView], found: Round, config: DynamicSparseConfig) -> PruneResult:

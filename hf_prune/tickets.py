@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_prune.arguments import PruneConfig
-from hf_prune.checkpoint.folder import beside
 from hf_prune.engine.results import ViewResult
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.finish import Stopwatch
@@ -19,9 +17,8 @@ from hf_prune.plan import make_plan, select_views
 from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_rounds
 from hf_prune.report.privacy import may_show_samples
-from hf_prune.trained import Start, described, figures, hand_over, prepare, quality_of, trainers
+from hf_prune.trained import Start, described, hand_over, prepare, procedure, quality_of
 from hf_prune.training.arguments import TrainRecipe
-from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.rounds import Round
 from hf_prune.training.tickets import TicketSearch
 from hf_prune.weights import WeightView
@@ -48,7 +45,6 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
     result = _result(model, views, recipe.method, tickets[-1])
     report = {
         **described(recipe, start, model, result),
-        "method": _method(recipe.method),
         "tickets": [_summary(found) for found in rounds],
         "rounds": search.ticket_folder.name,
         # Rounds that were finished before this run took their time as well.
@@ -82,20 +78,7 @@ def prepare_tickets(recipe: TrainRecipe) -> Prepared:
         BadInputError: something handed over cannot be used; nothing has been written.
     """
     start, evaluation, views = prepare(recipe)
-    method = recipe.method
-    assert recipe.output.output_dir is not None
-    search = TicketSearch(
-        make_model=start.make_model,
-        names=[view.parameter_name for view in views],
-        make_trainer=trainers(recipe, start.windows),
-        evaluate=lambda model: figures(evaluation.measure(cast("PreTrainedModel", model), "evaluating")),
-        config=method,
-        folder=beside(method.rounds_folder, "")
-        if method.rounds_folder
-        else beside(recipe.output.output_dir, ".rounds"),
-        fingerprint=fingerprint(recipe.decisive, {"windows": start.windows.input_ids}),
-        evaluation=fingerprint(recipe.evaluation.sample_prompts, {"windows": evaluation.windows.input_ids}),
-    )
+    search = TicketSearch(**procedure(recipe, start, evaluation, views))
     return Prepared(start, evaluation, views, search)
 
 
@@ -103,13 +86,6 @@ def _summary(found: Round) -> dict[str, Any]:
     """What the report says of a round."""
     entry = {key: value for key, value in asdict(found).items() if key not in ("metrics", "layers")}
     return {**entry, "sparsity": found.sparsity, "perplexity": found.metrics["perplexity"]}
-
-
-def _method(config: LotteryTicketConfig) -> dict[str, Any]:
-    options = {
-        key: value for key, value in asdict(config).items() if key not in ("method", "rounds_folder") and value != []
-    }
-    return {**asdict(config.info), "pattern": "unstructured", "options": options}
 
 
 def _result(model: nn.Module, views: list[WeightView], config: LotteryTicketConfig, found: Round) -> PruneResult:

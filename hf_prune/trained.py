@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 
-from hf_prune.checkpoint.folder import RECIPE_FILE
+from hf_prune.checkpoint.folder import RECIPE_FILE, beside
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
 from hf_prune.data.windows import default_seq_length
@@ -25,6 +25,7 @@ from hf_prune.preparation import check_output
 from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.rounds import Round
 from hf_prune.training.text import (
     Windows,
@@ -123,7 +124,7 @@ def trainers(recipe: TrainRecipe, windows: Windows) -> MakeTrainer:
     return make
 
 
-def figures(quality: Quality) -> dict[str, Any]:
+def _figures(quality: Quality) -> dict[str, Any]:
     return {
         "perplexity": float(quality.nll.mean().exp()),
         "nll": quality.nll.tolist(),
@@ -137,6 +138,29 @@ def quality_of(found: Round) -> Quality:
     return Quality(torch.tensor(metrics["nll"], dtype=torch.float64), metrics["continuations"], metrics["seconds"])
 
 
+def procedure(
+    recipe: TrainRecipe,
+    start: Start,
+    evaluation: QualityEvaluation,
+    views: Sequence[WeightView],
+    windows: Windows | None = None,
+) -> dict[str, Any]:
+    """What every procedure over rounds is made with; `windows` to train on, all of the text's unless given."""
+    method, windows = recipe.method, windows if windows is not None else start.windows
+    assert recipe.output.output_dir is not None
+    own = beside(method.rounds_folder, "") if method.rounds_folder else beside(recipe.output.output_dir, ".rounds")
+    return {
+        "make_model": start.make_model,
+        "names": [view.parameter_name for view in views],
+        "make_trainer": trainers(recipe, windows),
+        "evaluate": lambda model: _figures(evaluation.measure(model, "evaluating")),
+        "config": method,
+        "folder": own,
+        "fingerprint": fingerprint(recipe.decisive, {"windows": windows.input_ids}),
+        "evaluation": fingerprint(recipe.evaluation.sample_prompts, {"windows": evaluation.windows.input_ids}),
+    }
+
+
 def described(recipe: TrainRecipe, start: Start, model: Any, result: PruneResult) -> dict[str, Any]:
     """What every report of a training says."""
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
@@ -148,12 +172,18 @@ def described(recipe: TrainRecipe, start: Start, model: Any, result: PruneResult
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "method": _described_method(recipe.method),
         "training": describe_training(start.text, start.windows, arguments),
         **zeros_of(model, result, sum(parameter.numel() for parameter in model.parameters())),
         "seed": recipe.text.seed,
         "hub_model_id": recipe.output.hub_model_id,
         "command": f"hf-prune train --config {RECIPE_FILE}",
     }
+
+
+def _described_method(config: Any) -> dict[str, Any]:
+    options = {key: own for key, own in asdict(config).items() if key not in ("method", "rounds_folder") and own != []}
+    return {**asdict(config.info), "pattern": "unstructured", "options": options}
 
 
 def hand_over(
@@ -163,7 +193,7 @@ def hand_over(
     result: PruneResult,
     report: dict[str, Any],
     watch: Stopwatch,
-    plot: Callable[[Path], None],
+    plot: Callable[[Path], None] = lambda plots: None,
 ) -> None:
     """Write the folder: efficiency, plots, verification, card; `plot` draws further pictures into it."""
     device = torch.device(pick_device(recipe.model.device, distributed.local_rank()).type)

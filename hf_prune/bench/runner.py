@@ -115,6 +115,7 @@ class Bench:
         self.share_learning = share_learning
         self.look = look
         self._places: list[dict[str, str]] = []
+        self._at_once = 1
         # Pruning may run side by side, scoring and the results' file are one at a time.
         self._turn = Lock()
         self._left = 0
@@ -173,6 +174,7 @@ class Bench:
                 if cell.command is None:
                     self._token_ids(cell)
             self._places = [_place(number, at_once) for number in range(at_once)]
+            self._at_once = at_once
             with ThreadPoolExecutor(at_once) as pool:
                 for failure in pool.map(lambda cell: self._run_cell(cell, stop), waiting):
                     if failure:
@@ -238,6 +240,7 @@ class Bench:
                 "peak_memory_bytes": _peak(report["peak_memory_bytes"]),
                 "process_seconds": wall,
                 "cores_busy_elsewhere": busy,
+                "at_once": self._at_once,
                 "day": date.today().isoformat(),
                 "versions": report.get("versions"),
                 "densities": _densities(report),

@@ -43,7 +43,7 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
             if not runs:
                 continue
             first = {run["seed"]: quality[run["weights"]] for run in reversed(runs)}
-            timed = [run for run in runs if run["cores_busy_elsewhere"] <= QUIET] or runs
+            timed = [run for run in runs if _is_quiet(run)] or runs
             seconds[setting, row["name"]] = [(run.get("day"), run["seconds"]) for run in timed]
             logs = [math.log(figures["perplexity"] / dense["perplexity"]) for figures in first.values()]
             seed = min(first)
@@ -68,11 +68,17 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
                     "sparsity": first[seed]["sparsity"],
                     "total_sparsity": gone(first[seed], dense),
                     "cores_busy_elsewhere": max(run["cores_busy_elsewhere"] for run in timed),
+                    "quiet": all(_is_quiet(run) for run in timed),
                     **_agreement(grid, results, row["name"], setting),
                 }
             )
     _add_ratios(lines, grid.reference, seconds)
     return lines
+
+
+def _is_quiet(run: dict[str, Any]) -> bool:
+    """Whether a run had an idle machine to itself; one of several side by side had only some of its processors."""
+    return run["cores_busy_elsewhere"] <= QUIET and run.get("at_once", 1) == 1
 
 
 def gone(figures: dict[str, Any], dense: dict[str, Any]) -> float:
@@ -152,15 +158,15 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
             line["row"],
             f"{line['perplexity']:.2f}{interval}",
             f"{line['excess']:.3f}{spread}{against}",
-            f"{'~' if line['cores_busy_elsewhere'] > QUIET else ''}{line['seconds']:.0f}{time}{allocating}",
+            f"{'' if line['quiet'] else '~'}{line['seconds']:.0f}{time}{allocating}",
             f"{line['peak_memory_bytes'] / 1e6:.0f}",
             f"{100 * line['total_sparsity']:.1f} %",
         ]
         cells += [correlations(line)] if correlated else []
         out.append("| " + " | ".join(cells) + " |")
     dense = results.quality["dense"]
-    windows, others = len(dense["nll"]), [line["cores_busy_elsewhere"] for line in lines]
-    quiet, busy = [value for value in others if value <= QUIET], max(others, default=0.0)
+    windows = len(dense["nll"])
+    quiet = [line["cores_busy_elsewhere"] for line in lines if line["quiet"]]
     reference = f", in brackets as a multiple of {grid.reference}'s" if grid.reference else ""
     note = (
         f"{grid.title} Dense perplexity {dense['perplexity']:.2f} on {windows} windows; excess is the rise of "
@@ -168,8 +174,9 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
     )
     if grid.reference:
         note += ", ratios of seconds those of one day"
-    note += f"; at most {max(quiet):.2f} cores were busy elsewhere" if quiet else ""
-    note += f" (at `~`, a sketch, up to {busy:.2f})." if busy > QUIET else "."
+    note += f"; at most {max(quiet):.2f} cores were busy elsewhere." if quiet else "."
+    if len(quiet) < len(lines):
+        note += " At `~` the machine was not idle or its processors were shared out: these seconds are a sketch."
     if correlated and grid.allocation_reference:
         note += (
             f" Rank correlations of densities: over a row's own seeds, or with those of {grid.allocation_reference}."

@@ -84,9 +84,10 @@ class WorkFolder:
         if file.is_file():
             try:
                 manifest = json.loads(file.read_text(encoding="utf-8"))
-                assert manifest["version"] == VERSION
+                if manifest["version"] != VERSION:
+                    raise ValueError("of another release")
                 self.entries, self.files = manifest["entries"], manifest["files"]
-            except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            except (OSError, ValueError, KeyError, TypeError):
                 raise BadInputError(
                     f"output_dir: {file} is damaged or of another release; throw the unfinished run away with "
                     "restart: true."

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     chosen = [set(coerce(key, flags.pop(key, []), list[str])) for key in ("rows", "settings")]
     seeds = [coerce("seeds", seed, int) for seed in coerce("seeds", flags.pop("seeds", []), list[str])]
     max_minutes = coerce("max_minutes", flags.pop("max_minutes"), float) if "max_minutes" in flags else math.inf
-    at_once = coerce("at_once", flags.pop("at_once"), int) if "at_once" in flags else 1
+    at_once = max(coerce("at_once", flags.pop("at_once", 1), int), 1)
     from hf_prune.bench import summary
     from hf_prune.bench.grid import load_grid
     from hf_prune.bench.runner import Bench

@@ -123,6 +123,11 @@ class SearchArguments:
             )  # fmt: skip
 
     @property
+    def held_out_windows(self) -> int:
+        """Windows that losses and spectra are measured on, and nothing else."""
+        return max(self.loss_windows, self.spectrum_sequences * (2 if self.stability_candidates else 1))
+
+    @property
     def needs_spectrum(self) -> bool:
         """Whether the objective looks at the dynamics."""
         return self.objective in ("ls_distance", "both")

@@ -23,7 +23,7 @@ from hf_prune.fields import field_types
 from hf_prune.pipeline import run
 from hf_prune.pruning import load_calibration, prune
 from hf_prune.recipe import Recipe, dump_yaml, make_recipe
-from hf_prune.search.arguments import SearchRecipe
+from hf_prune.search.arguments import SearchArguments, SearchRecipe
 from hf_prune.search.space import Choice, Space, make_space
 
 
@@ -55,6 +55,12 @@ class SpectrumSetting:
     length: int
     first: int = 0
     seed: int = 0
+
+    @classmethod
+    def of(cls, search: SearchArguments, windows: Tensor) -> SpectrumSetting:
+        """What a search asks for, of some windows."""
+        length = search.spectrum_length or windows.shape[1]
+        return cls(search.num_exponents, search.spectrum_sequences, length, seed=search.search_seed)
 
 
 Look = Callable[[int, Measurement], None]
@@ -135,9 +141,7 @@ class OneShotCandidates:
     def loaded(self) -> _Loaded:
         """Model and windows, loaded when they are first needed."""
         if self._loaded is None:
-            own = self.search
-            sequences = own.spectrum_sequences * (2 if own.stability_candidates else 1)
-            self._loaded = _Loaded(self.recipe, max(own.loss_windows, sequences))
+            self._loaded = _Loaded(self.recipe, self.search.held_out_windows)
         return self._loaded
 
     def dense(self, budgets: list[int]) -> dict[int, Measurement]:
@@ -170,9 +174,7 @@ class OneShotCandidates:
     @property
     def setting(self) -> SpectrumSetting:
         """How the search computes spectra."""
-        own = self.search
-        length = own.spectrum_length or self.loaded.held_out.shape[1]
-        return SpectrumSetting(own.num_exponents, own.spectrum_sequences, length, seed=own.search_seed)
+        return SpectrumSetting.of(self.search, self.loaded.held_out)
 
     def _spectrum(self, setting: SpectrumSetting) -> tuple[Tensor, float]:
         """Of the model as it is now, and the seconds that it took."""

@@ -22,7 +22,7 @@ from hf_prune.plan import select_views
 from hf_prune.recipe import dump_yaml
 from hf_prune.search.arguments import SearchRecipe
 from hf_prune.search.candidates import Look, Measurement, SpectrumSetting
-from hf_prune.search.space import Choice, make_space
+from hf_prune.search.space import Choice, label, make_space
 from hf_prune.sparse_training import run_sparse
 from hf_prune.trained import Start, trainers
 from hf_prune.training.arguments import TrainRecipe, make_train_recipe
@@ -57,8 +57,10 @@ class TrainedCandidates:
         for key in axes:
             if key not in field_types(DynamicSparseConfig) or key in FIXED:
                 raise BadInputError(f"{key}: candidates differ in how masks move; give this key one value.")
-        self.space = make_space(axes, lambda choice: _nothing(self._recipe(choice)))
-        self.recipe = self._recipe(next(c for c in self.space.combinations()))
+        self.space = make_space(axes, self._check)
+        self.recipe = self._recipe(
+            next(own for own in self.space.combinations() if label(own) not in self.space.refused)
+        )
         epochs = self.recipe.training.get("num_train_epochs")
         if not epochs or int(epochs) != epochs or self.recipe.training.get("max_steps", -1) > 0:
             raise BadInputError(
@@ -73,6 +75,9 @@ class TrainedCandidates:
         """The flat recipe of one candidate."""
         return {**self.common, **choice}
 
+    def _check(self, choice: Choice) -> None:
+        self._recipe(choice)
+
     def _recipe(self, choice: Choice) -> TrainRecipe:
         return make_train_recipe(self.values(choice), DynamicSparseConfig)
 
@@ -80,9 +85,7 @@ class TrainedCandidates:
     def loaded(self) -> _Loaded:
         """Text and tokenizer, loaded when they are first needed."""
         if self._loaded is None:
-            own = self.search
-            sequences = own.spectrum_sequences * (2 if own.stability_candidates else 1)
-            self._loaded = _Loaded(self.recipe, max(own.loss_windows, sequences))
+            self._loaded = _Loaded(self.recipe, self.search.held_out_windows)
         return self._loaded
 
     def dense(self, budgets: list[int]) -> dict[int, Measurement]:
@@ -125,9 +128,7 @@ class TrainedCandidates:
     @property
     def setting(self) -> SpectrumSetting:
         """How the search computes spectra."""
-        own = self.search
-        length = own.spectrum_length or self.loaded.held_out.shape[1]
-        return SpectrumSetting(own.num_exponents, own.spectrum_sequences, length, seed=own.search_seed)
+        return SpectrumSetting.of(self.search, self.loaded.held_out)
 
     def _spectrum(self, model: Any, setting: SpectrumSetting) -> tuple[Tensor, float]:
         """Of a recurrent model over time, of another over depth; and the seconds that it took."""
@@ -185,12 +186,4 @@ class _Loaded:
 
     def __init__(self, recipe: TrainRecipe, held_out: int) -> None:
         self.start = Start(recipe)
-        windows = self.start.windows
-        if len(windows) <= held_out:
-            raise BadInputError(f"dataset_name: {held_out} windows are held out, and the text fills {len(windows)}.")
-        self.held_out = windows.input_ids[-held_out:]
-        self.windows = type(windows)(windows.input_ids[:-held_out])
-
-
-def _nothing(_: Any) -> None:
-    """A check that only raises."""
+        self.windows, self.held_out = self.start.windows.without_last(held_out, "dataset_name")

@@ -28,16 +28,12 @@ class WeightAverage:
         self.held_out_loss = held_out_loss
         self.non_monotone = non_monotone
         self.losses: list[float] = []
-        self._began = False
+        # Whether weights are being averaged.
+        self.began = False
         self._model: nn.Module | None = None
         self._masks: Mapping[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
         self._steps: dict[str, Tensor] = {}
-
-    @property
-    def began(self) -> bool:
-        """Whether weights are being averaged."""
-        return self._began
 
     def attach(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         """Average this model, whose masks change in place."""
@@ -50,7 +46,7 @@ class WeightAverage:
     @torch.no_grad()
     def step(self) -> None:
         """Behind every step of the optimizer, and every update of the masks."""
-        if not self._began:
+        if not self.began:
             return
         assert self._model is not None
         for name, parameter in self._model.named_parameters():
@@ -63,12 +59,12 @@ class WeightAverage:
 
     def end_epoch(self) -> None:
         """Look whether averaging begins."""
-        if self._began:
+        if self.began:
             return
         assert self._model is not None
         loss = self.held_out_loss(self._model)
         earlier = self.losses[: -self.non_monotone]
-        self._began = bool(earlier) and loss >= min(earlier)
+        self.began = bool(earlier) and loss >= min(earlier)
         self.losses.append(loss)
 
     @torch.no_grad()
@@ -97,10 +93,10 @@ class WeightAverage:
 
     def said(self) -> dict[str, Any]:
         """What else there is to know."""
-        return {"began": self._began, "losses": self.losses}
+        return {"began": self.began, "losses": self.losses}
 
     def restore(self, tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> None:
         """Go on from `tensors` and `said`."""
-        self._began, self.losses = said["began"], list(said["losses"])
+        self.began, self.losses = said["began"], list(said["losses"])
         for prefix, kept in (("mean.", self._means), ("steps.", self._steps)):
             kept.update({name.removeprefix(prefix): own for name, own in tensors.items() if name.startswith(prefix)})

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
@@ -48,7 +47,6 @@ class DynamicSparseTraining:
         config: how sparse, and how weights die and grow.
         seed: of the first masks and of random growth.
         held_out_loss: nats a token of the module as it is, for `averaging`.
-        watch: further callbacks of each training.
     """
 
     make_model: Callable[[int | None], nn.Module]
@@ -61,7 +59,6 @@ class DynamicSparseTraining:
     evaluation: str = ""
     seed: int = 0
     held_out_loss: Callable[[nn.Module], float] | None = None
-    watch: Callable[[], list[TrainerCallback]] = list
 
     def run(self) -> tuple[nn.Module, list[Round]]:
         """The module with the sparse training's weights, and the rounds: the dense twin's first, where there is one.
@@ -130,7 +127,7 @@ class DynamicSparseTraining:
                 load_weights(model, self.folder / INITIAL)
             with only_weights_change(model):
                 # What puts the averaged weights in place comes before what looks at the end's.
-                callbacks = [*([moving] if moving else []), stop, *self.watch()]
+                callbacks = [*([moving] if moving else []), stop]
                 trainer = self.make_trainer(model, checkpoints, callbacks)
                 try:
                     train(trainer, checkpoint)

@@ -60,6 +60,17 @@ class Windows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids[number], "labels": self.input_ids[number]}
 
+    def without_last(self, count: int, key: str) -> tuple[Windows, Tensor]:
+        """All but the last `count` windows, and those.
+
+        Raises:
+            BadInputError: nothing is left to train on, which `key` asked for.
+        """
+        left = len(self) - count
+        if left < 1:
+            raise BadInputError(f"{key}: {count} windows are held out, and the text fills {len(self)}; use more text.")
+        return Windows(self.input_ids[:left]), self.input_ids[left:]
+
 
 def open_text(arguments: TrainingTextArguments, tokenizer: PreTrainedTokenizerBase | None = None) -> TextData:
     """The training text.

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_prune import cli
 from hf_prune.bench.grid import load_grid
 from hf_prune.bench.runner import Bench, Results
-from hf_prune.bench.summary import _add_ratios, _time_ratio, summarise, write_between_markers
+from hf_prune.bench.summary import _add_ratios, _time_ratio, markdown, summarise, write_between_markers
 from hf_prune.compose import make_config
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
@@ -294,8 +294,13 @@ def test_seconds_are_those_of_an_idle_machine_where_there_are_any(
     for own, took in zip(busy, (10.0, 40.0, 12.0), strict=True):
         run = {"seed": 0, "weights": "own", "seconds": took, "peak_memory_bytes": 1, "cores_busy_elsewhere": own}
         results.add(cell, run)
+    # One that had half of the processors, though nothing else was at work.
+    beside = {"seed": 0, "weights": "own", "seconds": 99.0, "peak_memory_bytes": 1, "cores_busy_elsewhere": 0.0}
+    if min(busy) <= 0.1:
+        results.add(cell, {**beside, "at_once": 2})
     (line,) = summarise(grid, results)
-    assert (line["seconds"], line["runs"]) == (seconds, 3)
+    assert line["seconds"] == seconds and line["quiet"] == (min(busy) <= 0.1)
+    assert f"| {'' if line['quiet'] else '~'}{seconds:.0f}" in markdown(grid, results, [line])
 
 
 def test_a_readme_without_the_markers_is_left_as_it_was(tmp_path: Path) -> None:

@@ -109,6 +109,12 @@ def test_a_search_leaves_a_folder_and_an_account(common: dict[str, Any], tmp_pat
     assert zeros >= round(0.5 * report["sparsity"]["pruned_parameters"])
 
 
+def test_an_impossible_combination_is_counted_and_no_more(common: dict[str, Any], tmp_path: Path) -> None:
+    axes = {"death": ["old age", "set"], "initialization": ["uniform", "er"]}
+    own = candidates({**common, **LSTM, **axes}, tmp_path)
+    assert own.space.possible == 2 and own.recipe.method.death == "set"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
