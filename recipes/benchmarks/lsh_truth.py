@@ -3,8 +3,8 @@
     python recipes/benchmarks/lsh_truth.py --config recipes/benchmarks/lsh.yaml --truth FOLDER [--key value ...]
 
 Keys are those of the recipe, as dataset_name and eval_dataset_name for local copies of the text. A run that is finished
-is not trained again, so that the same command goes on after a cut; another recipe wants another FOLDER. Losses along the
-way are of windows that are held out of the training text, as a search sees them; the final perplexity is of the
+is not trained again, so that the same command goes on after a cut; another recipe wants another FOLDER. Losses along
+the way are of windows that are held out of the training text, as a search sees them; the final perplexity is of the
 evaluation text. Seconds are the process's own processor time: they do not depend on what else the machine does.
 """
 
