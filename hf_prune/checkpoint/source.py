@@ -31,11 +31,15 @@ class WeightFiles:
     """
 
     def __init__(self, model: PreTrainedModel, files: Sequence[Path]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         self._model = model
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        conversions = getattr(model, "_weight_conversions", None) or []
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is None:
+            # It was made, not loaded.
+            conversions = get_model_conversion_mapping(model, add_legacy=False)
         renamings = [own for own in conversions if isinstance(own, WeightRenaming)]
         converters = [own for own in conversions if isinstance(own, WeightConverter)]
         self._converters = {pattern: own for own in converters for pattern in own.source_patterns}
@@ -92,8 +96,9 @@ def stored_names(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     left_out = set(model._keys_to_ignore_on_save or ())
-    kept = remove_tied_weights_from_state_dict({name: own for name, own in tensors.items() if name not in left_out}, model)
-    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, kept).items()}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    stored = revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 def _keys(file: Path) -> list[str]:

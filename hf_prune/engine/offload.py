@@ -7,7 +7,7 @@ works without reading a weight twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +26,11 @@ class Home(Protocol):
     """Where weights live while their block is not at work."""
 
     @property
+    def outlives(self) -> bool:
+        """Whether what is written is there after the process has died."""
+        ...
+
+    @property
     def spill_folder(self) -> Path | None:
         """Where hidden states go; None: they stay on the device."""
         ...
@@ -38,14 +43,15 @@ class Home(Protocol):
         """From now on the unit is this; every process calls it, with the same tensors."""
         ...
 
-    def adopt(self, unit: int) -> bool:
-        """From now on the unit is what an earlier session wrote; False where nothing outlives a session."""
+    def adopt(self, unit: int) -> None:
+        """From now on the unit is what an earlier session wrote."""
         ...
 
 
 class HostMemory:
     """Weights live in the parameters themselves, in the memory of the host."""
 
+    outlives = False
     spill_folder = None
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,8 +65,8 @@ class HostMemory:
         for name, tensor in tensors.items():
             self._tensors[name].copy_(tensor)
 
-    def adopt(self, unit: int) -> bool:
-        return False
+    def adopt(self, unit: int) -> None:
+        raise NotImplementedError("memory does not outlive a session")
 
 
 def units_of(model: nn.Module) -> list[dict[str, list[tuple[nn.Module, str]]]]:
@@ -83,7 +89,9 @@ def units_of(model: nn.Module) -> list[dict[str, list[tuple[nn.Module, str]]]]:
             unit = own.get(module, len(blocks))
             first_unit, first = seen.setdefault(id(tensor), (unit, name))
             if first_unit != unit:
-                raise BadInputError(f"offload: {name} and {first} are one weight, which {prefix} shares; set it to none.")
+                raise BadInputError(
+                    f"offload: {name} and {first} are one weight, which {prefix} shares; set it to none."
+                )
             units[unit].setdefault(first, []).append((module, leaf))
     return units
 
@@ -100,6 +108,7 @@ class Offload:
     def __init__(self, model: nn.Module, home: Home, device: torch.device) -> None:
         self.home = home
         self.device = device
+        self._model = model
         self.units = units_of(model)
         self.count = len(self.units) - 1
         self._held: set[int] = set()
@@ -139,6 +148,19 @@ class Offload:
         unit = self.units[index]
         self._ahead.pop(index, None)
         self.home.write(index, {name: _table(*places[0])[places[0][1]].detach() for name, places in unit.items()})
+
+    def adopt(self, index: int) -> None:
+        """A block is from now on what an earlier session kept; only where the home outlives it."""
+        self._ahead.pop(index, None)
+        self.home.adopt(index)
+
+    def move(self, device: torch.device) -> None:
+        """From now on the model computes elsewhere; no block may be at work."""
+        self.device = device
+        self._reader, self._ahead = None, {}
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)
 
     def _bring(self, index: int) -> None:
         tensors = self._read(index)
@@ -191,6 +213,13 @@ def at_work(model: nn.Module, index: int) -> AbstractContextManager[None]:
     return nullcontext() if offload is None else offload.at_work(index)
 
 
+def in_turn(model: nn.Module, indices: Iterable[int]) -> Iterator[int]:
+    """The indices one by one, each while its block is at work."""
+    for index in indices:
+        with at_work(model, index):
+            yield index
+
+
 def keep(model: nn.Module, index: int) -> None:
     """What was done to a block at work, or behind the blocks, is to last."""
     offload = offload_of(model)
@@ -205,10 +234,9 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from model.named_parameters()
         yield from model.named_buffers()
         return
-    for index in (offload.count, *range(offload.count)):
-        with offload.at_work(index):
-            for name, places in offload.units[index].items():
-                yield name, _table(*places[0])[places[0][1]]
+    for index in in_turn(model, (offload.count, *range(offload.count))):
+        for name, places in offload.units[index].items():
+            yield name, _table(*places[0])[places[0][1]]
     persistent = {name for unit in offload.units for name in unit}
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in persistent)
 
