@@ -95,23 +95,28 @@ class TrainedCandidates:
         return found
 
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
-        self._train(self._recipe(choice).method, budgets, look)
+        self._train(self.config(choice), budgets, look)
+
+    def config(self, choice: Choice) -> DynamicSparseConfig:
+        """How the masks of one candidate move."""
+        return self._recipe(choice).method
 
     def _train(self, config: DynamicSparseConfig | None, budgets: Collection[int], look: Look) -> None:
-        """Train to the last of some epochs, and look at the model at each."""
+        """Train to the last of some epochs, and measure the model at each."""
+        self.train_to(config, budgets, lambda epoch, model: look(epoch, self.measured(epoch, model)))
 
-        def measured(epoch: int, model: Any) -> None:
-            found = Measurement(float(window_nll(model, self.loaded.held_out[: self.search.loss_windows]).mean()))
-            if self.search.needs_spectrum:
-                found.spectrum, found.spectrum_seconds = self._spectrum(model, self.setting)
-            found.spent = epoch
-            look(epoch, found)
+    def measured(self, epoch: int, model: Any) -> Measurement:
+        """Loss and spectrum of a model after so many epochs."""
+        found = Measurement(float(window_nll(model, self.loaded.held_out[: self.search.loss_windows]).mean()))
+        if self.search.needs_spectrum:
+            found.spectrum, found.spectrum_seconds = self._spectrum(model, self.setting)
+        found.spent = epoch
+        return found
 
-        self._train_to(config, budgets, measured)
-
-    def _train_to(
+    def train_to(
         self, config: DynamicSparseConfig | None, epochs: Collection[int], look: Callable[[int, Any], None]
     ) -> None:
+        """Train to the last of some epochs, None the dense twin, and hand (epoch, model) to `look` at each."""
         own, seed = self.loaded, self.recipe.text.seed
         model = own.start.make_model(None)
         callbacks: list[TrainerCallback] = []
@@ -151,8 +156,8 @@ class TrainedCandidates:
         self, choice: Choice | None, budget: int, settings: list[SpectrumSetting]
     ) -> list[tuple[Tensor, float]]:
         found: list[tuple[Tensor, float]] = []
-        config = None if choice is None else self._recipe(choice).method
-        self._train_to(
+        config = None if choice is None else self.config(choice)
+        self.train_to(
             config, [budget], lambda _, model: found.extend(self._spectrum(model, setting) for setting in settings)
         )
         return found

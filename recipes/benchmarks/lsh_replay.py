@@ -1,7 +1,8 @@
 """Searches played again on a truth table: every candidate trained to the end once, spectrum and loss at every epoch.
 
-A run is one safetensors file: `losses` (validation, nats a token), `seconds` and `spectrum_seconds` [epochs], and
-`spectra` [epochs, exponents] in bits a step; the dense run is `dense`. What a search would have chosen, at what cost,
+A run is one safetensors file: `losses` (of held-out windows, nats a token), `seconds` and `spectrum_seconds` [epochs],
+`spectra` [epochs, exponents] in bits a step, and `final_loss` [1] on text that nothing is chosen by; the dense run is
+`dense`. What a search would have chosen, at what cost,
 then follows without training anything.
 """
 
@@ -30,17 +31,18 @@ METRICS = ("loss", "raw", "pca", "autoencoder", "both")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: float64 [epochs] of losses, seconds and seconds of spectra; spectra [epochs, exponents]."""
+    """One training: float64 [epochs] of losses, seconds and seconds of spectra; [epochs, exponents] of spectra; [1]."""
 
     losses: Tensor
     seconds: Tensor
     spectrum_seconds: Tensor
     spectra: Tensor
+    final_loss: Tensor
 
     @property
     def perplexity(self) -> float:
-        """After the last epoch."""
-        return float(self.losses[-1].exp())
+        """After the last epoch, on text that nothing is chosen by."""
+        return float(self.final_loss.exp())
 
 
 @dataclass(frozen=True)

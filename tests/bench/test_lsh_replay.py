@@ -15,7 +15,7 @@ def run(final: float, away: float, early: float, seconds: float = 2.0) -> Run:
     losses = torch.linspace(early, final, EPOCHS, dtype=torch.float64)
     base = torch.tensor([1.0, -1.0, -2.0, -3.0], dtype=torch.float64)
     spectra = (base + torch.tensor([0.0, 0.0, 0.0, away])).expand(EPOCHS, -1)
-    return Run(losses, torch.full((EPOCHS,), seconds), torch.full((EPOCHS,), 0.5), spectra)
+    return Run(losses, torch.full((EPOCHS,), seconds), torch.full((EPOCHS,), 0.5), spectra, losses[-1:])
 
 
 DENSE_RUN = run(4.0, 0.0, 6.0)

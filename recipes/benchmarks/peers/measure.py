@@ -3,12 +3,14 @@
 Standard library only: hf_prune and each peer import this file in their own environment, so that seconds and bytes mean
 the same on both sides. Seconds are wall time of a phase. Memory is the process's own anonymous memory (RssAnon): the
 plain resident figure also counts the pages of memory-mapped checkpoint files, which belong to the page cache.
-Each phase also records how many cores other processes kept busy meanwhile, so that a disturbed run can be told.
+Where torch works on a GPU, memory is the peak of its allocator there. Each phase also records how many cores other
+processes kept busy meanwhile, so that a disturbed run can be told.
 """
 
 import argparse
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -45,6 +47,16 @@ def own_memory() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon line: this measurement needs Linux 4.5 or newer.")
 
 
+def held_memory() -> int:
+    """Bytes that count: what torch has held at most on a GPU, once it works there, else this process's own memory."""
+    torch = sys.modules.get("torch")
+    # A module that is still being imported has not got everything.
+    cuda = getattr(torch, "cuda", None)
+    if getattr(cuda, "is_initialized", bool)():
+        return int(cuda.max_memory_allocated())  # type: ignore[union-attr]
+    return own_memory()
+
+
 def clocks() -> tuple[float, float, float]:
     """Seconds now: wall clock, processor time of this process, and that of all others since boot (Linux)."""
     ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -60,7 +72,7 @@ class Measurement:
         self.seconds: dict[str, float] = {}
         self.processor_seconds: dict[str, float] = {}
         self.busy_elsewhere: dict[str, float] = {}
-        self.peaks: dict[str, int] = {"process": own_memory()}
+        self.peaks: dict[str, int] = {"process": held_memory()}
         self._phase = "process"
         self._started = clocks()
         threading.Thread(target=self._sample, daemon=True).start()
@@ -71,7 +83,7 @@ class Measurement:
             time.sleep(SAMPLING_INTERVAL)
 
     def _observe(self) -> None:
-        phase, memory = self._phase, own_memory()
+        phase, memory = self._phase, held_memory()
         for name in {"process", phase}:
             self.peaks[name] = max(self.peaks.get(name, 0), memory)
 
