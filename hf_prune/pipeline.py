@@ -27,7 +27,6 @@ from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 from hf_prune.report.privacy import may_show_samples
 from hf_prune.unfinished import Unfinished, check_stoppable
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -36,7 +36,7 @@ def measure_views(
     """
     if not kinds:
         own = list(views)[distributed.rank() :: distributed.world_size()]
-        found = {}
+        found: dict[str, Any] = {}
         for index in in_turn(model, progress(sorted({view.block for view in own}), "measuring")):
             found |= {view.name: measure(view.read(), None) for view in own if view.block == index}
         return _merged(found)

@@ -3,10 +3,10 @@
     python recipes/benchmarks/out_of_core.py --work_folder FOLDER
 
 Writes OUT_OF_CORE.md and out_of_core.json beside this file; rows that stand there are not measured again. The folder
-needs room for the largest model twice; models are deleted after use.
-Each run is a process of its own in a memory cgroup where this user may make one (v2, or v1), which ends it at the limit;
-elsewhere its own memory is only sampled, and the table says so. Own memory is anonymous memory (RssAnon) of the pruning
-process and the one that verifies, the latter's Python and libraries included.
+needs room for the largest model twice; models are deleted after use. Each run is a process of its own in a memory
+cgroup where this user may make one (v2, or v1), which ends it at the limit; elsewhere its own memory is only sampled,
+and the table says so. Own memory is anonymous memory (RssAnon) of the pruning process and the one that verifies, the
+latter's Python and libraries included.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 VOCABULARY = 260
 TEXT = """# Out of core
 
-What `offload: disk` takes of memory on a CPU, written by `python recipes/benchmarks/out_of_core.py --work_folder FOLDER`:
-Llamas of random weights in bfloat16 (260 tokens of vocabulary), 16 x 128 calibration tokens, 50 % unstructured, evaluated
-before and after on 4 windows, saved and verified, on 2 cores. Own memory is anonymous memory, Python and libraries
-included (0.3 GB before any weight); with verification it is that of the pruning process and the verifying one together.
+What `offload: disk` takes of memory on a CPU. `python recipes/benchmarks/out_of_core.py --work_folder FOLDER` writes
+this: Llamas of random weights in bfloat16 (260 tokens of vocabulary), 16 x 128 calibration tokens, 50 % unstructured,
+evaluated before and after on 4 windows, saved and verified, on 2 cores beside other work. Own memory is anonymous
+memory, Python and libraries included (0.3 GB before any weight); with verification it is that of the pruning process
+and the verifying one together.
 """
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -152,9 +153,10 @@ def measure(row: Row, work: Path) -> dict[str, str]:
     group = Cgroup.make(row.limit) if row.limit else None
     enter: Callable[[], None] | None = group.join if group else None
     start, peak = time.perf_counter(), 0
-    with (work / "log.txt").open("w") as log, subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=enter
-    ) as child:
+    with (
+        (work / "log.txt").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=enter) as child,
+    ):
         while child.poll() is None:
             try:
                 peak = max(peak, own_memory(psutil.Process(child.pid)))
@@ -164,7 +166,9 @@ def measure(row: Row, work: Path) -> dict[str, str]:
     seconds = time.perf_counter() - start
     limited = "none"
     if row.limit:
-        limited = f"{row.limit / 1e9:.0f} GB, cgroup v{group.version}" if group else f"{row.limit / 1e9:.0f} GB, sampled"
+        limited = (
+            f"{row.limit / 1e9:.0f} GB, cgroup v{group.version}" if group else f"{row.limit / 1e9:.0f} GB, sampled"
+        )
     found = {
         "blocks": str(row.blocks),
         "weights": f"{size / 1e9:.2f} GB",
