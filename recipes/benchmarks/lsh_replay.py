@@ -232,7 +232,10 @@ def to_markdown(outcomes: dict[str, list[Outcome]], dense: Run, candidates: dict
 
 def looks_to_markdown(dense: Run, candidates: dict[str, Run], seeds: range) -> str:
     """What is lost by looking once, early: a row for each epoch, regret by each metric."""
-    lines = [f"| one look after | of all epochs | {' | '.join(METRICS.values())} |", "|---|---|" + "---|" * len(METRICS)]
+    lines = [
+        f"| one look after | of all epochs | {' | '.join(METRICS.values())} |",
+        "|---|---|" + "---|" * len(METRICS),
+    ]
     last = len(dense.losses)
     for epoch in (own for own in LOOKS if own < last):
         outcomes = replay(dense, candidates, seeds, search=look_once, epoch=epoch)

@@ -55,7 +55,7 @@ def trained(
     candidates.train_to(config, epochs, look)
     spectra = [own.spectrum for own in seen if own.spectrum is not None]
     return Run(
-        torch.tensor([own.loss for own in seen]),
+        torch.tensor([own.loss for own in seen], dtype=torch.float64),
         torch.tensor(seconds),
         torch.tensor(looked),
         torch.stack(spectra) if spectra else torch.empty(len(seen), 0),

@@ -1,11 +1,11 @@
 """One way of dynamic sparse training against its dense twin, over seeds and sparsities.
 
     python recipes/benchmarks/lsh_twins.py --config recipes/benchmarks/lsh.yaml --runs FOLDER --sparsities 0.67 0.8 \
-        --death magnitude --redistribution magnitude --death_rate 0.9 --readme recipes/benchmarks/LSH.md
+        --death magnitude --redistribution magnitude --death_rate '[0.9]' --readme recipes/benchmarks/LSH.md
 
-Every key of the recipe that holds a list has to be given one value. A seed decides the first weights, the first masks
-and the order of the batches, alike for a sparse run and its twin. What is finished is not trained again. Perplexity is
-of the evaluation text.
+Every key of the recipe that holds a list has to be given one value, the last of them as a list of one. A seed decides
+the first weights, the first masks and the order of the batches, alike for a sparse run and its twin. What is finished
+is not trained again. Perplexity is of the evaluation text.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def main() -> None:
             if not (given.runs / f"{name}.safetensors").is_file():
                 own = {"seed": seed, "objective": "loss"} | ({} if kind == DENSE else {"sparsity": kind})
                 candidates = TrainedCandidates(make_search_recipe({**values, **own}, text))
-                if candidates.space.axes:
-                    raise SystemExit(f"{', '.join(candidates.space.axes)}: give one value")
-                config = None if kind == DENSE else candidates.config({})
+                choice, *more = candidates.space.combinations()
+                if more:
+                    raise SystemExit(f"{', '.join(candidates.space.axes)}: give each one value")
+                config = None if kind == DENSE else candidates.config(choice)
                 run = trained(candidates, evaluation_of(candidates), config, [candidates.max_budget])
                 save_run(given.runs, name, run)
                 print(f"{name}: perplexity {run.perplexity:.2f}", flush=True)
