@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lsh_replay import DENSE, figures, load_truth, looks_to_markdown, replay, to_markdown
+from lsh_replay import DENSE, METRICS, figures, load_truth, looks_to_markdown, replay, to_markdown
 
 from hf_prune.bench.summary import write_between_markers
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--block", default="lsh", help="between whose markers of the readme the tables go")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     given = parser.parse_args()
     if not (given.truth / f"{DENSE}.safetensors").is_file():
         raise SystemExit(f"{given.truth} holds no {DENSE}.safetensors: the truth table has to be trained first")
@@ -31,8 +32,8 @@ def main() -> None:
     if len(candidates) < 9:
         raise SystemExit(f"{given.truth} holds {len(candidates)} candidates; a replay wants 9 or more")
     seeds = range(given.seeds)
-    searches = to_markdown(replay(dense, candidates, seeds), dense, candidates)
-    text = f"{searches}\n\n{looks_to_markdown(dense, candidates, seeds)}"
+    searches = to_markdown(replay(dense, candidates, seeds, given.metrics), dense, candidates)
+    text = f"{searches}\n\n{looks_to_markdown(dense, candidates, seeds, given.metrics)}"
     print(text)
     if given.readme:
         write_between_markers(given.readme, given.block, text)

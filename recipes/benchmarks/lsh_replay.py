@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,15 +230,15 @@ def to_markdown(outcomes: dict[str, list[Outcome]], dense: Run, candidates: dict
     return "\n".join([*lines, "", note])
 
 
-def looks_to_markdown(dense: Run, candidates: dict[str, Run], seeds: range) -> str:
+def looks_to_markdown(
+    dense: Run, candidates: dict[str, Run], seeds: Iterable[int], metrics: Collection[str] = METRICS
+) -> str:
     """What is lost by looking once, early: a row for each epoch, regret by each metric."""
-    lines = [
-        f"| one look after | of all epochs | {' | '.join(METRICS.values())} |",
-        "|---|---|" + "---|" * len(METRICS),
-    ]
+    titles = [METRICS[metric] for metric in metrics]
+    lines = [f"| one look after | of all epochs | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     last = len(dense.losses)
     for epoch in (own for own in LOOKS if own < last):
-        outcomes = replay(dense, candidates, seeds, search=look_once, epoch=epoch)
+        outcomes = replay(dense, candidates, seeds, metrics, look_once, epoch=epoch)
         cells = [spread([outcome.regret for outcome in own], ".2f") for own in outcomes.values()]
         lines.append(f"| {epoch} | {epoch / last:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
