@@ -14,6 +14,8 @@ from hf_prune.patterns import Pattern
 RECONSTRUCT = ("none", "linear", "block")
 OUTPUT_IMPORTANCE = ("none", "fisher")
 
+OFFLOAD = ("none", "cpu", "disk")
+OFFLOAD_HELP = "cpu: weights stay in the host's memory, disk: in their files; only the block at work is on the device"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -27,7 +29,7 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that the model's repo carries"})
     device: str = field(default="auto", metadata={"help": "auto (a GPU where there is one), cpu, cuda, cuda:1, mps"})
     num_processes: int = field(default=1, metadata={"help": "start this many processes through accelerate"})
-    offload: str = field(default="none", metadata={"help": "none: the whole model stays on the device"})
+    offload: str = field(default="none", metadata={"help": OFFLOAD_HELP})
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -36,8 +38,8 @@ class ModelArguments:
             raise BadInputError(f"device: {self.device!r} is not a device; use auto, cpu, cuda, cuda:N or mps.")
         if self.num_processes < 1:
             raise BadInputError(f"num_processes: {self.num_processes} is too few; use 1 or more.")
-        if self.offload != "none":
-            raise BadInputError(f"offload: {self.offload!r} is not supported; the only choice today is none.")
+        if self.offload not in OFFLOAD:
+            raise BadInputError(f"offload: {self.offload!r} is not one of {', '.join(OFFLOAD)}.")
 
 
 @dataclass

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 import hf_prune
 from hf_prune.arguments import PruneConfig, StructuredConfig
 from hf_prune.checkpoint.displacement import displacement, overall
-from hf_prune.checkpoint.load import load_model
+from hf_prune.checkpoint.offloaded import open_model
 from hf_prune.compose import make_solver, own_options
 from hf_prune.engine import distributed
+from hf_prune.engine.offload import tensors_of
 from hf_prune.methods import find_method
 from hf_prune.pruning import PruneResult
 from hf_prune.structure.budget import Structure
@@ -73,7 +75,7 @@ def zeros_of(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
     plan = result.plan
     outcome = {view.name: view for view in result.views}
     pruned = sum(view.numel for view in plan.views)
-    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    zeros = sum(int((tensor == 0).sum()) for _, tensor in tensors_of(model) if isinstance(tensor, nn.Parameter))
     return {
         "sparsity": {
             "target": plan.sparsity,
@@ -196,7 +198,7 @@ def _as_planned(result: PruneResult) -> dict[str, Any]:
 def add_displacement(report: dict[str, Any], ready: Preparation, folder: Path) -> None:
     """How far the kept weights have moved, by view and overall, from the dense model as it was loaded."""
     revision = ready.source.revision or ready.recipe.model.revision
-    dense = load_model(ready.source.path, ready.recipe.model, torch.device("cpu"), revision)
+    dense = open_model(ready.source.path, ready.recipe.model, torch.device("cpu"), revision)
     by_view = displacement(folder, dense, ready.plan.views)
     for row in report["views"]:
         row |= {key: by_view[row["name"]][key] for key in ("moved", "changed") if row["name"] in by_view}

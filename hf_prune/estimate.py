@@ -23,6 +23,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Solver
 from hf_prune.plan import Plan
 from hf_prune.reconstruction import BlockReconstruction
+from hf_prune.weights import find_blocks
 
 logger = logging.getLogger(__name__)
 # A process with torch and transformers imported, before any model.
@@ -62,6 +63,7 @@ def estimate(
     seq_length: int,
     dtype: str,
     device: torch.device,
+    offload: str = "none",
 ) -> Estimate:
     """Predict from a model on the meta device.
 
@@ -71,7 +73,7 @@ def estimate(
         allocation: None where a saved plan has decided already.
         fisher: whether output gradients are taken.
         samples, seq_length: calibration windows and their length in tokens.
-        dtype: as in a recipe; `auto` is the config's.
+        dtype, offload: as in a recipe; dtype `auto` is the config's.
     """
     weights = {id(parameter): parameter.numel() for parameter in model.parameters()}
     saved = dtype if dtype != "auto" else str(model.config.dtype or "float32").removeprefix("torch.")
@@ -107,26 +109,32 @@ def estimate(
         }
         gram = 8 * (5 * widest**2 + 2 * sum(width**2 for _, width in first))
     activations = TOKENS_PER_FORWARD * (6 * widest + 4 * hidden) * size if statistics or reconstruction else 0
-    memory = sum(weights.values()) * size + gram + activations + tokens * hidden * size + 5 * 4 * _largest(plan)
+    held = _held(model, offload) * size
+    # In files where the weights are.
+    states = 0 if offload == "disk" else tokens * hidden * size
+    memory = held + gram + activations + states + 5 * 4 * _largest(plan)
     if reconstruction:
         # The targets; weights, gradients, two moments and the best state of a block in float32; its activations.
         block = max(
             sum(view.numel for view in plan.views if view.block == own) for own in {v.block for v in plan.views}
         )
-        memory += tokens * hidden * size + 5 * 4 * block + 3 * activations
+        memory += states + 5 * 4 * block + 3 * activations
     if allocation is not None:
         own = {view.block: [v.shape for v in plan.views if v.block == view.block] for view in plan.views}
         text = model.config.get_text_config()
         work = Work(list(own.values()), samples, seq_length, hidden, text.vocab_size, size)
-        memory = max(memory, sum(weights.values()) * size + allocation.memory_bytes(work))
+        memory = max(memory, held + allocation.memory_bytes(work))
     if fisher:
         # One block's activations, every block's inputs, logits with their gradient and the drawing's sums in float32.
         widths = [view.shape for view in plan.views if view.block == plan.views[0].block]
         blocks = len({view.block for view in plan.views})
         kept = (3 * sum(rows + columns for rows, columns in widths) + blocks * hidden) * size
         kept += 5 * 4 * model.config.get_text_config().vocab_size
-        memory = max(memory, sum(weights.values()) * size + seq_length * kept)
+        memory = max(memory, held + seq_length * kept)
     disk = sum(weights.values()) * size
+    if offload == "disk":
+        # Those in front of a block and behind it, and both once more while they are kept for a cut.
+        disk += (6 if reconstruction else 4) * tokens * hidden * size
     if device.type == "cpu":
         memory += _PYTHON_BYTES
     return Estimate(
@@ -198,7 +206,7 @@ def check_fits(predicted: Estimate, device: torch.device, output_dir: str | None
     if predicted.memory_bytes > free:
         raise BadInputError(
             f"model_name_or_path: pruning needs about {predicted.memory_bytes / 1e9:.1f} GB on {device} and "
-            f"{free / 1e9:.1f} GB are free; use a smaller model, dtype bfloat16, fewer "
+            f"{free / 1e9:.1f} GB are free; use offload disk, a smaller model, dtype bfloat16, fewer "
             "num_calibration_samples, or, where thresholds are learned, gradient_checkpointing."
         )
     if output_dir is not None:
@@ -209,6 +217,16 @@ def check_fits(predicted: Estimate, device: torch.device, output_dir: str | None
                 f"output_dir: the result takes about {predicted.disk_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are "
                 f"free in {parent}; free some space or choose another folder."
             )
+
+
+def _held(model: PreTrainedModel, offload: str) -> int:
+    """Parameters that are on the device at once."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if offload == "none":
+        return total
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(model)[1]]
+    # The block at work, and the next one as it is read and as it is kept in the file.
+    return total - sum(blocks) + 3 * max(blocks)
 
 
 def _largest(plan: Plan) -> int:

@@ -19,8 +19,8 @@ from hf_prune.checkpoint.folder import (
     RECIPE_FILE,
     REPORT_FILE,
     output_folder,
-    save_model,
 )
+from hf_prune.checkpoint.save import save_model
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.description import within_plan
 from hf_prune.errors import RunError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_prune.checkpoint.folder import RECIPE_FILE
-from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
+from hf_prune.checkpoint.load import free_memory, load_config, load_tokenizer, pick_device
+from hf_prune.checkpoint.offloaded import open_model
 from hf_prune.compose import needs_text
 from hf_prune.data.builtin import resolve_model
 from hf_prune.description import add_displacement, describe
@@ -24,6 +26,8 @@ from hf_prune.recipe import Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 from hf_prune.report.privacy import may_show_samples
 from hf_prune.unfinished import Unfinished, check_stoppable
+
+logger = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def _run(ready: Preparation, unfinished: Unfinished, watch: Stopwatch, notes: Ma
             evaluation = QualityEvaluation(recipe.evaluation, tokenizer, ready.model_config)
     with PeakMemory(ready.device) as memory:
         with watch.phase("load"):
-            model = load_model(ready.source.path, recipe.model, ready.device, revision)
+            model = open_model(ready.source.path, recipe.model, ready.device, revision, unfinished.work)
             windows = evaluation.windows.input_ids if evaluation else None
             unfinished.claim(ready, model, {"calibration windows": input_ids, "evaluation windows": windows})
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -131,7 +135,12 @@ def write(
         if result.reduction is None:
             with watch.phase("compare"):
                 add_displacement(report, ready, folder)
-        if ready.recipe.evaluation.eval_efficiency:
+        if ready.recipe.evaluation.eval_efficiency and ready.recipe.model.offload != "none":
+            logger.warning(
+                "eval_efficiency: sizes and speeds are not measured with offload, for that holds both models whole; "
+                "hf-prune evaluate does it elsewhere."
+            )
+        elif ready.recipe.evaluation.eval_efficiency:
             with watch.phase("efficiency"):
                 revision = ready.source.revision or ready.recipe.model.revision
                 revisions = {"dense": revision} if revision else None
@@ -177,7 +186,7 @@ def evaluate(recipe: Recipe, baseline: str | None = None, baseline_revision: str
         if evaluation is None:
             tokenizer = load_tokenizer(source.path, recipe.model, source.revision)
             evaluation = QualityEvaluation(recipe.evaluation, tokenizer, config)
-        model = load_model(source.path, recipe.model, device, source.revision)
+        model = open_model(source.path, recipe.model, device, source.revision)
         measured[name] = evaluation.measure(model, f"evaluating the {name} model")
         del model
         free_memory()

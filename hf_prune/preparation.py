@@ -10,7 +10,8 @@ import torch
 
 from hf_prune.arguments import OutputArguments, PruneConfig, StructuredConfig
 from hf_prune.checkpoint.folder import PLAN_FILE, check_output_folder
-from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device, skeleton
+from hf_prune.checkpoint.load import load_config, load_tokenizer, pick_device, skeleton
+from hf_prune.checkpoint.offloaded import open_model
 from hf_prune.compose import (
     make_allocation,
     make_block_reconstruction,
@@ -63,6 +64,7 @@ def prepare(recipe: Recipe) -> Preparation:
         raise BadInputError(
             f"dataset_name: {config.method or config.criterion} needs calibration text; name a dataset."
         )
+    check_offload(model.offload, config)
     device = pick_device(model.device, distributed.local_rank())
     source = resolve_model(model.model_name_or_path, model.revision)
     model_config = load_config(source.path, model, source.revision or model.revision)
@@ -81,10 +83,28 @@ def prepare(recipe: Recipe) -> Preparation:
         solver, reconstruction = make_solver(config), make_block_reconstruction(config)
         rule = make_allocation(config)
         gradients = needs_fisher(config)
+        # On a CPU its memory is the host's.
+        offload = "none" if model.offload == "cpu" and device.type == "cpu" else model.offload
         predicted = estimate(
-            empty, plan, solver, reconstruction, rule, gradients, samples, seq_length, model.dtype, device
+            empty, plan, solver, reconstruction, rule, gradients, samples, seq_length, model.dtype, device, offload
         )
     return Preparation(recipe, config, source, model_config, plan, final, predicted, device, samples, seq_length)
+
+
+def check_offload(offload: str, config: PruneConfig) -> None:
+    """Raise BadInputError where a model that is not whole on its device is of no use to what is asked for."""
+    if offload == "none":
+        return
+    if isinstance(config, StructuredConfig):
+        raise BadInputError(
+            f"offload: method {config.method} makes the whole model smaller at once; set it to none, or choose a "
+            "method that sets weights to zero."
+        )
+    if getattr(make_allocation(config), "learns", False):
+        raise BadInputError(
+            f"offload: allocation {config.allocation} learns on the whole model at once; set it to none, or allocation "
+            "to fisher, owl or uniform."
+        )
 
 
 def check_unpruned(path: str) -> None:
@@ -121,7 +141,7 @@ def with_final_plan(ready: Preparation) -> Preparation:
     if searches or (rule is not None and rule.needs_text):
         tokenizer = load_tokenizer(ready.source.path, ready.recipe.model, revision)
         _, input_ids = load_calibration(ready.recipe.data, tokenizer, ready.model_config)
-    model = load_model(ready.source.path, ready.recipe.model, ready.device, revision)
+    model = open_model(ready.source.path, ready.recipe.model, ready.device, revision)
     folder = ready.recipe.data.statistics_folder
     plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
     return replace(ready, plan=plan, plan_is_final=True)

@@ -22,6 +22,7 @@ from hf_prune.checkpoint.folder import beside
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.engine import distributed
 from hf_prune.engine.gradients import FisherFactors
+from hf_prune.engine.offload import tensors_of
 from hf_prune.engine.stopping import StopRequest
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError, Stopped
@@ -91,8 +92,9 @@ class Unfinished:
         if ready.plan_is_final:
             identity["plan"] = text_digest(json.dumps(ready.plan.to_dict()))
         identity |= {name: tensor_digest(ids) for name, ids in texts.items() if ids is not None}
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        identity |= {f"weight {name}": tensor_digest(tensor) for name, tensor in tensors.items()}
+        # The blocks kept under one of them are of no use to the other.
+        identity["offload"] = recipe.model.offload
+        identity |= {f"weight {name}": tensor_digest(tensor) for name, tensor in tensors_of(model)}
         self.work.claim(identity)
 
     def dense(self, measure: Callable[[], Quality]) -> Quality:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
 
 from hf_prune.allocation.base import Allocation
 from hf_prune.allocation.histogram import Histogram, shares_above
 from hf_prune.engine.gradients import FisherFactors
+from hf_prune.engine.offload import in_turn
 from hf_prune.weights import WeightView
 
 
@@ -31,12 +35,19 @@ class Fisher(Allocation):
     def needs_text(self) -> bool:
         return True
 
-    def densities(
-        self, views: Sequence[WeightView], measures: Mapping[str, FisherFactors], sparsity: float
+    def decide(
+        self,
+        model: nn.Module,
+        views: Sequence[WeightView],
+        measures: Mapping[str, FisherFactors],
+        sparsity: float,
+        input_ids: Tensor | None,
+        folder: Path | None,
     ) -> list[float]:
-        histograms = []
-        for view in views:
-            own = measures[view.name]
-            costs = view.read().square_().mul_(own.inputs).mul_(own.outputs[:, None])
-            histograms.append(Histogram.of(costs))
-        return shares_above(histograms, [1.0] * len(views), 1 - sparsity)
+        histograms = {}
+        for index in in_turn(model, sorted({view.block for view in views})):
+            for view in (view for view in views if view.block == index):
+                own = measures[view.name]
+                costs = view.read().square_().mul_(own.inputs).mul_(own.outputs[:, None])
+                histograms[view.name] = Histogram.of(costs)
+        return shares_above([histograms[view.name] for view in views], [1.0] * len(views), 1 - sparsity)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from safetensors import safe_open
-from torch import nn
-
+from hf_prune.checkpoint.source import WeightFiles
+from hf_prune.engine.offload import in_turn
 from hf_prune.plan import ViewPlan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def displacement(folder: Path, dense: nn.Module, views: Sequence[ViewPlan]) -> dict[str, dict[str, float]]:
+
+def displacement(folder: Path, dense: PreTrainedModel, views: Sequence[ViewPlan]) -> dict[str, dict[str, float]]:
     """Of each view whose parameter the folder has, {"moved", "changed", "kept", "squared"}.
-
-    Where files keep experts under names of their own, the folder is loaded whole.
 
     Over the weights that are not zero in the folder: `moved` is ||W' - W|| / ||W||, `changed` the share that differs at
     all, in the folder's dtype; `kept` counts them and `squared` is ||W||^2, for sums over views.
@@ -24,33 +23,24 @@ def displacement(folder: Path, dense: nn.Module, views: Sequence[ViewPlan]) -> d
     Args:
         dense: the model before pruning, in the folder's dtype, on the CPU.
     """
-    parameters = dict(dense.named_parameters(remove_duplicate=False))
+    pruned = WeightFiles(dense, sorted(folder.glob("*.safetensors")))
     result = {}
-    with ExitStack() as stack:
-        shards: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            shards |= dict.fromkeys(file.keys(), file)
-        converted: dict[str, nn.Parameter] = {}
-        if any(view.expert is not None and view.parameter not in shards for view in views):
-            from transformers import AutoModelForCausalLM
-
-            dtype = next(dense.parameters()).dtype
-            converted = dict(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).named_parameters())
-        for view in views:
-            name = view.parameter
-            if name not in parameters or (name not in shards and name not in converted):
+    for index in in_turn(dense, sorted({view.block for view in views})):
+        own = [view for view in views if view.block == index]
+        after = pruned.read({view.parameter for view in own}.__contains__)
+        parameters = dict(dense.named_parameters(remove_duplicate=False))
+        for view in own:
+            if view.parameter not in parameters or view.parameter not in after:
                 continue
-            before = parameters[name].detach()
-            pruned = shards[name].get_tensor(name) if name in shards else converted[name].detach()
+            new, old = after[view.parameter], parameters[view.parameter].detach()
             if view.expert is not None:
-                pruned, before = pruned[view.expert], before[view.expert]
-            kept = pruned != 0
-            squared = float(before[kept].double().square().sum())
-            change = float((pruned[kept].double() - before[kept].double()).square().sum())
+                new, old = new[view.expert], old[view.expert]
+            kept = new != 0
+            squared = float(old[kept].double().square().sum())
+            change = float((new[kept].double() - old[kept].double()).square().sum())
             result[view.name] = {
                 "moved": (change / squared) ** 0.5 if squared > 0 else 0.0,
-                "changed": float((pruned != before)[kept].double().mean()) if bool(kept.any()) else 0.0,
+                "changed": float((new != old)[kept].double().mean()) if bool(kept.any()) else 0.0,
                 "kept": int(kept.sum()),
                 "squared": squared,
             }

@@ -13,12 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_prune.errors import BadInputError, HfPruneError, RunError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What hf_prune writes beside the stock files.
 RECIPE_FILE, PLAN_FILE, REPORT_FILE = "hf_prune_recipe.yaml", "prune_plan.json", "prune_report.json"
@@ -182,20 +178,6 @@ def _disk_error(error: Exception, partial: Path, target: Path) -> HfPruneError |
             f"output_dir: writing {target} is not permitted ({os.strerror(code)}); choose another folder."
         )
     return None
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | os.PathLike[str]
-) -> None:
-    """Write config, safetensors, generation config, tokenizer and chat template as stock transformers does.
-
-    The dtype is the model's own; tied weights are stored once. Raises RunError at once where the disk has no room.
-    """
-    # parameters() yields a tied weight once, as the file does.
-    check_free_space(Path(folder), sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()))
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def _size(num_bytes: int) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.inspect import check_safetensors
+from hf_prune.engine.offload import tensors_of
 from hf_prune.errors import BadInputError, HfPruneError, RunError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def load_config(path: str, arguments: ModelArguments, revision: str | None = Non
 
     if Path(path).is_dir():
         check_safetensors(path)
-    with _explained(path):
+    with explained(path):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=arguments.trust_remote_code)
     _check_causal(path, config)
     if getattr(config, "quantization_config", None):
@@ -89,7 +90,7 @@ def skeleton(config: PreTrainedConfig, arguments: ModelArguments) -> PreTrainedM
     """The model on the meta device: shapes and modules, no weights."""
     from hf_prune.models import AutoModelForCausalLM
 
-    with torch.device("meta"), _explained("the model"):
+    with torch.device("meta"), explained("the model"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
 
 
@@ -101,7 +102,7 @@ def load_tokenizer(path: str, arguments: ModelArguments, revision: str | None = 
     """
     from transformers import AutoTokenizer
 
-    with _explained(path, "tokenizer"):
+    with explained(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=arguments.trust_remote_code)
 
 
@@ -109,12 +110,14 @@ def load_model(path: str, arguments: ModelArguments, device: torch.device, revis
     """The model in eval mode on one device, every weight finite.
 
     Raises:
-        BadInputError: not found, damaged, NaN or Inf weights.
+        BadInputError: not found, damaged, NaN or Inf weights; it is to be offloaded, which only `open_model` does.
         RunError: out of memory.
     """
     from hf_prune.models import AutoModelForCausalLM
 
-    with _explained(path):
+    if arguments.offload != "none":
+        raise BadInputError("offload: only prune, plan and evaluate read a model in parts; set it to none.")
+    with explained(path):
         model = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
@@ -130,15 +133,15 @@ def load_model(path: str, arguments: ModelArguments, device: torch.device, revis
 
 def check_finite(model: nn.Module) -> None:
     """Raise BadInputError for the first parameter that holds NaN or Inf."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
+    for name, tensor in tensors_of(model):
+        if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor.detach()).all()):
             raise BadInputError(
                 f"model_name_or_path: {name} holds NaN or Inf; the checkpoint is damaged, get it again."
             )
 
 
 @contextmanager
-def _explained(path: str, what: str = "model") -> Iterator[None]:
+def explained(path: str, what: str = "model") -> Iterator[None]:
     """Turn what transformers and its readers raise into one sentence."""
     try:
         yield

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_prune.checkpoint import verify_folder as script
 from hf_prune.checkpoint.load import free_memory
+from hf_prune.engine.offload import in_turn, offload_of
 from hf_prune.models import RecurrentForCausalLM
 
 PROBE_SHAPE = (2, 32)
@@ -72,7 +73,10 @@ def expectation(
     seed: int = 0,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """What verify_folder.py must find (its docstring lists the keys), and the probe's logits [2, 32, vocabulary]."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    offload = offload_of(model)
+    if offload is not None:
+        # The other process has it whole, where it may not fit on the device.
+        offload.move(torch.device("cpu"))
     text_config = model.config.get_text_config()
     length = min(PROBE_SHAPE[1], getattr(text_config, "max_position_embeddings", None) or PROBE_SHAPE[1])
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +88,7 @@ def expectation(
     finally:
         model.train(was_training)
     expected = {
-        "views": [{**view, "nonzeros": _count_nonzero(parameters, view)} for view in views],
+        "views": _counted(model, views),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attn_implementation": model.config._attn_implementation,
         "num_threads": torch.get_num_threads(),
@@ -102,11 +106,18 @@ def expectation(
     return expected, logits
 
 
-def _count_nonzero(parameters: dict[str, torch.nn.Parameter], view: dict[str, Any]) -> int:
-    weight = script.matrix(parameters, view)
-    if weight is None:
-        raise KeyError(view["parameter"])
-    return int(torch.count_nonzero(weight))
+def _counted(model: PreTrainedModel, views: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The views, each with its nonzero weights."""
+    counts = {}
+    for index in in_turn(model, sorted({view["block"] for view in views})):
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for view in views:
+            if view["block"] == index:
+                weight = script.matrix(parameters, view)
+                if weight is None:
+                    raise KeyError(view["parameter"])
+                counts[view["name"]] = int(torch.count_nonzero(weight))
+    return [{**view, "nonzeros": counts[view["name"]]} for view in views]
 
 
 def _environment() -> dict[str, str]:

@@ -96,7 +96,7 @@ def train_block(
                 None if states is None else states[start:stop],
                 gradients=torch.is_grad_enabled(),
             )
-        return output, targets[own][start:stop]
+        return output, targets[own][start:stop].to(stream.runner.device)
 
     with _trainable(stream.runner.model, block):
         weights = _trained_weights(views)

@@ -8,7 +8,7 @@ architecture: a block sees exactly what it sees in `model(input_ids)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_prune.engine.experts import computed_by, members_of, run_experts
+from hf_prune.engine.offload import device_of
 from hf_prune.engine.statistics import LEAST_TOKENS, Statistics
 from hf_prune.weights import WeightView, find_blocks
 
@@ -33,7 +34,7 @@ class BlockRunner:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.blocks = find_blocks(model)[1]
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self._returns_tuple: dict[int, tuple[Any, ...]] = {}
         self._was_training = model.training
 
@@ -58,6 +59,7 @@ class BlockRunner:
             [sequences, tokens, width] in the model's dtype.
         """
         block = self.blocks[index]
+        hidden = self._here(hidden)
         original = block.forward
         output: list[Tensor] = []
 
@@ -93,10 +95,14 @@ class BlockRunner:
         `index` equal to the number of blocks skips all of them and runs what follows: the LM head.
         """
         if index == len(self.blocks):
-            with self._skipping(index, hidden), torch.no_grad():
+            with self.behind(hidden), torch.no_grad():
                 self._forward(input_ids)
         else:
             self.run(index, input_ids, hidden)
+
+    def behind(self, hidden: Tensor | None) -> AbstractContextManager[None]:
+        """Inside, the model's own forward begins behind the blocks, whose last one has put out `hidden`."""
+        return self._skipping(len(self.blocks), self._here(hidden))
 
     def learn_outputs(self, input_ids: Tensor, count: int) -> None:
         """Find out in which form the first `count` blocks return their outputs, where others have run them."""
@@ -108,6 +114,9 @@ class BlockRunner:
     def stop() -> None:
         """Leave the forward from inside a hook: nothing later in it is needed."""
         raise _Stop
+
+    def _here(self, hidden: Tensor | None) -> Tensor | None:
+        return None if hidden is None else hidden.to(self.device)
 
     def _forward(self, input_ids: Tensor) -> None:
         with suppress(_Stop):

@@ -14,6 +14,7 @@ from hf_prune.engine import distributed
 from hf_prune.engine.capture import least_tokens, patched
 from hf_prune.engine.experts import computed_by, members_of, run_experts
 from hf_prune.engine.masked import recomputed
+from hf_prune.engine.offload import device_of
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
 from hf_prune.weights import WeightView, find_blocks, find_views
@@ -111,7 +112,7 @@ def fisher_factors(
     """
     if input_ids is None:
         raise BadInputError("dataset_name: output gradients need calibration text; name a dataset or pass input_ids.")
-    device = next(model.parameters()).device
+    device = device_of(model)
     windows = input_ids[:FISHER_WINDOWS]
     inputs = {view.name: torch.zeros(view.shape[1], dtype=torch.float64) for view in views}
     outputs = {view.name: torch.zeros(view.shape[0], dtype=torch.float64) for view in views}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune.engine import distributed
 from hf_prune.engine.capture import BlockRunner
+from hf_prune.engine.offload import in_turn
 from hf_prune.engine.statistics import Statistics, check_finite
 from hf_prune.engine.stream import Stream
 from hf_prune.errors import BadInputError
@@ -35,14 +36,17 @@ def measure_views(
     """
     if not kinds:
         own = list(views)[distributed.rank() :: distributed.world_size()]
-        return _merged({view.name: measure(view.read(), None) for view in progress(own, "measuring", total=len(own))})
+        found: dict[str, Any] = {}
+        for index in in_turn(model, progress(sorted({view.block for view in own}), "measuring")):
+            found |= {view.name: measure(view.read(), None) for view in own if view.block == index}
+        return _merged(found)
     if input_ids is None:
         raise BadInputError("dataset_name: this allocation needs calibration text; name a dataset or pass input_ids.")
     measured: dict[str, Any] = {}
     last = max(view.block for view in views)
     with BlockRunner(model) as runner:
         stream = Stream(runner, input_ids)
-        for index in progress(range(last + 1), "measuring blocks", total=last + 1):
+        for index in in_turn(model, progress(range(last + 1), "measuring blocks", total=last + 1)):
             inside = [view for view in views if view.block == index]
             outputs = None
             if inside:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_prune.engine import distributed
 from hf_prune.engine.capture import least_tokens
+from hf_prune.engine.offload import tensors_of
 from hf_prune.engine.statistics import Statistics
 from hf_prune.engine.stream import Groups
 from hf_prune.weights import WeightView
@@ -28,7 +29,7 @@ class StatisticsCache:
         self, folder: Path, model: nn.Module, input_ids: Tensor, views: list[WeightView], kinds: frozenset[str]
     ):
         digest = hashlib.sha256(json.dumps([torch.__version__, sorted(kinds), [view.name for view in views]]).encode())
-        for tensor in (*model.parameters(), input_ids):
+        for tensor in (*(tensor for _, tensor in tensors_of(model)), input_ids):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self.folder = folder / digest.hexdigest()[:16]
         self.views = {view.name: view for view in views}

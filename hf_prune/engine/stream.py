@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from hf_prune.checkpoint.folder import explained_disk_errors
 from hf_prune.engine import distributed
 from hf_prune.engine.capture import BlockRunner, InputObserver
+from hf_prune.engine.offload import offload_of
 from hf_prune.engine.statistics import Statistics
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.weights import WeightView
@@ -20,6 +25,34 @@ Groups = list[tuple[Statistics, list[WeightView]]]
 def windows_per_forward(seq_length: int) -> int:
     """Calibration windows that go through a block together."""
     return max(TOKENS_PER_FORWARD // seq_length, 1)
+
+
+class HiddenStates:
+    """Where hidden states wait for the next block: on the device, or in files where weights live in some.
+
+    Attributes:
+        folder: of the files; None, on the device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        offload = offload_of(model)
+        self.folder = offload.home.spill_folder if offload is not None else None
+
+    def keep(self, states: Tensor) -> Tensor:
+        """The same tensor, or a copy that is mapped to a file without a name, which goes when the copy does.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        if self.folder is None:
+            return states
+        values = states.detach().cpu().contiguous()
+        with explained_disk_errors(self.folder, self.folder), tempfile.TemporaryFile(dir=self.folder) as file:
+            file.write(values.flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            # Private: nothing is written back, and torch wants memory that it could write to.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=values.dtype).view(values.shape)
 
 
 class Stream:
@@ -46,6 +79,7 @@ class Stream:
         self.numbers = list(range(len(chunks)))[distributed.rank() :: distributed.world_size()]
         self.chunks = [chunks[number] for number in self.numbers]
         self.hidden: list[Tensor | None] = [None] * len(self.chunks)
+        self.states = HiddenStates(runner.model)
         self.window_counts = [len(chunk) for chunk in chunks]
         self.forward_passes = 0.0
 
@@ -68,7 +102,7 @@ class Stream:
                     if seen is None:
                         self.runner.observe(index, chunk, states)
                     else:
-                        seen.append(self.runner.run(index, chunk, states))
+                        seen.append(self.states.keep(self.runner.run(index, chunk, states)))
         self.forward_passes += 1 / len(self.runner.blocks)
         silent = {view.name for view in views} - {view.name for _, members in observer.groups for view in members}
         if silent:
@@ -81,5 +115,5 @@ class Stream:
             self.hidden = list(outputs)
             return
         for place, chunk in enumerate(self.chunks):
-            self.hidden[place] = self.runner.run(index, chunk, self.hidden[place])
+            self.hidden[place] = self.states.keep(self.runner.run(index, chunk, self.hidden[place]))
         self.forward_passes += 1 / len(self.runner.blocks)

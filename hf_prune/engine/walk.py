@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_prune.engine import distributed
 from hf_prune.engine.block_training import BlockTask, train_block
 from hf_prune.engine.capture import BlockRunner
+from hf_prune.engine.offload import in_turn, keep
 from hf_prune.engine.results import BlockOutcome, ViewResult, WalkResult
 from hf_prune.engine.statistics import Statistics, check_finite
 from hf_prune.engine.statistics_cache import StatisticsCache
@@ -93,9 +94,11 @@ def walk(
     result = WalkResult()
     scales = row_scales or {}
     if not solver.statistics and reconstruction is None:
-        for view in progress(views, "pruning"):
-            result.views.append(_prune(view, None, solver, rules[view.name], scales.get(view.name)))
-        return result
+        for index in in_turn(model, progress(sorted({view.block for view in views}), "pruning")):
+            own = [view for view in views if view.block == index]
+            result.views += [_prune(view, None, solver, rules[view.name], scales.get(view.name)) for view in own]
+            keep(model, index)
+        return _in_order(result, plan)
     if input_ids is None:
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
     with BlockRunner(model) as runner, _full_float32(), checkpoint or nullcontext():
@@ -108,7 +111,7 @@ def walk(
             # Named after the dense model: before anything is restored.
             cache = StatisticsCache(statistics_folder, model, input_ids, views, solver.statistics)
         first = checkpoint.restore(runner, streams, result, views) if checkpoint else 0
-        for index in progress(range(first, last + 1), "pruning blocks", total=last + 1 - first):
+        for index in in_turn(model, progress(range(first, last + 1), "pruning blocks", total=last + 1 - first)):
             own = [view for view in views if view.block == index]
             if cache is not None and cache.complete:
                 result.views += _solve(cache.load(index), solver, rules, scales) if own else []
@@ -136,11 +139,17 @@ def walk(
                     result.views += solved
                 if index < last:
                     stream.advance(index, None if propagate else outputs)
+            if own:
+                keep(model, index)
             if checkpoint:
                 checkpoint.save(index)
         if cache is not None:
             cache.finish()
         result.forward_passes = stream.forward_passes + (dense.forward_passes if dense else 0.0)
+    return _in_order(result, plan)
+
+
+def _in_order(result: WalkResult, plan: Plan) -> WalkResult:
     order = {view.name: place for place, view in enumerate(plan.views)}
     result.views.sort(key=lambda view: order[view.name])
     return result

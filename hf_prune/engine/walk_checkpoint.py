@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.engine import distributed
+from hf_prune.engine.offload import at_work, in_turn, keep, offload_of
 from hf_prune.engine.results import WalkResult
 from hf_prune.engine.stopping import SIGNAL, StopRequest
 from hf_prune.errors import Stopped
@@ -87,12 +88,18 @@ class WalkCheckpoint:
 
     def _load(self, blocks: Sequence[int], first: int) -> None:
         device = str(self._runner.device)
-        for index in blocks:
+        model, offload = self._runner.model, offload_of(self._runner.model)
+        for index in in_turn(model, blocks):
+            if offload is not None and offload.home.outlives:
+                offload.adopt(index)
+                continue
             load_model(self._module(index), self.work.file(_block_file(index)), device=device)
+            keep(model, index)
         for number, stream in enumerate(self._streams):
             name = _inputs_file(first, number)
             if name in self.work.files:
-                hidden = load_file(self.work.file(name), device=device)
+                # On the CPU they stay in the file.
+                hidden = load_file(self.work.file(name), device=device if stream.states.folder is None else "cpu")
                 stream.hidden = [hidden[str(place)] for place in range(len(stream.chunks))]
 
     def save(self, index: int) -> None:
@@ -138,8 +145,9 @@ class WalkCheckpoint:
             # Behind the last block there is nothing to go on to.
             if hidden and index < self._last:
                 files[_inputs_file(index + 1, number)] = partial(_save_tensors, hidden)
-        if distributed.rank() == 0:
-            files |= {_block_file(own): partial(save_model, self._module(own)) for own in self._unsaved}
+        offload = offload_of(self._runner.model)
+        if distributed.rank() == 0 and not (offload is not None and offload.home.outlives):
+            files |= {_block_file(own): partial(self._save_block, own) for own in self._unsaved}
         result = self._result.to_dict()
         result["earlier_seconds"] += perf_counter() - self._began
         entry = {
@@ -151,6 +159,10 @@ class WalkCheckpoint:
         old = [_inputs_file(before["next_block"], number) for number in range(len(self._streams))]
         self.work.save({_ENTRY: entry}, files, drop=old)
         self._unsaved = []
+
+    def _save_block(self, index: int, file: Path) -> None:
+        with at_work(self._runner.model, index):
+            save_model(self._module(index), str(file))
 
     def _module(self, index: int) -> nn.Module:
         """A block, or what comes behind the blocks: the LM head."""

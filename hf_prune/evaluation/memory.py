@@ -31,6 +31,8 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
+            # A device with a number is "invalid" to the allocator until something has been done on it.
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self.finished = threading.Event()

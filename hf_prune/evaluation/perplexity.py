@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_prune.engine.capture import BlockRunner
+from hf_prune.engine.offload import in_turn, offload_of
+from hf_prune.engine.stream import HiddenStates
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
 
@@ -43,7 +46,11 @@ def window_nll(model: PreTrainedModel, input_ids: Tensor, *, description: str = 
     was_training = model.training
     model.eval()
     try:
-        losses = [one_window_nll(model, window) for window in progress(input_ids, description, total=len(input_ids))]
+        if offload_of(model) is None:
+            windows = progress(input_ids, description, total=len(input_ids))
+            losses = [one_window_nll(model, window) for window in windows]
+        else:
+            losses = _by_block(model, input_ids, description)
     finally:
         model.train(was_training)
     nll = torch.tensor(losses, dtype=torch.float64)
@@ -54,6 +61,21 @@ def window_nll(model: PreTrainedModel, input_ids: Tensor, *, description: str = 
             f" windows are not finite); look for NaN or infinite weights, or evaluate with dtype float32."
         )
     return nll
+
+
+def _by_block(model: PreTrainedModel, input_ids: Tensor, description: str) -> list[float]:
+    """The same numbers, each block read once: all windows go through it before the next one comes."""
+    states = HiddenStates(model)
+    hidden: list[Tensor | None] = [None] * len(input_ids)
+    with BlockRunner(model) as runner:
+        for index in in_turn(model, progress(range(len(runner.blocks)), description)):
+            for place, window in enumerate(input_ids):
+                hidden[place] = states.keep(runner.run(index, window[None], hidden[place]))
+        losses = []
+        for window, last in zip(input_ids, hidden, strict=True):
+            with runner.behind(last):
+                losses.append(one_window_nll(model, window))
+    return losses
 
 
 @torch.inference_mode()

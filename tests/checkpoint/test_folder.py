@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import hf_prune
-from hf_prune.checkpoint.folder import check_free_space, check_output_folder, output_folder, save_model
+from hf_prune.checkpoint.folder import check_free_space, check_output_folder, output_folder
+from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import BadInputError, RunError
 
 NOBODY = 65534

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_prune
 from hf_prune.checkpoint import verify_folder as script
-from hf_prune.checkpoint.folder import save_model
+from hf_prune.checkpoint.save import save_model
 from hf_prune.checkpoint.verify import expectation, verify_folder
 from hf_prune.weights import find_blocks, find_views
 

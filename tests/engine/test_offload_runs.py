@@ -1,0 +1,130 @@
+"""Runs whose weights stay on the disk, in real processes: cut and gone on with, damaged, and by two at once."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from cut_runs import Cut, prune
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, tiny_model
+
+KILLED, TOO_LARGE, STOPPED = -signal.SIGKILL, -signal.SIGXFSZ, 75
+RECIPE = {
+    "method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
+    "num_calibration_samples": 40, "seq_length": 64, "eval_seq_length": 64, "eval_max_windows": 4,
+    "eval_efficiency": False, "checkpoint_every": 1,
+}  # fmt: skip
+FAMILIES = ("llama", "mixtral")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_model(request.param).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    text = folder / "text.txt"
+    text.write_text("".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000)))
+    return {**RECIPE, "model_name_or_path": folder / "model", "dataset_name": text, "eval_dataset_name": text}
+
+
+@pytest.fixture(scope="module")
+def in_memory(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    codes, log = prune({**recipe, "output_dir": folder / "out"}, folder)
+    assert codes == [0], log
+    return folder / "out"
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: own for file in sorted(folder.glob("*.safetensors")) for name, own in load_file(file).items()}
+
+
+def check_same(folder: Path, expected: Path) -> None:
+    one, other = stored(folder), stored(expected)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("prune_plan.json", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    reports = [json.loads((own / "prune_report.json").read_text()) for own in (folder, expected)]
+    for report in reports:
+        assert all(row["passed"] for row in report["verification"])
+        for name in ("dense", "pruned"):
+            del report["evaluation"][name]["seconds"]
+    for key in ("views", "sparsity", "evaluation", "verification", "displacement"):
+        assert reports[0][key] == reports[1][key], key
+    assert sorted(entry.name for entry in folder.parent.iterdir() if entry.is_dir()) == [folder.name]
+
+
+@pytest.mark.slow
+def test_kills_change_nothing(recipe: dict, in_memory: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    values = {**recipe, "output_dir": tmp_path / "runs" / "out", "offload": "disk"}
+    for cut in (
+        Cut("open", "shard_0000", 1, "half"),
+        Cut("os.rename", "shard_0001", 1),
+        # The block's file counts, the walk's state behind it does not yet.
+        Cut("os.rename", "inputs_0002", 1),
+        Cut("os.remove", "inputs_0002", 1),
+        Cut("open", "model.safetensors.index.json", 2),
+        Cut("open", "hf_prune_recipe.yaml", 1),
+    ):
+        codes, log = prune(values, tmp_path, cut=cut)
+        assert codes == [TOO_LARGE if cut.action == "half" else KILLED], (cut, log)
+        assert not (tmp_path / "runs" / "out").exists()
+    codes, log = prune(values, tmp_path)
+    assert codes == [0] and "Going on with block 3" in log, log
+    for leftover in (tmp_path / "runs").glob(".out.partial-*"):
+        shutil.rmtree(leftover)
+    check_same(tmp_path / "runs" / "out", in_memory)
+
+
+@pytest.mark.slow
+def test_two_processes_read_the_same_files(recipe: dict, tmp_path: Path) -> None:
+    for offload in ("none", "disk"):
+        (tmp_path / offload).mkdir()
+        values = {**recipe, "output_dir": tmp_path / offload / "out", "offload": offload}
+        codes, log = prune(values, tmp_path, world=2)
+        assert codes == [0, 0], log
+    check_same(tmp_path / "disk" / "out", tmp_path / "none" / "out")
+
+
+@pytest.mark.slow
+def test_what_was_damaged_between_two_sessions_is_named(recipe: dict, tmp_path: Path) -> None:
+    shutil.copytree(recipe["model_name_or_path"], tmp_path / "model")
+    values = {
+        **recipe, "model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "out", "offload": "disk",
+        "time_limit": "0.001",
+    }  # fmt: skip
+    for _ in range(2):
+        codes, log = prune(values, tmp_path)
+        assert codes == [STOPPED], log
+    weights, shard = tmp_path / "model" / "model.safetensors", tmp_path / "out.pruning" / "shard_0000.safetensors"
+    for file, damage, said in (
+        (weights, lambda whole: whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:], "is not what it was;"),
+        (weights, lambda whole: whole[:-100], "model.safetensors: truncated"),
+        (shard, lambda whole: whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], "shard_0000.safetensors is damaged"),
+    ):
+        whole = file.read_bytes()
+        file.write_bytes(damage(whole))
+        codes, log = prune(values, tmp_path)
+        assert codes == [2] and said in log and "Traceback" not in log, log
+        file.write_bytes(whole)
+    codes, log = prune({**values, "offload": "none"}, tmp_path)
+    assert codes == [2] and 'offload was "disk" and is "none"' in log, log
+    codes, log = prune({**values, "time_limit": "1h"}, tmp_path)
+    assert codes == [0] and "Going on with block 1" in log, log
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_in_a_sentence(recipe: dict, in_memory: Path, small_disk, tmp_path: Path) -> None:
+    with small_disk("20m") as disk:
+        values = {**recipe, "output_dir": disk / "out", "offload": "disk"}
+        codes, log = prune(values, tmp_path, cut=Cut("open", "shard_0001", 1, "fill"))
+        assert codes == [1] and "the disk is full" in log and "Traceback" not in log, log
+        assert sorted(entry.name for entry in disk.iterdir()) == ["filler", "out.pruning"]
+        (disk / "filler").unlink()
+        codes, log = prune(values, tmp_path)
+        assert codes == [0] and "Going on with block 1" in log, log
+        check_same(disk / "out", in_memory)
