@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ from hf_prune.search.space import label
 from hf_prune.search.trained import TrainedCandidates
 
 
-def trained(candidates: TrainedCandidates, evaluation: QualityEvaluation, config: DynamicSparseConfig | None) -> Run:
-    """One training to the end, the dense twin's where there is no config."""
+def trained(
+    candidates: TrainedCandidates,
+    evaluation: QualityEvaluation,
+    config: DynamicSparseConfig | None,
+    epochs: Collection[int],
+) -> Run:
+    """One training to the last of some epochs, looked at after each; the dense twin's where there is no config."""
     seen: list[Measurement] = []
     seconds: list[float] = []
     looked = []
@@ -42,19 +48,25 @@ def trained(candidates: TrainedCandidates, evaluation: QualityEvaluation, config
         start = time.process_time()
         seen.append(candidates.measured(epoch, model))
         looked.append(time.process_time() - start)
-        if epoch == candidates.max_budget:
+        if epoch == max(epochs):
             final = evaluation.measure(model.eval(), "final").nll.mean()
         began = time.process_time()
 
-    candidates.train_to(config, range(1, candidates.max_budget + 1), look)
+    candidates.train_to(config, epochs, look)
     spectra = [own.spectrum for own in seen if own.spectrum is not None]
     return Run(
-        torch.tensor([own.loss for own in seen]),
+        torch.tensor([own.loss for own in seen], dtype=torch.float64),
         torch.tensor(seconds),
         torch.tensor(looked),
-        torch.stack(spectra),
+        torch.stack(spectra) if spectra else torch.empty(len(seen), 0),
         final.reshape(1),
     )
+
+
+def evaluation_of(candidates: TrainedCandidates) -> QualityEvaluation:
+    """The text that nothing is chosen by."""
+    start = candidates.loaded.start
+    return QualityEvaluation(candidates.recipe.evaluation, start.tokenizer, start.config)
 
 
 def main() -> None:
@@ -64,8 +76,7 @@ def main() -> None:
     given, others = parser.parse_known_args()
     quiet_libraries()
     candidates = TrainedCandidates(make_search_recipe(*read_recipe(given.config, parse_flags(others))))
-    start = candidates.loaded.start
-    evaluation = QualityEvaluation(candidates.recipe.evaluation, start.tokenizer, start.config)
+    evaluation = evaluation_of(candidates)
     given.truth.mkdir(parents=True, exist_ok=True)
     choices = candidates.space.combinations()
     runs = {DENSE: None} | {
@@ -73,7 +84,7 @@ def main() -> None:
     }
     for name, config in runs.items():
         if not (given.truth / f"{name}.safetensors").is_file():
-            run = trained(candidates, evaluation, config)
+            run = trained(candidates, evaluation, config, range(1, candidates.max_budget + 1))
             save_run(given.truth, name, run)
             print(f"{name}: perplexity {run.perplexity:.2f}, {float(run.seconds.sum()):.0f} s", flush=True)
 

@@ -1,11 +1,25 @@
 """Searches played again on truth tables whose answer is known."""
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from lsh_replay import DENSE, Run, load_truth, play, replay, save_run, scores, to_markdown
+from lsh_replay import (
+    DENSE,
+    Run,
+    figures,
+    load_truth,
+    look_once,
+    looks_to_markdown,
+    play,
+    replay,
+    save_run,
+    scores,
+    to_markdown,
+)
 
 EPOCHS = 20
 
@@ -70,3 +84,33 @@ def test_runs_are_kept_and_a_replay_fits_embeddings_to_candidates_it_does_not_ju
     text = to_markdown(outcomes, dense, candidates)
     assert "| LS distance | +1.00 ± 0.00 | 0.00 ± 0.00 | 157 ± 0 |" in text
     assert "8 of 12 candidates a seed, 3 seeds" in text and "160 epochs and 320 seconds" in text
+
+
+def test_of_the_last_two_the_held_out_loss_takes_one_and_not_the_text_that_judges() -> None:
+    # The better by far on the text that judges is the worse of the last two by the loss that a search sees.
+    runs = [run(4.2, 1.0, 6.0), replace(run(4.3, 1.1, 6.0), final_loss=torch.tensor([3.0]))]
+    assert play("raw", DENSE_RUN, runs, [], 0).regret == pytest.approx(math.exp(4.2) - math.exp(3.0))
+
+
+def test_one_look_takes_the_first_by_its_score_and_trains_one() -> None:
+    runs = list(RUNS.values())
+    by_loss, by_spectrum = (look_once(metric, DENSE_RUN, runs, [], 0, 2) for metric in ("loss", "raw"))
+    assert by_spectrum.regret == 0 and by_loss.regret == pytest.approx(math.exp(5.3) - math.exp(4.2))
+    assert by_loss.epochs == 12 * 2 + 20 and by_loss.seconds == pytest.approx(2.0 * 44)
+    assert by_spectrum.epochs == 12 * 2 + 20 + 2 and by_spectrum.seconds == pytest.approx(2.0 * 46 + 0.5 * 13)
+    lines = looks_to_markdown(DENSE_RUN, RUNS, range(2)).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| 1", "5%"], ["| 2", "10%"], ["| 3", "15%"], ["| 6", "30%"], ["| 9", "45%"],
+    ]  # fmt: skip
+    assert all(line.split(" | ")[3] == "0.00 ± 0.00" for line in lines[2:])
+
+
+def test_candidates_that_were_trained_alike_are_one_and_figures_are_plain(tmp_path: Path) -> None:
+    for name, own in {DENSE: DENSE_RUN, "a": RUNS["c01"], "b": RUNS["c02"], "c": RUNS["c01"]}.items():
+        save_run(tmp_path, name, own)
+    dense, candidates = load_truth(tmp_path)
+    assert list(candidates) == ["a", "b"]
+    rows = json.loads(json.dumps(figures(dense, candidates)))
+    assert list(rows) == ["dense", "a", "b"] and rows["dense"]["distances"] == [0.0] * EPOCHS
+    assert rows["a"]["distances"] == [2.0] * EPOCHS and rows["b"]["losses"][0] == 6.8
+    assert rows["b"]["perplexity"] == pytest.approx(math.exp(4.4), abs=1e-4) and rows["b"]["seconds"] == 40.0
