@@ -173,7 +173,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
         f"log-perplexity in nats a token{reference}. Seconds and peak memory are of the pruning"
     )
     if grid.reference:
-        note += ", ratios of seconds those of one day"
+        note += ", ratios of seconds those of a common day where there is one"
     note += f"; at most {max(quiet):.2f} cores were busy elsewhere." if quiet else "."
     if len(quiet) < len(lines):
         note += " At `~` the machine was not idle or its processors were shared out: these seconds are a sketch."
