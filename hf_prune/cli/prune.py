@@ -75,7 +75,8 @@ def run_and_show(recipe: Recipe) -> None:
     """Run a recipe and print what a person wants to know of it."""
     from hf_prune.pipeline import run
     from hf_prune.report import tables
-    from hf_prune.report.findings import gained, next_step
+    from hf_prune.report.findings import next_step
+    from hf_prune.report.gains import gained
 
     quiet_libraries()
     report = run(recipe)

@@ -3,23 +3,15 @@
 import random
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from cut_runs import HALF, Cut, prune
+from cut_runs import HALF, KILLED, RECIPE, STOPPED, TOO_LARGE, Cut, prune, stopped_twice
 from safetensors.torch import load, load_file
 from tiny import byte_tokenizer, tiny_model
 
 from hf_prune.checkpoint.lock import hold
-
-RECIPE = {
-    "method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
-    "num_calibration_samples": 40, "seq_length": 64, "eval_seq_length": 64, "eval_max_windows": 4,
-    "eval_efficiency": False, "checkpoint_every": 1,
-}  # fmt: skip
-KILLED, TOO_LARGE, STOPPED = -signal.SIGKILL, -signal.SIGXFSZ, 75
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +112,9 @@ def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: Path) -> None:
-    shutil.copytree(recipe["model_name_or_path"], tmp_path / "model")
     text = tmp_path / "text.txt"
     shutil.copy(recipe["dataset_name"], text)
-    values = {
-        **recipe, "model_name_or_path": tmp_path / "model", "dataset_name": text, "output_dir": tmp_path / "out",
-        "time_limit": "0.001",
-    }  # fmt: skip
-    for _ in range(2):
-        codes, log = prune(values, tmp_path)
-        assert codes == [STOPPED], log
+    values = stopped_twice(recipe, tmp_path, dataset_name=text)
     before = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
 
     def refused(said: str, **changes: object) -> None:
