@@ -152,6 +152,7 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
         "reconstruct": config.reconstruct,
         "allocation": Path(config.allocation).name,
         "output_importance": config.output_importance,
+        "channel_permutation": config.channel_permutation or None,
         "options": own_options(config),
         "paper": owner.info.paper,
         "paper_title": owner.info.paper_title,

@@ -132,7 +132,8 @@ def write(
     """Finish the folder; displacement, sizes and speeds and plots are this run's own."""
 
     def complete(folder: Path) -> None:
-        if result.reduction is None:
+        # Permuted weights stand in other places than the dense ones that they were.
+        if result.reduction is None and not ready.config.channel_permutation:
             with watch.phase("compare"):
                 add_displacement(report, ready, folder)
         if ready.recipe.evaluation.eval_efficiency and ready.recipe.model.offload != "none":

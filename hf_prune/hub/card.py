@@ -151,7 +151,7 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
     link = f"[{title}]({paper})" if re.fullmatch(r"https://[\w./%:~-]+", paper) else ""
     name = escape(findings.method_title(report) or "")
     summary = escape(method.get("summary") or "").rstrip(".")
-    parts = ("criterion", "update", "reconstruct", "allocation", "output_importance", "pattern")
+    parts = ("criterion", "update", "reconstruct", "allocation", "output_importance", "channel_permutation", "pattern")
     steps = {key: method.get(key) for key in parts}
     steps |= method.get("options") or {}
     settings = [code(f"{key}: {_yaml_scalar(value)}") for key, value in steps.items() if _is_said(value)]
