@@ -25,7 +25,7 @@ from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune,
 from hf_prune.recipe import Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 from hf_prune.report.privacy import may_show_samples
-from hf_prune.unfinished import Unfinished, check_stoppable
+from hf_prune.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any
     with watch.phase("prepare"):
         ready = prepare(recipe)
         check_feasible(ready)
-        check_stoppable(ready)
     with Unfinished.opened(recipe) as unfinished:
         return _run(ready, unfinished, watch, notes or {})
 

@@ -208,7 +208,7 @@ def prune(
         plan: a plan made before; made here otherwise.
         statistics_folder: keeps the activations' statistics for further runs (with `propagate=False`), and the state
             of an allocation that learns.
-        checkpoint: where the walk is kept between blocks, and gone on with; whole units are removed without.
+        checkpoint: where the walk is kept between blocks, and gone on with.
 
     Raises:
         BadInputError: config, plan, text and model do not fit together.
@@ -227,8 +227,16 @@ def prune(
     plan = plan or plan_pruning(model, config, name, input_ids, statistics_folder)
     reconstruction = make_block_reconstruction(config)
     if isinstance(config, StructuredConfig):
-        smaller, reduction = reduce(model, config, plan, input_ids, arguments.seed, reconstruction)
-        return PruneResult(plan, smaller, reduction.forward_passes, reduction.reconstruction, reduction)
+        smaller, reduction = reduce(model, config, plan, input_ids, arguments.seed, reconstruction, checkpoint)
+        return PruneResult(
+            plan,
+            smaller,
+            reduction.forward_passes,
+            reduction.reconstruction,
+            reduction,
+            reduction.earlier_seconds,
+            reduction.saving_seconds,
+        )
     plan = with_importance(model, config, plan, input_ids)
     solver, reorder = make_solver(config), None
     if config.channel_permutation:

@@ -16,6 +16,7 @@ from hf_prune.arguments import PruneConfig, StructuredConfig
 from hf_prune.engine import distributed
 from hf_prune.engine.results import ViewResult
 from hf_prune.engine.walk import BlockUpdater
+from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.plan import Plan, ViewPlan
@@ -77,8 +78,13 @@ def reduce(
     input_ids: Tensor | None,
     seed: int = 0,
     reconstruction: BlockUpdater | None = None,
+    checkpoint: WalkCheckpoint | None = None,
 ) -> tuple[list[ViewResult], ReduceResult]:
-    """Make `model` as small as its plan says, in place, and train each block where there is a reconstruction."""
+    """Make `model` as small as its plan says, in place, and train each block where there is a reconstruction.
+
+    Args:
+        checkpoint: where the walk is kept between blocks, and gone on with.
+    """
     if plan.structure is None:
         raise BadInputError(f"method: {config.method} makes a model smaller, and the plan is one of zeros; plan anew.")
     structure = Structure.from_dict(plan.structure)
@@ -88,7 +94,7 @@ def reduce(
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise BadInputError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
     _check_unshared(model)
-    result = reduce_model(model, structure, config.make_reducer(seed), input_ids, reconstruction)
+    result = reduce_model(model, structure, config.make_reducer(seed), input_ids, reconstruction, checkpoint)
     live = {view.name: view for view in find_views(model)}
     views = []
     for view in plan.views:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hf_prune
-from hf_prune.arguments import StructuredConfig
 from hf_prune.checkpoint.files import tensor_digest, text_digest
 from hf_prune.checkpoint.folder import beside
 from hf_prune.checkpoint.work import WorkFolder
@@ -38,14 +37,6 @@ _FISHER = "fisher_factors.safetensors"
 def work_folder(output_dir: str) -> Path:
     """Where a run that makes `output_dir` keeps what it has done until it is finished."""
     return beside(output_dir, SUFFIX)
-
-
-def check_stoppable(ready: Preparation) -> None:
-    """Raise BadInputError where a run is to stop in time and could not be gone on with."""
-    run = ready.recipe.run
-    for key in ("time_limit", "deadline"):
-        if getattr(run, key) is not None and isinstance(ready.config, StructuredConfig):
-            raise BadInputError(f"{key}: method {ready.config.method} removes whole units in one go; leave it out.")
 
 
 class Unfinished:

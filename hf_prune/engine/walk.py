@@ -122,7 +122,7 @@ def walk(
         if statistics_folder is not None and not propagate and solver.statistics:
             # Named after the dense model: before anything is restored.
             cache = StatisticsCache(statistics_folder, model, input_ids, views, solver.statistics)
-        first = checkpoint.restore(runner, streams, result, views) if checkpoint else 0
+        first = checkpoint.restore(runner, streams, result, {view.block for view in views}) if checkpoint else 0
         for index in in_turn(model, progress(range(first, last + 1), "pruning blocks", total=last + 1 - first)):
             own = [view for view in views if view.block == index]
             if cache is not None and cache.complete:

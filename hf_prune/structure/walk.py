@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -16,14 +17,16 @@ from hf_prune.engine import distributed
 from hf_prune.engine.block_training import train_block
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.engine.gradients import loss_gradients
+from hf_prune.engine.results import BlockOutcome
 from hf_prune.engine.statistics import Statistics, accumulation_dtype, add_gram, check_finite
 from hf_prune.engine.stream import Stream
 from hf_prune.engine.walk import BlockUpdater
+from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
 from hf_prune.progress import progress
 from hf_prune.structure.budget import Structure
-from hf_prune.structure.depth import remove_blocks
-from hf_prune.structure.fusion import Fusion
+from hf_prune.structure.depth import drop_blocks, remove_blocks
+from hf_prune.structure.fusion import Fusion, drop
 from hf_prune.structure.groups import ATTENTION, HEADS, MLP, Group, Shape, find_groups, pad_units, rewrite, set_weight
 from hf_prune.structure.importance import Evidence, is_file, read_scores
 from hf_prune.structure.reduction import Reducer, consumer_columns
@@ -45,6 +48,9 @@ class ReduceResult:
         solver_seconds: spent in transports (costs included).
         forward_passes: over the calibration set.
         reconstruction: outcome of each block's training by its number, where there was one.
+        shares: of fused units in each kind of each block.
+        earlier_seconds: what sessions before this one took for blocks that count, where the walk was cut.
+        saving_seconds: what it took to keep the state between blocks, earlier sessions included.
     """
 
     removed_blocks: list[int] = field(default_factory=list)
@@ -53,7 +59,21 @@ class ReduceResult:
     solver: list[str] = field(default_factory=list)
     solver_seconds: float = 0.0
     forward_passes: float = 0.0
-    reconstruction: dict[int, Any] = field(default_factory=dict)
+    reconstruction: dict[int, BlockOutcome] = field(default_factory=dict)
+    shares: list[float] = field(default_factory=list)
+    earlier_seconds: float = 0.0
+    saving_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return asdict(self)
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Become what `to_dict` told of."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.kept = {int(index): own for index, own in values["kept"].items()}
+        self.reconstruction = {int(index): BlockOutcome(**own) for index, own in values["reconstruction"].items()}
 
 
 def reduce_model(
@@ -62,6 +82,7 @@ def reduce_model(
     reducer: Reducer,
     input_ids: Tensor | None,
     reconstruction: BlockUpdater | None = None,
+    checkpoint: WalkCheckpoint | None = None,
 ) -> ReduceResult:
     """Make `model` smaller in place, config included; it is usable at once and saves as a stock model.
 
@@ -71,10 +92,12 @@ def reduce_model(
     Args:
         input_ids: int64 [samples, tokens], the same on every process; None for a reducer that looks at no text.
         reconstruction: trains each block once it is smaller.
+        checkpoint: where the walk is kept between blocks, and gone on with.
 
     Raises:
         BadInputError: text is needed and missing.
         RunError: a layer saw no tokens, or its inputs overflowed.
+        Stopped: the checkpoint was asked to stop.
     """
     result = ReduceResult()
     streams = bool(reducer.statistics) or reconstruction is not None
@@ -82,24 +105,38 @@ def reduce_model(
     if needs_text and input_ids is None:
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    if structure.blocks_removed:
+    earlier = checkpoint.outcome if checkpoint is not None else None
+    if earlier is not None:
+        gone = set(earlier["removed_blocks"])
+        if gone:
+            drop_blocks(model, [index for index in range(structure.blocks) if index not in gone])
+    elif structure.blocks_removed:
         assert input_ids is not None
         result.removed_blocks, passes = remove_blocks(model, structure.blocks_removed, input_ids)
         result.forward_passes += passes
     scores = read_scores(reducer.importance) if is_file(reducer.importance) else None
     gradients = None
+    # Those of the model that no unit has gone from yet, taken once more where a cut run goes on.
     if reducer.needs_gradients and input_ids is not None:
         gradients = loss_gradients(model, input_ids)
         result.forward_passes += 1
     blocks = find_blocks(model)[1]
-    with BlockRunner(model) as runner:
+    with BlockRunner(model) as runner, checkpoint or nullcontext():
         stream = Stream(runner, input_ids) if streams and input_ids is not None else None
         dense = None
         if reconstruction is not None and reconstruction.reconstruct_target == "model" and input_ids is not None:
             dense = Stream(runner, input_ids)
-        shares: list[float] = []
-        for index in progress(range(len(blocks)), "reducing blocks", total=len(blocks)):
-            worker = _Block(runner, stream, index, reducer, gradients, result, reconstruction is not None, scores)
+
+        def turn(index: int) -> _Block:
+            return _Block(runner, stream, index, reducer, gradients, result, reconstruction is not None, scores)
+
+        first = 0
+        if checkpoint is not None:
+            under_way = [own for own in (stream, dense) if own is not None]
+            every = range(len(blocks))
+            first = checkpoint.restore(runner, under_way, result, every, lambda index: turn(index).resize(structure))
+        for index in progress(range(first, len(blocks)), "reducing blocks", total=len(blocks) - first):
+            worker = turn(index)
             targets: list[Tensor | None] = []
             if dense is not None:
                 dense.advance(index)
@@ -107,14 +144,16 @@ def reduce_model(
             elif reconstruction is not None and stream is not None:
                 targets = [runner.run(index, *own) for own in zip(stream.chunks, stream.hidden, strict=True)]
                 stream.forward_passes += 1 / len(blocks)
-            shares += worker.reduce(structure)
+            result.shares += worker.reduce(structure)
             if reconstruction is not None and stream is not None:
                 result.reconstruction[index] = train_block(stream, index, worker.trained(), targets, reconstruction)
             if stream is not None and index + 1 < len(blocks):
                 stream.advance(index)
+            if checkpoint is not None:
+                checkpoint.save(index)
         if stream is not None:
             result.forward_passes += stream.forward_passes + (dense.forward_passes if dense else 0.0)
-    result.fused = sum(shares) / len(shares) if shares else 0.0
+    result.fused = sum(result.shares) / len(result.shares) if result.shares else 0.0
     set_sizes(config, structure.after)
     for block in blocks:
         set_remembered(block, structure.after, config)
@@ -142,22 +181,41 @@ class _Block:
 
     def reduce(self, structure: Structure) -> list[float]:
         """Bring the block to its planned sizes; the share of fused units of each kind."""
-        before, after = structure.before, structure.after
-        width = structure.widths[self.index] if structure.widths else after.width
-        steps = []
+        shares, shape = [], structure.before
+        for kind, count in self._steps(structure):
+            shares.append(self._step(kind, shape, count))
+            shape = _with(shape, kind, count)
+        self._pad(structure, shape)
+        return shares
+
+    def resize(self, structure: Structure) -> None:
+        """Bring the block to its planned sizes whatever becomes of its weights, which are read from a file then."""
+        shape = structure.before
+        for kind, count in self._steps(structure):
+            groups = find_groups(self.runner.model, self.index, kind, shape)
+            some = drop(torch.arange(count, device=self.runner.device))
+            rewrite(groups, [some] * len(groups))
+            shape = _with(shape, kind, count)
+            self._remember(shape)
+        self._pad(structure, shape)
+
+    def _steps(self, structure: Structure) -> list[tuple[str, int]]:
+        """The kinds of units that go, each with how many stay of a group."""
+        before, after, steps = structure.before, structure.after, []
         if after.groups != before.groups:
             steps.append((ATTENTION, after.groups))
         elif after.heads != before.heads:
             steps.append((HEADS, after.heads // after.groups))
-        if width != before.width:
-            steps.append((MLP, width))
-        shares, shape = [], before
-        for kind, count in steps:
-            shares.append(self._step(kind, shape, count))
-            shape = _with(shape, kind, count)
-        if width < after.width:
-            pad_units(find_groups(self.runner.model, self.index, MLP, shape)[0], after.width)
-        return shares
+        if self._width(structure) != before.width:
+            steps.append((MLP, self._width(structure)))
+        return steps
+
+    def _width(self, structure: Structure) -> int:
+        return structure.widths[self.index] if structure.widths else structure.after.width
+
+    def _pad(self, structure: Structure, shape: Shape) -> None:
+        if self._width(structure) < structure.after.width:
+            pad_units(find_groups(self.runner.model, self.index, MLP, shape)[0], structure.after.width)
 
     def _step(self, kind: str, shape: Shape, count: int) -> float:
         """Reduce one kind of unit; the share of new units that several old ones went into."""

@@ -1,5 +1,6 @@
 """Runs that are cut and go on: real processes, killed at seeded moments, are gone on with to the same bytes."""
 
+import json
 import random
 import re
 import shutil
@@ -65,6 +66,45 @@ def test_five_kills_change_nothing(recipe: dict, uncut: dict[str, bytes], tmp_pa
     assert codes == [0] and "Going on with block 3" in log, log
     assert made(tmp_path / "out") == uncut
     assert not (tmp_path / "out.pruning").exists()
+
+
+UNITS = {
+    "text": {
+        "fusion": "ot+refit", "importance": "taylor", "units": "[mlp, attention, depth]", "reconstruct": "block",
+        "reconstruct_passes": 1, "num_calibration_samples": 16,
+    },
+    "no text": {"fusion": "ot", "layout": "pad", "allocation": "erk"},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", UNITS)
+def test_removing_units_is_killed_and_goes_on(case: str, recipe: dict, tmp_path: Path) -> None:
+    gone = ("allocation", "output_importance")
+    common = {key: value for key, value in recipe.items() if key not in gone}
+    values = {**common, "method": "intra_fusion", "sparsity": 0.4, **UNITS[case]}
+    (tmp_path / "whole").mkdir()
+    codes, log = prune({**values, "output_dir": tmp_path / "whole" / "out"}, tmp_path)
+    assert codes == [0], log
+    cut_values = {**values, "output_dir": tmp_path / "out"}
+    # While the second block is written, before the manifest that counts the third is swapped in, and at the very end.
+    for cut in (
+        Cut("os.rename", "block_0001", 1, "half"), Cut("os.rename", "manifest.json", 2), Cut("open", "hf_prune_recipe.yaml")
+    ):  # fmt: skip
+        codes, log = prune(cut_values, tmp_path, cut=cut)
+        assert codes[0] in (KILLED, TOO_LARGE) and not (tmp_path / "out").exists(), (cut, log)
+    codes, log = prune({**cut_values, "time_limit": "1h"}, tmp_path)
+    assert codes == [0] and "Going on with block" in log, log
+    for name in ("model.safetensors", "config.json", "prune_plan.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes(), name
+    places = (tmp_path / "whole" / "out", tmp_path / "out")
+    reports = [json.loads((folder / "prune_report.json").read_text()) for folder in places]
+    for report in reports:
+        del report["structure"]["solver_seconds"]
+        for own in report["reconstruction"]:
+            del own["seconds"]
+    for key in ("structure", "reconstruction", "forward_passes"):
+        assert reports[0][key] == reports[1][key], key
 
 
 @pytest.mark.slow
