@@ -67,8 +67,8 @@ class PruneConfig:
             name; every linear layer of every block unless given. Embeddings and the LM head are never included
             by default.
         ignore: modules to leave alone, written like `targets`.
-        channel_permutation: under an `n:m` pattern, first put each block's MLP neurons in an order that lets more of the
-            large scores stay; the model computes the same.
+        channel_permutation: under an `n:m` pattern, put each block's MLP neurons in an order first that lets more of
+            the large scores stay; the model computes the same.
         propagate: every block sees what the pruned blocks before it hand over; false, what the dense ones do, which
             saves a forward pass and costs quality.
 
@@ -143,8 +143,8 @@ class PruneConfig:
             )
         if self.channel_permutation and pattern.density is None:
             raise BadInputError(
-                "channel_permutation: an unstructured pattern has no groups of inputs; set pattern to n:m, or leave the "
-                "key out."
+                "channel_permutation: an unstructured pattern has no groups of inputs; set pattern to n:m, or leave "
+                "the key out."
             )
         for key in ("targets", "ignore"):
             for pattern_text in getattr(self, key) or []:

@@ -176,7 +176,7 @@ def _summary(
 ) -> dict[str, Any]:
     """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached."""
     reached = next((look for look in found.looks if benchmark is not None and look[1] >= benchmark), None)
-    features = [own.metrics.get("mean_shap") for own in (dense, found)]
+    features: list[list[float]] = [own.metrics.get("mean_shap", []) for own in (dense, found)]
     return {
         "kind": found.kind,
         "connections": found.kept + unwatched,

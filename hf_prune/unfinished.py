@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hf_prune
-from hf_prune.checkpoint.files import tensor_digest, text_digest
+from hf_prune.checkpoint.files import file_digest, tensor_digest, text_digest
 from hf_prune.checkpoint.folder import beside
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.engine import distributed
@@ -29,6 +29,7 @@ from hf_prune.evaluation.quality import Quality
 from hf_prune.plan import Plan
 from hf_prune.preparation import Preparation
 from hf_prune.recipe import Recipe
+from hf_prune.structure.importance import is_file
 
 SUFFIX = ".pruning"
 _FISHER = "fisher_factors.safetensors"
@@ -75,6 +76,9 @@ class Unfinished:
         # Where learned thresholds are kept says nothing of what is learned.
         del sections["statistics_folder"]
         identity: dict[str, Any] = {**sections, **asdict(ready.config)}
+        scores = getattr(ready.config, "importance", None)
+        if scores is not None and is_file(scores):
+            identity["importance"] = file_digest(Path(scores))
         identity["base model"] = ready.source.base_model
         identity["processes"] = distributed.world_size()
         identity["device"] = ready.device.type

@@ -77,6 +77,7 @@ class WalkCheckpoint:
         result: Outcome,
         blocks: Collection[int],
         resize: Callable[[int], None] | None = None,
+        began: float | None = None,
     ) -> int:
         """Bring model, streams and result to where the last save left them; the index of the block that is next.
 
@@ -84,6 +85,7 @@ class WalkCheckpoint:
             streams: what goes through the blocks; `save` keeps it as it is then, as it does `result`.
             blocks: those that the walk changes.
             resize: gives a block the sizes that it was saved with.
+            began: when this session's work did, by `perf_counter`; now unless given.
 
         Raises:
             BadInputError: a file is not what was written.
@@ -91,7 +93,8 @@ class WalkCheckpoint:
         self._runner, self._streams, self._result = runner, streams, result
         self._pruned, self._resize = frozenset(blocks), resize
         self._last = max(self._pruned)
-        self._began = self._saved = self._block_began = perf_counter()
+        self._saved = self._block_began = perf_counter()
+        self._began = self._saved if began is None else began
         self._unsaved: list[int] = []
         self._cost = self._longest = 0.0
         saved = self.work.entries.get(_ENTRY)

@@ -34,7 +34,7 @@ def require_explanations() -> None:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Both libraries print and warn as they go; what they do is on the logger for whoever wants it."""
-    before = logging.root.manager.disable
+    before, handlers, level = logging.root.manager.disable, list(logging.root.handlers), logging.root.level
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -43,20 +43,28 @@ def _quietly() -> Iterator[None]:
                 yield
             finally:
                 logging.disable(before)
+                # WeightWatcher's import sets up the root logger, here with a stream that is thrown away.
+                logging.root.handlers[:] = handlers
+                logging.root.setLevel(level)
 
 
 def alphas(layers: nn.Sequential) -> dict[str, float]:
     """Exponent of the power law that the squared singular values of each linear layer follow, by WeightWatcher.
 
     Args:
-        layers: a layer's place in it is its name; those with fewer than two singular values are left out.
+        layers: a layer's place in it is its name; those with fewer than two singular values, and those that no power
+            law could be fitted to, are left out.
     """
     with _quietly():
         import weightwatcher
 
         # Small layers are what there is here; its own lower bound of 50 singular values would leave none.
         details = weightwatcher.WeightWatcher(model=layers).analyze(min_evals=2)
-    return {str(name): float(alpha) for name, alpha in zip(details["longname"], details["alpha"], strict=True)}
+    if not len(details):
+        return {}
+    # What could not be fitted is -1 there.
+    found = zip(details["longname"], details["alpha"], strict=True)
+    return {str(name): float(alpha) for name, alpha in found if alpha > 0}
 
 
 def mean_shap(layers: nn.Sequential, background: Tensor, rows: Tensor, seed: int = 0) -> list[float]:

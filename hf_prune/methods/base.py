@@ -105,7 +105,7 @@ class Solver:
         return needed
 
     def score(self, weight: Tensor, statistics: Statistics | None) -> Tensor:
-        """How much each weight is worth, float32 [out, in]: the criterion's score, or Wanda's where the update selects."""
+        """How much each weight is worth, float32 [out, in]: by the criterion, by Wanda's where the update selects."""
         if self.criterion is not None:
             return self.criterion.score(weight, statistics)
         if statistics is None or statistics.sum_of_squares is None:

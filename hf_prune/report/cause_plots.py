@@ -73,8 +73,8 @@ def plot_moved(rounds: Sequence[Round], path: str | Path) -> Figure:
             norms = [(epoch, moved[layer]) for epoch, moved in enumerate(found.moved, 1) if layer in moved]
             if norms:
                 epochs, values = zip(*norms, strict=True)
-                style = {"linestyle": line, "marker": "o" if len(norms) == 1 else "", "color": f"C{place}"}
-                axes.plot(epochs, values, **style, label=f"{layer}, {name}")
+                marker, label = "o" if len(norms) == 1 else "", f"{layer}, {name}"
+                axes.plot(epochs, values, linestyle=line, marker=marker, color=f"C{place}", label=label)
     axes.set_yscale("log")
     axes.set_xlabel("epoch")
     axes.set_ylabel("norm of what an epoch changes")

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from hf_prune.engine import distributed
-from hf_prune.engine.statistics import Statistics
+from hf_prune.engine.statistics import Statistics, check_finite
 from hf_prune.patterns import Pattern
 from hf_prune.structure.fusion import drop
 from hf_prune.structure.groups import MLP, block_shape, find_groups, rewrite
@@ -64,9 +64,14 @@ class ChannelPermutation:
         order = torch.arange(neurons.units, device=consumer.parameter.device)
 
         def find() -> None:
-            if distributed.rank() == owner:
-                scores = self.score(consumer.read(), statistics)
-                order.copy_(spread(scores, self.pattern.n, self.pattern.m))  # type: ignore[arg-type]
+            if distributed.rank() != owner:
+                return
+            if statistics is not None:
+                check_finite(statistics, consumer.name)
+            weight = consumer.read()
+            # Others are refused where they are pruned.
+            if bool(torch.isfinite(weight).all()):
+                order.copy_(spread(self.score(weight, statistics), self.pattern.n, self.pattern.m))  # type: ignore[arg-type]
                 if statistics is not None:
                     statistics.reorder(order)
 
@@ -79,7 +84,7 @@ def spread(scores: Tensor, n: int, m: int) -> Tensor:
     """An order of the columns, int64 [in], under which the n largest of every m consecutive scores add up to more.
 
     Columns are dealt out by their sums, to and fro, and then exchanged: one of each group at a time goes to where the
-    sum gains most (Hungarian assignment), which never makes it smaller.
+    sum gains most (Hungarian assignment), which never makes it smaller. The order as it is where none is better.
 
     Args:
         scores: float32 [out, in]; m divides in.
@@ -93,7 +98,13 @@ def spread(scores: Tensor, n: int, m: int) -> Tensor:
     for member in exchanged:
         for part in range(parts):
             dealt[:, part::parts] = _exchange(scores, dealt[:, part::parts], member, n)
-    return dealt.T.reshape(-1)
+    found = dealt.T.reshape(-1)
+    given = torch.arange(len(found), device=found.device)
+    return max(given, found, key=lambda order: _kept(scores[:, order], n, m))
+
+
+def _kept(scores: Tensor, n: int, m: int) -> float:
+    return float(scores.unflatten(1, (-1, m)).topk(n, dim=2).values.sum(dtype=torch.float32))
 
 
 def _exchange(scores: Tensor, dealt: Tensor, member: int, n: int) -> Tensor:
@@ -106,7 +117,7 @@ def _exchange(scores: Tensor, dealt: Tensor, member: int, n: int) -> Tensor:
     gains = rival.new_empty(groups, groups)
     for own in torch.arange(groups, device=scores.device).split(max(_COMPARISONS_AT_ONCE // (rows * groups), 1)):
         gains[own] = torch.maximum(rival[:, own, None], coming[:, None]).sum(dim=0)
-    _, chosen = linear_sum_assignment(gains.double().cpu().numpy(), maximize=True)
+    _, chosen = linear_sum_assignment(gains.cpu().double().numpy(), maximize=True)
     result = dealt.clone()
     result[member] = dealt[member, torch.from_numpy(chosen).to(dealt.device)]
     return result

@@ -99,7 +99,7 @@ def reduce_model(
         RunError: a layer saw no tokens, or its inputs overflowed.
         Stopped: the checkpoint was asked to stop.
     """
-    result = ReduceResult()
+    result, began = ReduceResult(), perf_counter()
     streams = bool(reducer.statistics) or reconstruction is not None
     needs_text = streams or reducer.needs_gradients or structure.blocks_removed > 0
     if needs_text and input_ids is None:
@@ -133,8 +133,9 @@ def reduce_model(
         first = 0
         if checkpoint is not None:
             under_way = [own for own in (stream, dense) if own is not None]
-            every = range(len(blocks))
-            first = checkpoint.restore(runner, under_way, result, every, lambda index: turn(index).resize(structure))
+            first = checkpoint.restore(
+                runner, under_way, result, range(len(blocks)), lambda index: turn(index).resize(structure), began
+            )
         for index in progress(range(first, len(blocks)), "reducing blocks", total=len(blocks) - first):
             worker = turn(index)
             targets: list[Tensor | None] = []

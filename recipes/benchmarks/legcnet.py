@@ -110,12 +110,18 @@ def rows_of(report: dict[str, Any], table: str, decision: str) -> list[dict[str,
                 "loss_change": row["loss"] - dense["loss"],
                 "epochs": row["epochs_to_benchmark"],
                 "seconds": None if reached is None else reached + before[row["kind"]],
-                "alphas": list(row["alphas"].values()),
+                "alphas": row["alphas"],
                 "shap": row["shap_rank_correlation"],
                 "moved": [sum(own.values()) for own in row["moved"] if own],
             }
         )
     return found
+
+
+def median_alphas(rows: list[dict[str, Any]]) -> list[float]:
+    """By layer, over the seeds that have one."""
+    layers = sorted({layer for row in rows for layer in row["alphas"]}, key=int)
+    return [statistics.median(row["alphas"][layer] for row in rows if layer in row["alphas"]) for layer in layers]
 
 
 def mean_moved(rows: list[dict[str, Any]], epoch: int) -> float:
@@ -147,7 +153,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
             spread([row["accuracy"] for row in own], ".1f"), spread([row["accuracy_change"] for row in own], "+.1f"),
             spread([row["loss_change"] for row in own], "+.3f"), spread([row["epochs"] for row in own], ".0f"),
             spread([row["seconds"] for row in own], ".1f"),
-            ", ".join(f"{statistics.median(layer):.1f}" for layer in zip(*(row["alphas"] for row in own), strict=True)),
+            ", ".join(f"{alpha:.1f}" for alpha in median_alphas(own)),
             spread([row["shap"] for row in own], ".2f"),
             f"{mean_moved(own, 0):.2f}, {mean_moved(own, -1):.3f}" if all(row["moved"] for row in own) else "",
         ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""An order of neurons for n:m patterns, against brute force, a reordering by hand, and the function it must preserve."""
+"""An order of neurons for n:m patterns: against brute force, a reordering by hand, the function it must preserve."""
 
 from itertools import permutations
 
