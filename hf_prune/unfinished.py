@@ -24,7 +24,7 @@ from hf_prune.engine.gradients import FisherFactors
 from hf_prune.engine.offload import tensors_of
 from hf_prune.engine.stopping import StopRequest
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
-from hf_prune.errors import BadInputError, Stopped
+from hf_prune.errors import Stopped
 from hf_prune.evaluation.quality import Quality
 from hf_prune.plan import Plan
 from hf_prune.preparation import Preparation

@@ -83,8 +83,8 @@ class ChannelPermutation:
 def spread(scores: Tensor, n: int, m: int) -> Tensor:
     """An order of the columns, int64 [in], under which the n largest of every m consecutive scores add up to more.
 
-    Columns are dealt out by their sums, to and fro, and then exchanged: one of each group at a time goes to where the
-    sum gains most (Hungarian assignment), which never makes it smaller. The order as it is where none is better.
+    Columns are dealt out by their sums, to and fro, unless they lie better as they are, and then exchanged: one of each
+    group at a time goes to where the sum gains most (Hungarian assignment), which never makes it smaller.
 
     Args:
         scores: float32 [out, in]; m divides in.
@@ -92,15 +92,15 @@ def spread(scores: Tensor, n: int, m: int) -> Tensor:
     count = scores.shape[1] // m
     dealt = scores.sum(dim=0).argsort(descending=True, stable=True).reshape(m, count)
     dealt[1::2] = dealt[1::2].flip(1)
-    # Where everything stays there is nothing to compete for.
-    exchanged = range(m if n < m else 0)
+    given = torch.arange(scores.shape[1], device=scores.device).reshape(count, m).T
+    # [member, group]; the better one to begin with.
+    dealt = max(dealt, given.contiguous(), key=lambda own: _kept(scores[:, own.T.reshape(-1)], n, m))
     parts = -(-count // _GROUPS_TOGETHER)
-    for member in exchanged:
+    # Where everything stays there is nothing to compete for.
+    for member in range(m if n < m else 0):
         for part in range(parts):
             dealt[:, part::parts] = _exchange(scores, dealt[:, part::parts], member, n)
-    found = dealt.T.reshape(-1)
-    given = torch.arange(len(found), device=found.device)
-    return max(given, found, key=lambda order: _kept(scores[:, order], n, m))
+    return dealt.T.reshape(-1)
 
 
 def _kept(scores: Tensor, n: int, m: int) -> float:
