@@ -25,7 +25,7 @@ from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reduction import as_sparsity, budget_candidates, mlp_views, plan_reduction, reduce, search_budget
 from hf_prune.structure.families import find_family
 from hf_prune.structure.permutation import ChannelPermutation
-from hf_prune.structure.walk import ReduceResult
+from hf_prune.structure.results import ReduceResult
 from hf_prune.weights import WeightView, find_views
 
 if TYPE_CHECKING:

@@ -23,9 +23,10 @@ from hf_prune.plan import Plan, ViewPlan
 from hf_prune.structure.budget import Structure, plan_structure
 from hf_prune.structure.families import find_family
 from hf_prune.structure.groups import MLP, block_shape
+from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import check_stock, set_sizes
 from hf_prune.structure.transport import check_installed
-from hf_prune.structure.walk import ReduceResult, reduce_model
+from hf_prune.structure.walk import reduce_model
 from hf_prune.weights import WeightView, find_blocks, find_views
 
 logger = logging.getLogger(__name__)
