@@ -73,20 +73,20 @@ class Watch(TrainerCallback):
         if state.global_step % self.every == 0:
             model = kwargs["model"]
             value, weights = float(self.figure(model)), self._weights(model)
-            state.log_history.append(
-                {
-                    "step": state.global_step,
-                    "watched": value,
-                    "seconds": perf_counter() - self._start,
-                    "moved": {name: float((weights[name] - own).norm()) for name, own in self._before.items()},
-                }
-            )
+            look: dict[str, Any] = {
+                "step": state.global_step,
+                "watched": value,
+                "seconds": perf_counter() - self._start,
+                "moved": {name: float((weights[name] - own).norm()) for name, own in self._before.items()},
+            }
+            state.log_history.append(look)
             self._before = weights
             if self._reached(value):
                 control.should_training_stop = True
 
     def seen(self, state: TrainerState) -> Trained:
         """The training, with (step, figure, seconds) and the norms of every look."""
-        every = [own for own in state.log_history if "watched" in own and own["step"] > self.behind]
+        history: list[dict[str, Any]] = state.log_history  # type: ignore[assignment]
+        every = [own for own in history if "watched" in own and own["step"] > self.behind]
         looks = [(int(own["step"]), own["watched"], own["seconds"]) for own in every]
         return Trained(int(state.global_step), looks, [own["moved"] for own in every])
