@@ -67,6 +67,8 @@ class PruneConfig:
             name; every linear layer of every block unless given. Embeddings and the LM head are never included
             by default.
         ignore: modules to leave alone, written like `targets`.
+        channel_permutation: under an `n:m` pattern, put each block's MLP neurons in an order first that lets more of
+            the large scores stay; the model computes the same.
         propagate: every block sees what the pruned blocks before it hand over; false, what the dense ones do, which
             saves a forward pass and costs quality.
 
@@ -85,6 +87,7 @@ class PruneConfig:
     min_keep_ratio: float = 0.0
     targets: list[str] | None = None
     ignore: list[str] | None = None
+    channel_permutation: bool = False
     propagate: bool = True
     # Own keys of parts that come from elsewhere than `method`.
     options: dict[str, Any] = field(default_factory=dict)
@@ -138,6 +141,11 @@ class PruneConfig:
                 f"output_importance: {self.output_importance!r} is unknown; choose {', '.join(OUTPUT_IMPORTANCE)} or "
                 "auto."
             )
+        if self.channel_permutation and pattern.density is None:
+            raise BadInputError(
+                "channel_permutation: an unstructured pattern has no groups of inputs; set pattern to n:m, or leave "
+                "the key out."
+            )
         for key in ("targets", "ignore"):
             for pattern_text in getattr(self, key) or []:
                 check_module_pattern(key, pattern_text)
@@ -188,7 +196,7 @@ class StructuredConfig(PruneConfig):
         if self.reconstruct == "linear":
             raise BadInputError(f"reconstruct: linear refits zeros; with method {self.method} set fusion to refit.")
         unused = ("criterion", "update", "pattern", "targets", "ignore", "min_keep_ratio", "propagate",
-                  "output_importance")  # fmt: skip
+                  "output_importance", "channel_permutation")  # fmt: skip
         for key in unused:
             if getattr(self, key) != getattr(defaults, key):
                 raise BadInputError(f"{key}: method {self.method} removes whole units; leave it out, units says which.")

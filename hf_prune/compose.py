@@ -26,6 +26,9 @@ def make_config(options: Mapping[str, Any]) -> PruneConfig:
         BadInputError: an unknown method, an unknown key, a value of the wrong type or out of range, parts that make no
             sense together.
     """
+    for key in ("method", "criterion", "update"):
+        if options.get(key) == "":
+            raise BadInputError(f"{key}: it is empty; name one, or leave the key out.")
     values = _with_method(options)
     main = find_method("method", values["method"]) if values.get("method") else PruneConfig
     known = known_keys(values)

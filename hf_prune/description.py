@@ -113,7 +113,7 @@ def sizes_of(model: Any, result: PruneResult, total: int) -> dict[str, Any]:
     assert result.plan.structure is not None and result.reduction is not None
     left = sum(parameter.numel() for parameter in model.parameters())
     structure = Structure.from_dict(result.plan.structure)
-    apart = ("kept", "reconstruction", "forward_passes")
+    apart = ("kept", "reconstruction", "forward_passes", "shares", "earlier_seconds", "saving_seconds")
     return {
         "reconstruction": _reconstruction(result),
         "structure": {
@@ -152,6 +152,7 @@ def describe_method(config: PruneConfig) -> dict[str, Any]:
         "reconstruct": config.reconstruct,
         "allocation": Path(config.allocation).name,
         "output_importance": config.output_importance,
+        "channel_permutation": config.channel_permutation or None,
         "options": own_options(config),
         "paper": owner.info.paper,
         "paper_title": owner.info.paper_title,

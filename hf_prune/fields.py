@@ -62,7 +62,7 @@ def coerce(key: str, value: Any, annotation: Any) -> Any:
                 return int(number)
         except (ValueError, OverflowError):
             pass
-    elif isinstance(value, kind):
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     raise BadInputError(f"{key}: {value!r} is not {names.get(kind, kind.__name__)}.")

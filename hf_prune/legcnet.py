@@ -16,8 +16,9 @@ from hf_prune.checkpoint.folder import RECIPE_FILE, beside, check_output_folder,
 from hf_prune.description import environment
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
+from hf_prune.evaluation.explanation import alphas, mean_shap, rank_correlation, require_explanations
 from hf_prune.methods.legcnet import LEGCNetConfig
-from hf_prune.report.cause_plots import plot_exponents, plot_p_values
+from hf_prune.report.cause_plots import plot_exponents, plot_moved, plot_p_values
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
 from hf_prune.training.causes import Causes, save_causes, target_steps
 from hf_prune.training.checkpoints import fingerprint
@@ -62,7 +63,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
             "windows": causes.exponents.shape[1],
         },
         "seconds": {**causes.seconds, **{found.kind: found.seconds for found in rounds}},
-        "rounds": [_summary(found, search.benchmark_of(dense), steps_an_epoch, unwatched) for found in rounds],
+        "rounds": [_summary(found, dense, search.benchmark_of(dense), steps_an_epoch, unwatched) for found in rounds],
         "command": f"hf-prune train --config {RECIPE_FILE}",
     }
     if distributed.rank() == 0:
@@ -74,6 +75,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
             plot_exponents(causes.exponents, causes.keep, search.config, folder / "plots" / "exponents.png")
             alpha = None if search.config.sparsity else search.config.alpha
             plot_p_values(causes.p, causes.tested, alpha, folder / "plots" / "p_values.png")
+            plot_moved(rounds[:2], folder / "plots" / "moved.png")
             (folder / RECIPE_FILE).write_text(recipe.text_as_run, encoding="utf-8")
             (folder / LEGCNET_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
@@ -94,6 +96,8 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
         raise BadInputError("dataloader_drop_last: an epoch is all rows; leave the key out.")
     if config.series == "units":
         raise BadInputError("series: a perceptron has weights and rows; choose weights, sample or rows.")
+    if recipe.fresh.explain:
+        require_explanations()
     check_output_folder(output_dir, recipe.output.overwrite_output_dir)
     # Before any process group: the arguments bring up the one that training wants.
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
@@ -122,7 +126,7 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
         figure=lambda model: training.figures(model)[0],
         look_every=steps_an_epoch,
         benchmark=recipe.fresh.benchmark_accuracy,
-        measuring=_measuring(training, held_out),
+        measuring=_measuring(training, held_out, recipe),
         config=config,
         steps=steps,
         folder=beside(config.rounds_folder, "") if config.rounds_folder else beside(output_dir, ".rounds"),
@@ -151,17 +155,28 @@ def _series(model: nn.Module, config: LEGCNetConfig, seed: int) -> Series:
     return WeightSeries(model, names, config.samples_per_matrix if config.series == "sample" else None, seed)
 
 
-def _measuring(training: Rows, held_out: Rows) -> Measuring:
+def _measuring(training: Rows, held_out: Rows, recipe: TrainRecipe) -> Measuring:
+    explain, seed = recipe.fresh.explain, recipe.text.seed
+
     def evaluate(model: nn.Module) -> dict[str, Any]:
         (accuracy, loss), (own, own_loss) = held_out.figures(model), training.figures(model)
-        return {"accuracy": accuracy, "loss": loss, "train_accuracy": own, "train_loss": own_loss}
+        figures: dict[str, Any] = {"accuracy": accuracy, "loss": loss, "train_accuracy": own, "train_loss": own_loss}
+        if explain:
+            layers = _perceptron(model).layers
+            figures["alphas"] = alphas(layers)
+            figures["mean_shap"] = mean_shap(layers, training.inputs, held_out.inputs, seed)
+        return figures
 
-    return Measuring(evaluate, fingerprint("", {"inputs": held_out.inputs, "labels": held_out.labels}))
+    identity = [explain, seed] if explain else ""
+    return Measuring(evaluate, fingerprint(identity, {"inputs": held_out.inputs, "labels": held_out.labels}))
 
 
-def _summary(found: Round, benchmark: float | None, steps_an_epoch: int, unwatched: int) -> dict[str, Any]:
+def _summary(
+    found: Round, dense: Round, benchmark: float | None, steps_an_epoch: int, unwatched: int
+) -> dict[str, Any]:
     """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached."""
     reached = next((look for look in found.looks if benchmark is not None and look[1] >= benchmark), None)
+    features: list[list[float]] = [own.metrics.get("mean_shap", []) for own in (dense, found)]
     return {
         "kind": found.kind,
         "connections": found.kept + unwatched,
@@ -169,9 +184,11 @@ def _summary(found: Round, benchmark: float | None, steps_an_epoch: int, unwatch
         # A multiplication and an addition for each connection and row.
         "flops": 2 * (found.kept + unwatched),
         **found.metrics,
+        **({"shap_rank_correlation": rank_correlation(*features)} if all(features) else {}),
         "steps": found.steps,
         "epochs_to_benchmark": reached[0] / steps_an_epoch if reached else None,
         "seconds_to_benchmark": reached[2] if reached else None,
+        "moved": found.moved,
         "seconds": found.seconds,
     }
 

@@ -25,7 +25,7 @@ from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune,
 from hf_prune.recipe import Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 from hf_prune.report.privacy import may_show_samples
-from hf_prune.unfinished import Unfinished, check_stoppable
+from hf_prune.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any
     with watch.phase("prepare"):
         ready = prepare(recipe)
         check_feasible(ready)
-        check_stoppable(ready)
     with Unfinished.opened(recipe) as unfinished:
         return _run(ready, unfinished, watch, notes or {})
 
@@ -132,7 +131,8 @@ def write(
     """Finish the folder; displacement, sizes and speeds and plots are this run's own."""
 
     def complete(folder: Path) -> None:
-        if result.reduction is None:
+        # Permuted weights stand in other places than the dense ones that they were.
+        if result.reduction is None and not ready.config.channel_permutation:
             with watch.phase("compare"):
                 add_displacement(report, ready, folder)
         if ready.recipe.evaluation.eval_efficiency and ready.recipe.model.offload != "none":

@@ -20,9 +20,12 @@ from hf_prune.engine.stream import windows_per_forward
 from hf_prune.engine.walk import walk
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
+from hf_prune.patterns import Pattern
 from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reduction import as_sparsity, budget_candidates, mlp_views, plan_reduction, reduce, search_budget
-from hf_prune.structure.walk import ReduceResult
+from hf_prune.structure.families import find_family
+from hf_prune.structure.permutation import ChannelPermutation
+from hf_prune.structure.results import ReduceResult
 from hf_prune.weights import WeightView, find_views
 
 if TYPE_CHECKING:
@@ -90,6 +93,9 @@ def plan_pruning(
             shares = search_budget(model, config, input_ids)
         return plan_reduction(model, config, base_model, densities, shares)
     views, skipped = select_views(model, config.targets, config.ignore)
+    if config.channel_permutation:
+        # Refused before anything is read.
+        find_family(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
     if make_allocation(config) is None:
         saved, patterns = saved_plan(config, views)
         return make_plan(model, config, views, saved, patterns=patterns, skipped=skipped, base_model=base_model)
@@ -202,7 +208,7 @@ def prune(
         plan: a plan made before; made here otherwise.
         statistics_folder: keeps the activations' statistics for further runs (with `propagate=False`), and the state
             of an allocation that learns.
-        checkpoint: where the walk is kept between blocks, and gone on with; whole units are removed without.
+        checkpoint: where the walk is kept between blocks, and gone on with.
 
     Raises:
         BadInputError: config, plan, text and model do not fit together.
@@ -221,16 +227,29 @@ def prune(
     plan = plan or plan_pruning(model, config, name, input_ids, statistics_folder)
     reconstruction = make_block_reconstruction(config)
     if isinstance(config, StructuredConfig):
-        smaller, reduction = reduce(model, config, plan, input_ids, arguments.seed, reconstruction)
-        return PruneResult(plan, smaller, reduction.forward_passes, reduction.reconstruction, reduction)
+        smaller, reduction = reduce(model, config, plan, input_ids, arguments.seed, reconstruction, checkpoint)
+        return PruneResult(
+            plan,
+            smaller,
+            reduction.forward_passes,
+            reduction.reconstruction,
+            reduction,
+            reduction.earlier_seconds,
+            reduction.saving_seconds,
+        )
     plan = with_importance(model, config, plan, input_ids)
+    solver, reorder = make_solver(config), None
+    if config.channel_permutation:
+        names = {view.name for view in plan.views}
+        reorder = ChannelPermutation(model, names, solver.score, Pattern.parse(config.pattern))
     result = walk(
         model,
         plan,
-        make_solver(config),
+        solver,
         input_ids,
         row_scales=row_scales(config, plan),
         reconstruction=reconstruction,
+        reorder=reorder,
         propagate=config.propagate,
         statistics_folder=Path(statistics_folder) if statistics_folder else None,
         checkpoint=checkpoint,

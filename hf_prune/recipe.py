@@ -84,7 +84,7 @@ def parse_yaml(text: str, origin: str) -> dict[str, Any]:
     """Read a flat mapping; `origin` names the text in errors."""
     try:
         values = yaml.load(text, Loader=RecipeLoader)  # a SafeLoader: plain data only
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise BadInputError(f"{origin}: not valid YAML{line}; write one `key: value` a line.") from None

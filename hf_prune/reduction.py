@@ -16,15 +16,17 @@ from hf_prune.arguments import PruneConfig, StructuredConfig
 from hf_prune.engine import distributed
 from hf_prune.engine.results import ViewResult
 from hf_prune.engine.walk import BlockUpdater
+from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.plan import Plan, ViewPlan
 from hf_prune.structure.budget import Structure, plan_structure
 from hf_prune.structure.families import find_family
 from hf_prune.structure.groups import MLP, block_shape
+from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import check_stock, set_sizes
 from hf_prune.structure.transport import check_installed
-from hf_prune.structure.walk import ReduceResult, reduce_model
+from hf_prune.structure.walk import reduce_model
 from hf_prune.weights import WeightView, find_blocks, find_views
 
 logger = logging.getLogger(__name__)
@@ -77,8 +79,13 @@ def reduce(
     input_ids: Tensor | None,
     seed: int = 0,
     reconstruction: BlockUpdater | None = None,
+    checkpoint: WalkCheckpoint | None = None,
 ) -> tuple[list[ViewResult], ReduceResult]:
-    """Make `model` as small as its plan says, in place, and train each block where there is a reconstruction."""
+    """Make `model` as small as its plan says, in place, and train each block where there is a reconstruction.
+
+    Args:
+        checkpoint: where the walk is kept between blocks, and gone on with.
+    """
     if plan.structure is None:
         raise BadInputError(f"method: {config.method} makes a model smaller, and the plan is one of zeros; plan anew.")
     structure = Structure.from_dict(plan.structure)
@@ -88,7 +95,7 @@ def reduce(
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise BadInputError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
     _check_unshared(model)
-    result = reduce_model(model, structure, config.make_reducer(seed), input_ids, reconstruction)
+    result = reduce_model(model, structure, config.make_reducer(seed), input_ids, reconstruction, checkpoint)
     live = {view.name: view for view in find_views(model)}
     views = []
     for view in plan.views:

@@ -128,6 +128,8 @@ def measure_sensitivity(
         raise BadInputError(
             f"method: {config.method} removes whole units; sensitivity sets zeros, choose such a method."
         )
+    if config.channel_permutation:
+        raise BadInputError("channel_permutation: parts are put back one by one, in their own order; leave it out.")
     if input_ids is None and needs_text(config):
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset.")
     rule = make_allocation(config)

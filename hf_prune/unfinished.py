@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hf_prune
-from hf_prune.arguments import StructuredConfig
-from hf_prune.checkpoint.files import tensor_digest, text_digest
+from hf_prune.checkpoint.files import file_digest, tensor_digest, text_digest
 from hf_prune.checkpoint.folder import beside
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.engine import distributed
@@ -25,11 +24,12 @@ from hf_prune.engine.gradients import FisherFactors
 from hf_prune.engine.offload import tensors_of
 from hf_prune.engine.stopping import StopRequest
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
-from hf_prune.errors import BadInputError, Stopped
+from hf_prune.errors import Stopped
 from hf_prune.evaluation.quality import Quality
 from hf_prune.plan import Plan
 from hf_prune.preparation import Preparation
 from hf_prune.recipe import Recipe
+from hf_prune.structure.importance import is_file
 
 SUFFIX = ".pruning"
 _FISHER = "fisher_factors.safetensors"
@@ -38,14 +38,6 @@ _FISHER = "fisher_factors.safetensors"
 def work_folder(output_dir: str) -> Path:
     """Where a run that makes `output_dir` keeps what it has done until it is finished."""
     return beside(output_dir, SUFFIX)
-
-
-def check_stoppable(ready: Preparation) -> None:
-    """Raise BadInputError where a run is to stop in time and could not be gone on with."""
-    run = ready.recipe.run
-    for key in ("time_limit", "deadline"):
-        if getattr(run, key) is not None and isinstance(ready.config, StructuredConfig):
-            raise BadInputError(f"{key}: method {ready.config.method} removes whole units in one go; leave it out.")
 
 
 class Unfinished:
@@ -84,6 +76,9 @@ class Unfinished:
         # Where learned thresholds are kept says nothing of what is learned.
         del sections["statistics_folder"]
         identity: dict[str, Any] = {**sections, **asdict(ready.config)}
+        scores = getattr(ready.config, "importance", None)
+        if scores is not None and is_file(scores):
+            identity["importance"] = file_digest(Path(scores))
         identity["base model"] = ready.source.base_model
         identity["processes"] = distributed.world_size()
         identity["device"] = ready.device.type

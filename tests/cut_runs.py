@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -16,6 +17,16 @@ from hf_prune import cli
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hf_prune.pipeline", "datasets", "rich.console", "tiny", "cut_runs"])
+
+# A run of a second that keeps its place behind every block.
+RECIPE = {
+    "method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
+    "num_calibration_samples": 40, "seq_length": 64, "eval_seq_length": 64, "eval_max_windows": 4,
+    "eval_efficiency": False, "checkpoint_every": 1,
+}  # fmt: skip
+
+# Exit codes.
+KILLED, TOO_LARGE, STOPPED = -signal.SIGKILL, -signal.SIGXFSZ, 75
 
 # Fewer bytes than a block of the tiny models has.
 HALF = 10_000
@@ -81,6 +92,17 @@ def _child(values: dict, rank: int, world: int, port: int, cut: Cut | None, log:
         cut.install()
     sys.exit(cli.main(["prune", *[f"--{key}={json.dumps(value) if isinstance(value, bool) else value}"
                                   for key, value in values.items()]]))  # fmt: skip
+
+
+def stopped_twice(recipe: dict, folder: Path, **changes: object) -> dict:
+    """The recipe on a copy of its model, once a run by it has been stopped before its first block and its second."""
+    shutil.copytree(recipe["model_name_or_path"], folder / "model")
+    own = {"model_name_or_path": folder / "model", "output_dir": folder / "out", "time_limit": "0.001"}
+    values = {**recipe, **own, **changes}
+    for _ in range(2):
+        codes, log = prune(values, folder)
+        assert codes == [STOPPED], log
+    return values
 
 
 def prune(values: dict, folder: Path, world: int = 1, cut: Cut | None = None) -> tuple[Sequence[int | None], str]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from hf_prune.cli.train import make_recipe
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError
+from hf_prune.evaluation.explanation import alphas, mean_shap
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.legcnet import run_legcnet
 from hf_prune.recipe import dump_yaml
@@ -66,10 +68,24 @@ def test_a_recipe_makes_a_folder_that_says_what_it_kept(tmp_path: Path, capsys: 
     own = next(row for row in report["rounds"] if row["kind"] == "legcnet")
     assert own["accuracy"] == pytest.approx(float(hits.double().mean())) and own["connections"] == 56
     assert {row["connections"] for row in report["rounds"]} == {80, 56}
-    for name in ("exponents", "p_values"):
+    for name in ("exponents", "p_values", "moved"):
         assert (out / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = " ".join(capsys.readouterr().out.split())
     assert "56 of 80 series stay" in printed and str(tmp_path / "out") in printed.replace(" ", "")
+
+
+def test_layers_and_features_are_explained_where_asked(tmp_path: Path) -> None:
+    report = run_legcnet(make_recipe({**RECIPE, "explain": True, "output_dir": str(tmp_path / "out")}))
+    model = Perceptron.from_pretrained(tmp_path / "out")
+    training, held_out = load_table(TableArguments(dataset_name="sklearn:wine"))
+    dense, own = report["rounds"][:2]
+    assert own["alphas"] == pytest.approx(alphas(model.layers)) and set(own["alphas"]) == {"0", "2"}
+    features = mean_shap(model.layers, training.inputs, held_out.inputs)
+    assert own["mean_shap"] == pytest.approx(features, rel=1e-5) and len(features) == 13
+    # Spearman by the textbook: Pearson's of ranks.
+    ranks = [np.argsort(np.argsort(means)) for means in (dense["mean_shap"], features)]
+    assert own["shap_rank_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert dense["shap_rank_correlation"] == pytest.approx(1)
 
 
 def test_tables_are_split_by_class_and_standardised_on_what_is_trained_on() -> None:

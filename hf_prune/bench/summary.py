@@ -22,7 +22,8 @@ QUIET = 0.1
 def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
     """A flat line for every row and setting that has a finished run, seeds and repeats put together.
 
-    Seconds are the median over runs that had an idle machine to themselves, over all where none had.
+    Seconds are the median over runs that had an idle machine to themselves, those of the least disturbed one where none
+    had.
 
     `excess` is log(perplexity / dense perplexity), the mean over seeds; `excess_ratio` and `time_ratio` are to the
     grid's reference row under the same setting, `time_ratio` to its runs of the same days where it has any: machines
@@ -43,7 +44,7 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
             if not runs:
                 continue
             first = {run["seed"]: quality[run["weights"]] for run in reversed(runs)}
-            timed = [run for run in runs if _is_quiet(run)] or runs
+            timed = [run for run in runs if _is_quiet(run)] or [min(runs, key=_disturbance)]
             seconds[setting, row["name"]] = [(run.get("day"), run["seconds"]) for run in timed]
             logs = [math.log(figures["perplexity"] / dense["perplexity"]) for figures in first.values()]
             seed = min(first)
@@ -78,7 +79,12 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
 
 def _is_quiet(run: dict[str, Any]) -> bool:
     """Whether a run had an idle machine to itself; one of several side by side had only some of its processors."""
-    return run["cores_busy_elsewhere"] <= QUIET and run.get("at_once", 1) == 1
+    return _disturbance(run) <= QUIET
+
+
+def _disturbance(run: dict[str, Any]) -> float:
+    """Cores that something else had, runs at its side included."""
+    return float(run["cores_busy_elsewhere"]) + run.get("at_once", 1) - 1
 
 
 def gone(figures: dict[str, Any], dense: dict[str, Any]) -> float:

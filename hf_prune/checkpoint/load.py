@@ -117,15 +117,24 @@ def load_model(path: str, arguments: ModelArguments, device: torch.device, revis
 
     if arguments.offload != "none":
         raise BadInputError("offload: only prune, plan and evaluate read a model in parts; set it to none.")
+    # A wrapper's annotations know of no second result.
+    loaded: Any
     with explained(path):
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
-        model.to(device)  # type: ignore[arg-type]  # a wrapper's annotation lost the overloads
+        model, found = loaded
+        if found["missing_keys"]:
+            # transformers would go on with random ones.
+            raise BadInputError(
+                f"model_name_or_path: {path} holds no weight {min(found['missing_keys'])}; get the model again."
+            )
+        model.to(device)
         model.eval()
     check_finite(model)
     return model

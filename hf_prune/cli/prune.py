@@ -27,14 +27,12 @@ def execute(recipe: Recipe, command: list[str]) -> int:
     """Run the recipe here, or `command` once per process where the recipe asks for several."""
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
         from hf_prune.preparation import check_feasible, prepare
-        from hf_prune.unfinished import check_stoppable, work_folder
+        from hf_prune.unfinished import work_folder
 
         # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
         quiet_libraries()
         recipe.require("output_dir")
-        ready = prepare(recipe)
-        check_feasible(ready)
-        check_stoppable(ready)
+        check_feasible(prepare(recipe))
         return relaunch(recipe.model.num_processes, command, work_folder(str(recipe.output.output_dir)))
     run_and_show(recipe)
     return 0
@@ -75,7 +73,8 @@ def run_and_show(recipe: Recipe) -> None:
     """Run a recipe and print what a person wants to know of it."""
     from hf_prune.pipeline import run
     from hf_prune.report import tables
-    from hf_prune.report.findings import gained, next_step
+    from hf_prune.report.findings import next_step
+    from hf_prune.report.gains import gained
 
     quiet_libraries()
     report = run(recipe)

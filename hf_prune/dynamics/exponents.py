@@ -14,6 +14,7 @@ ABRUPT = 0.9
 FLAT = 1e-5
 # Windows at once: what a core keeps in its cache.
 CHUNK_BYTES = 4 * 1024**2
+SERIES_TOGETHER = 256
 
 
 def window_starts(steps: int, window: int, stride: int) -> range:
@@ -39,14 +40,13 @@ def windowed_exponents(
     # [series, windows, window], a view.
     windows = series.unfold(1, window, stride)
     result = torch.zeros(windows.shape[:2], dtype=series.dtype)
-    flat = result.view(-1)
     rows = max(CHUNK_BYTES // (window * window * series.element_size()), 1)
-    together = windows.reshape(-1, window)
-    for start in range(0, len(together), rows):
-        own = together[start : start + rows]
-        moves = (own.amax(1) - own.amin(1) >= FLAT) & ~changes_abruptly(own)
-        if bool(moves.any()):
-            flat[start : start + rows][moves] = largest_exponents(own[moves], first, last)
+    # A part of the series at a time, because windows that overlap take more room than the series do.
+    for part, found in zip(windows.split(SERIES_TOGETHER), result.split(SERIES_TOGETHER), strict=True):
+        for own, flat in zip(part.reshape(-1, window).split(rows), found.view(-1).split(rows), strict=True):
+            moves = (own.amax(1) - own.amin(1) >= FLAT) & ~changes_abruptly(own)
+            if bool(moves.any()):
+                flat[moves] = largest_exponents(own[moves], first, last)
     return result
 
 

@@ -132,6 +132,12 @@ class Statistics:
         sums = [total for total in (self.sum_of_squares, self.sum) if total is not None]
         return all(bool(torch.isfinite(total).all()) for total in sums)
 
+    def reorder(self, order: Tensor) -> None:
+        """Become the statistics of the same inputs in another order, int64 [in]."""
+        for kind, total in self._totals.items():
+            total.copy_(total[order][:, order] if kind == "gram" else total[order])
+        self._derived.clear()
+
     def release(self) -> None:
         """Drop sums and everything derived from them: a block's statistics end with its solves."""
         self._totals.clear()

@@ -30,7 +30,7 @@ from hf_prune.errors import BadInputError, RunError
 from hf_prune.masks import MaskRule
 from hf_prune.plan import Plan
 from hf_prune.progress import progress
-from hf_prune.weights import WeightView, find_views
+from hf_prune.weights import WeightView, find_blocks, find_views
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,14 @@ class WeightSolver(Protocol):
     def statistics(self) -> frozenset[str]: ...
 
     def solve(self, weight: Tensor, statistics: Statistics | None, rule: MaskRule) -> tuple[Tensor, Tensor]: ...
+
+
+class Reorder(Protocol):
+    """Puts a block's units in another order before anything of it is pruned."""
+
+    def __call__(
+        self, block: int, groups: Sequence[tuple[Statistics | None, list[WeightView]]], owners: Sequence[int]
+    ) -> None: ...
 
 
 class BlockUpdater(Protocol):
@@ -67,6 +75,7 @@ def walk(
     *,
     row_scales: Mapping[str, Tensor] | None = None,
     reconstruction: BlockUpdater | None = None,
+    reorder: Reorder | None = None,
     propagate: bool = True,
     statistics_folder: Path | None = None,
     checkpoint: WalkCheckpoint | None = None,
@@ -79,6 +88,7 @@ def walk(
         row_scales: float32 [out] by view: what its rows are multiplied by while it is solved, so that errors of its
             outputs count by how much they matter; each row as it is where it is missing.
         reconstruction: trains each block after its solves.
+        reorder: sees each block's statistics before its solves.
         propagate: hand pruned outputs on; False lets every block see the dense model's hidden states.
         statistics_folder: keeps the statistics for further runs on the same model and windows; used only where
             nothing is propagated.
@@ -96,6 +106,8 @@ def walk(
     if not solver.statistics and reconstruction is None:
         for index in in_turn(model, progress(sorted({view.block for view in views}), "pruning")):
             own = [view for view in views if view.block == index]
+            if reorder is not None and index < len(find_blocks(model)[1]):
+                reorder(index, [(None, own)], [0])
             result.views += [_prune(view, None, solver, rules[view.name], scales.get(view.name)) for view in own]
             keep(model, index)
         return _in_order(result, plan)
@@ -110,11 +122,12 @@ def walk(
         if statistics_folder is not None and not propagate and solver.statistics:
             # Named after the dense model: before anything is restored.
             cache = StatisticsCache(statistics_folder, model, input_ids, views, solver.statistics)
-        first = checkpoint.restore(runner, streams, result, views) if checkpoint else 0
+        first = checkpoint.restore(runner, streams, result, {view.block for view in views}) if checkpoint else 0
         for index in in_turn(model, progress(range(first, last + 1), "pruning blocks", total=last + 1 - first)):
             own = [view for view in views if view.block == index]
             if cache is not None and cache.complete:
-                result.views += _solve(cache.load(index), solver, rules, scales) if own else []
+                again = reorder if index < len(runner.blocks) else None
+                result.views += _solve(index, cache.load(index), solver, rules, scales, again) if own else []
             else:
                 inside = index < len(runner.blocks)
                 # The dense block's outputs on the pruned prefix come with the observation for one layer's product more.
@@ -126,7 +139,7 @@ def walk(
                     dense.advance(index)
                     outputs = dense.hidden
                 if own:
-                    solved = _solve(groups, solver, rules, scales)
+                    solved = _solve(index, groups, solver, rules, scales, reorder if inside else None)
                     if reconstruction is not None and inside:
                         assert outputs is not None
                         changes = {view.name: view.change for view in solved}
@@ -178,10 +191,12 @@ def _views_of(model: nn.Module, plan: Plan) -> list[WeightView]:
 
 
 def _solve(
+    block: int,
     groups: list[tuple[Statistics, list[WeightView]]],
     solver: WeightSolver,
     rules: dict[str, MaskRule],
     scales: Mapping[str, Tensor],
+    reorder: Reorder | None,
 ) -> list[ViewResult]:
     """Solve each group on one process and hand the weights out, so that all processes hold the same bits."""
     owners = _assign([sum(view.stored.numel() for view in members) * members[0].shape[1] for _, members in groups])
@@ -190,6 +205,8 @@ def _solve(
         statistics.finish(lambda tensor, owner=owner: distributed.sum_at(tensor, owner))  # type: ignore[misc]
         if owner != distributed.rank():
             statistics.release()
+    if reorder is not None:
+        reorder(block, groups, owners)
 
     def solve_own() -> list[ViewResult]:
         results: list[ViewResult] = []

@@ -6,12 +6,12 @@ Saving costs time that grows with the calibration set, so by default it waits un
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
@@ -19,19 +19,27 @@ from torch import Tensor, nn
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.engine import distributed
 from hf_prune.engine.offload import at_work, in_turn, keep, offload_of
-from hf_prune.engine.results import WalkResult
 from hf_prune.engine.stopping import SIGNAL, StopRequest
 from hf_prune.errors import Stopped
 
 if TYPE_CHECKING:
     from hf_prune.engine.capture import BlockRunner
     from hf_prune.engine.stream import Stream
-    from hf_prune.weights import WeightView
 
 logger = logging.getLogger(__name__)
 # Seconds of work for each second of saving.
 _WORK_PER_SAVING = 19
 _ENTRY = "walk"
+
+
+class Outcome(Protocol):
+    """What a walk has found so far, as JSON can hold it."""
+
+    saving_seconds: float
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def restore(self, values: dict[str, Any]) -> None: ...
 
 
 class WalkCheckpoint:
@@ -56,22 +64,37 @@ class WalkCheckpoint:
     def __exit__(self, *exception: Any) -> None:
         self._exits.__exit__(*exception)
 
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """What the last save kept of the result; None where there was none."""
+        saved = self.work.entries.get(_ENTRY)
+        return None if saved is None else dict(saved["result"])
+
     def restore(
-        self, runner: BlockRunner, streams: Sequence[Stream], result: WalkResult, views: Sequence[WeightView]
+        self,
+        runner: BlockRunner,
+        streams: Sequence[Stream],
+        result: Outcome,
+        blocks: Collection[int],
+        resize: Callable[[int], None] | None = None,
+        began: float | None = None,
     ) -> int:
         """Bring model, streams and result to where the last save left them; the index of the block that is next.
 
         Args:
             streams: what goes through the blocks; `save` keeps it as it is then, as it does `result`.
-            views: everything that the walk prunes.
+            blocks: those that the walk changes.
+            resize: gives a block the sizes that it was saved with.
+            began: when this session's work did, by `perf_counter`; now unless given.
 
         Raises:
             BadInputError: a file is not what was written.
         """
         self._runner, self._streams, self._result = runner, streams, result
-        self._pruned = {view.block for view in views}
+        self._pruned, self._resize = frozenset(blocks), resize
         self._last = max(self._pruned)
-        self._began = self._saved = self._block_began = perf_counter()
+        self._saved = self._block_began = perf_counter()
+        self._began = self._saved if began is None else began
         self._unsaved: list[int] = []
         self._cost = self._longest = 0.0
         saved = self.work.entries.get(_ENTRY)
@@ -82,7 +105,8 @@ class WalkCheckpoint:
         result.restore(saved["result"])
         for stream, passes in zip(streams, saved["forward_passes"], strict=True):
             stream.forward_passes = passes
-        runner.learn_outputs(streams[0].chunks[-1], first)
+        if streams:
+            runner.learn_outputs(streams[0].chunks[-1], first)
         logger.info("Going on with block %d: what came before it is kept in %s.", first, self.work.path)
         return first
 
@@ -93,6 +117,8 @@ class WalkCheckpoint:
             if offload is not None and offload.home.outlives:
                 offload.adopt(index)
                 continue
+            if self._resize is not None:
+                self._resize(index)
             load_model(self._module(index), self.work.file(_block_file(index)), device=device)
             keep(model, index)
         for number, stream in enumerate(self._streams):

@@ -19,6 +19,8 @@ from hf_prune.checkpoint.folder import RECOVERY_FILE
 from hf_prune.hub.card_metadata import card_data, eval_result_entries, hub_base_model
 from hf_prune.report import findings
 from hf_prune.report.figures import dig, efficiency_rows, number, quality_rows, sparsity_rows
+from hf_prune.report.gains import gained
+from hf_prune.report.limitations import limitations
 from hf_prune.report.markdown import code, escape, fence, one_line
 from hf_prune.report.privacy import (
     hidden_keys,
@@ -75,7 +77,7 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
         "rows": [*quality_rows(report), *sparsity_rows(report), *efficiency_rows(report)],
         "measured": [text for text in (findings.protocol(report), _conditions(report)) if text],
         "plots": [(plot, caption) for plot, caption in PLOTS.items() if (folder / plot).is_file()],
-        "gained": findings.gained(report),
+        "gained": gained(report),
         "loading": fence(_loading(report.get("hub_model_id"), bool(report.get("own_code"))), "python"),
         "needs": _needs(report),
         "making": _making(report, recipe),
@@ -88,7 +90,7 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
             else ", without its comments and without what describes private text or this machine's folders:"
         ),
         "later_recipes": _later_recipes(folder, report),
-        "limitations": findings.limitations(report),
+        "limitations": limitations(report),
         "candidates": candidate_rows(report.get("search")),
         "candidate_columns": COLUMNS,
         "checks": _checks(report),
@@ -149,7 +151,7 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
     link = f"[{title}]({paper})" if re.fullmatch(r"https://[\w./%:~-]+", paper) else ""
     name = escape(findings.method_title(report) or "")
     summary = escape(method.get("summary") or "").rstrip(".")
-    parts = ("criterion", "update", "reconstruct", "allocation", "output_importance", "pattern")
+    parts = ("criterion", "update", "reconstruct", "allocation", "output_importance", "channel_permutation", "pattern")
     steps = {key: method.get(key) for key in parts}
     steps |= method.get("options") or {}
     settings = [code(f"{key}: {_yaml_scalar(value)}") for key, value in steps.items() if _is_said(value)]

@@ -38,7 +38,7 @@ def _sums(size: Tensor, dimension: int) -> Tensor:
 class RIAConfig(PruneConfig):
     """RIA (Zhang et al., ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF), its criterion as published.
 
-    The paper's channel permutation for n:m patterns is not part of it.
+    The paper's channel permutation for n:m patterns is `channel_permutation: true`, which every criterion can take.
 
     Args:
         activation_power: exponent of the inputs' norms, 0 or more; the paper's 0.5.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hf_prune.methods.legcnet import LEGCNetConfig
+    from hf_prune.training.rounds import Round
 
 DPI = 150
 KEPT, PRUNED = "#4878a8", "#d1873c"
@@ -53,6 +55,32 @@ def plot_p_values(p: Tensor, tested: Tensor, alpha: float | None, path: str | Pa
     axes.set_ylabel("series")
     untested = int((~tested).sum())
     axes.set_title(f"{int(tested.sum()):,} series" + (f"; {untested:,} could not be tested" if untested else ""))
+    return _save(figure, path)
+
+
+def plot_moved(rounds: Sequence[Round], path: str | Path) -> Figure:
+    """Draw how far each layer moved in every epoch, dense in full and pruned dashed, as a PNG at `path`.
+
+    Args:
+        rounds: the dense training and the one of what LEGCNet keeps.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for found, line, name in zip(rounds, ("-", "--"), ("dense", "pruned"), strict=True):
+        for place, layer in enumerate(found.layers):
+            norms = [(epoch, moved[layer]) for epoch, moved in enumerate(found.moved, 1) if layer in moved]
+            if norms:
+                epochs, values = zip(*norms, strict=True)
+                marker, label = "o" if len(norms) == 1 else "", f"{layer}, {name}"
+                axes.plot(epochs, values, linestyle=line, marker=marker, color=f"C{place}", label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("norm of what an epoch changes")
+    axes.set_title("How far the layers move")
+    if axes.lines:
+        axes.legend(frameon=False)
     return _save(figure, path)
 
 

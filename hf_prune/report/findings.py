@@ -1,4 +1,4 @@
-"""Sentences that a prune_report.json supports: what was done, what was gained, what it cost, what to do next.
+"""Sentences that a prune_report.json supports: what was done, what it cost, what to do next.
 
 Foreign strings stand in code spans only (see markdown.code): every sentence is safe in Markdown and in a terminal.
 A sentence whose figures were not measured is not said.
@@ -6,12 +6,10 @@ A sentence whose figures were not measured is not said.
 
 import re
 import shlex
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from hf_prune.report.figures import (
-    change_percent,
     dig,
     duration,
     number,
@@ -25,8 +23,6 @@ from hf_prune.report.figures import (
 from hf_prune.report.markdown import code, inline, one_line
 from hf_prune.report.privacy import text_name
 
-AVAILABLE = frozenset({"2:4", "structured"})
-"""What hf_prune can do to gain speed: zeros that GPUs can skip, and narrower models."""
 _UNITS = (("width", "neurons an MLP"), ("groups", "key-value groups"), ("heads", "query heads"))
 
 
@@ -40,7 +36,8 @@ def method_title(report: dict[str, Any]) -> str | None:
     return dig(report, "method", "title") or dig(report, "method", "name")
 
 
-def _texts(items: Any) -> list[dict[str, Any]]:
+def records(items: Any) -> list[dict[str, Any]]:
+    """Those of a report's list that are mappings, as they should all be."""
     return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
@@ -54,7 +51,7 @@ def summary(report: dict[str, Any]) -> str:
     if achieved is None:
         sentence = f"{name}, pruned{by_method}"
     else:
-        layers = len(_texts(report.get("views")))
+        layers = len(records(report.get("views")))
         where = f"the weights of {layers} layers" if layers > 1 else "the pruned weights"
         sentence = f"{name} with {percent(achieved)} of {where} set to zero{by_method}"
         sentence += f" ({percent(overall)} of all parameters)" if overall is not None else ""
@@ -152,7 +149,7 @@ def _training(text: Any) -> str:
 
 def tickets(report: dict[str, Any]) -> str:
     """What iterative pruning went through, or '' where it was none."""
-    rounds = [found for found in _texts(report.get("tickets")) if found.get("kind") == "ticket"]
+    rounds = [found for found in records(report.get("tickets")) if found.get("kind") == "ticket"]
     if len(rounds) < 2:
         return ""
     path = ", ".join(f"{plain_figure(own['perplexity'])} at {percent(own['sparsity'])}" for own in rounds)
@@ -162,7 +159,7 @@ def tickets(report: dict[str, Any]) -> str:
 def recoveries(report: dict[str, Any]) -> list[str]:
     """A sentence for each training behind the pruning."""
     sentences = []
-    for own in _texts(report.get("recoveries")):
+    for own in records(report.get("recoveries")):
         before, after, gap = (number(own.get(key)) for key in ("perplexity_before", "perplexity_after", "gap_closed"))
         sentence = f"{one_line(own.get('title') or 'trained')}, {_training(own.get('training'))}"
         if before and after:
@@ -171,161 +168,6 @@ def recoveries(report: dict[str, Any]) -> list[str]:
         seconds = number(dig(own, "training", "seconds"))
         sentences.append(sentence + (f", in {duration(seconds)}" if seconds else "") + ".")
     return sentences
-
-
-def gained(report: dict[str, Any], available: Collection[str] = AVAILABLE) -> list[str]:
-    """What size and speed became, measured; what stays theoretical; which setting would gain more.
-
-    available: what hf_prune can do towards speed, of "2:4" and "structured"; nothing else is recommended.
-    """
-    return [*_size(report), *_speed(report), *_theory(report), *_settings(report, available)]
-
-
-def _size(report: dict[str, Any]) -> list[str]:
-    before, after = (number(dig(report, "efficiency", side, "file_bytes")) for side in ("dense", "pruned"))
-    if not before or after is None:
-        return []
-    if abs(after / before - 1) < 0.005:
-        return [f"Size on disk: -0 % ({size(after)} before and after); zeros are stored like any other weight."]
-    return [f"Size on disk: {change_percent(before, after)} ({size(before)} before, {size(after)} now)."]
-
-
-def _speed(report: dict[str, Any]) -> list[str]:
-    structured = bool(report.get("structure"))
-    reason = (
-        "stock runtimes multiply zeros like any other number"
-        if pattern_of(report) == "unstructured"
-        else "plain `from_pretrained` runs dense kernels, which multiply the zeros too"
-    )
-    measured = []
-    for word, key in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
-        before, after = (number(dig(report, "efficiency", side, key)) for side in ("dense", "pruned"))
-        if before and after:
-            measured.append(f"{word} {times(after / before)}")
-    if not measured:
-        return [] if structured else [f"Speed was not measured; expect 1.0x: {reason}."]
-    place = dig(report, "efficiency", "device")
-    where = f" on {code(place)}" if place else ""
-    if structured:
-        return [
-            f"Speed: {', '.join(measured)}, measured{where} with stock kernels: there is less to read and multiply."
-        ]
-    return [f"Speed: {', '.join(measured)}, measured{where}; {reason}, so that differences from 1.00x are noise."]
-
-
-def _theory(report: dict[str, Any]) -> list[str]:
-    total, nonzero = (
-        number(dig(report, "efficiency", "pruned", key)) for key in ("flops_per_token", "nonzero_flops_per_token")
-    )
-    if not total or nonzero is None or nonzero >= total:
-        return []
-    share = percent(1 - nonzero / total, 0)
-    if 1 - nonzero / total < 0.005:
-        return []
-    return [f"In theory {share} of the FLOPs per token multiply a zero and could be skipped."]
-
-
-def _settings(report: dict[str, Any], available: Collection[str]) -> list[str]:
-    pattern = pattern_of(report)
-    sentences: list[str] = []
-    if report.get("structure"):
-        return sentences
-    if pattern == "2:4":
-        sentences.append(
-            "2:4 zeros gain speed only on GPUs with semi-structured sparse kernels (NVIDIA Ampere on), after "
-            "the weights are converted for them, for example with `torch.sparse.to_sparse_semi_structured`."
-        )
-    elif pattern != "unstructured":
-        sentences.append(
-            f"{code(pattern)} zeros gain speed only with kernels made for this pattern; GPU kernels commonly take 2:4."
-        )
-    if pattern != "2:4" and "2:4" in available:
-        sentences.append(
-            'What would gain speed: `pattern: "2:4"` on GPUs with semi-structured sparse kernels (NVIDIA Ampere on).'
-        )
-    # Structured pruning refuses mixtures, and architectures that it has no description of.
-    mixture = any(".experts." in str(view.get("name")) for view in report.get("views") or ())
-    if "structured" in available and not mixture and not report.get("own_code"):
-        sentences.append(
-            "What would gain size and speed on any hardware: `method: intra_fusion`, for a narrower model."
-        )
-    return sentences
-
-
-def limitations(report: dict[str, Any]) -> list[str]:
-    """What the measurements say against the model, and what was not measured."""
-    return [*_quality_limits(report), *_calibration_limits(report), *_layer_limits(report)]
-
-
-def _quality_limits(report: dict[str, Any]) -> list[str]:
-    evaluation = report.get("evaluation") or {}
-    before, after = (number(dig(evaluation, side, "perplexity")) for side in ("dense", "pruned"))
-    if after is None:
-        return ["The quality of this model was not measured."]
-    sentences = []
-    name = short_name(evaluation)
-    if before:
-        verb = "grew" if after >= before else "fell"
-        low, high, confidence = (number(dig(evaluation, "change", key)) for key in ("low", "high", "confidence"))
-        interval = ""
-        if low is not None and high is not None:
-            level = f"{percent(confidence, 0)} " if confidence is not None else ""
-            interval = f" ({level}interval {change_percent(1, low)} to {change_percent(1, high)})"
-        grown = change_percent(before, after).lstrip("+-")
-        sentences.append(f"Perplexity {verb} by {grown} on {name}{interval}.")
-        if low is not None and high is not None and low <= 1 <= high:
-            sentences.append(
-                "The interval includes no change at all: these windows are too few to tell the two models apart."
-            )
-    unknown = number(evaluation.get("unknown"))
-    if unknown:
-        sentences.append(
-            f"{percent(unknown)} of the words to predict are outside the vocabulary and count as one: the figures "
-            "compare with those of the same vocabulary only, bits per byte with none."
-        )
-    sentences.append(
-        f"Only language modelling on {name} was measured: nothing here tells how downstream tasks, instruction "
-        "following, other languages or safety behaviour changed."
-    )
-    return sentences
-
-
-def _calibration_limits(report: dict[str, Any]) -> list[str]:
-    text, evaluation = report.get("calibration"), report.get("evaluation")
-    if not calibration(report):
-        return []
-    name = short_name(report["calibration"])
-    what = "This model was fitted to" if report.get("structure") else "The zeros were chosen on"
-    sentences = [f"{what} {name}; text unlike it may have suffered more."]
-    same = isinstance(evaluation, dict) and dig(text, "dataset") and dig(text, "dataset") == evaluation.get("dataset")
-    if same and number(dig(evaluation, "pruned", "perplexity")) is not None:
-        sentences.append("Calibration and evaluation text come from the same source, which flatters the figures above.")
-    return sentences
-
-
-def _layer_limits(report: dict[str, Any]) -> list[str]:
-    sentences = []
-    views = [view for view in _texts(report.get("views")) if view.get("name")]
-    target, achieved = (number(dig(report, "sparsity", key)) for key in ("target", "achieved_pruned"))
-    if target is not None and achieved is not None and abs(target - achieved) >= 0.005:
-        sentences.append(f"The target was {percent(target)} of the pruned weights; {percent(achieved)} are zero.")
-    held = [view["name"] for view in views if view.get("floor")]
-    if held:
-        sentences.append(f"`min_keep_ratio` kept more weights than the allocation asked for in {_listed(held)}.")
-    scarce = [view["name"] for view in views if view.get("scarce")]
-    if scarce:
-        sentences.append(
-            f"Too few calibration tokens reached {_listed(scarce)}: weights were compared by magnitude there."
-        )
-    erring = sorted((view for view in views if number(view.get("error"))), key=lambda view: -view["error"])
-    if len(erring) > 1:
-        listed = ", ".join(f"{code(view['name'])} ({percent(view['error'])})" for view in erring[:3])
-        sentences.append(f"The outputs that changed most on the calibration text (relative squared error): {listed}.")
-    return sentences
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(code(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def displacement(report: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_prune.report.figures import Row, count, efficiency_rows, number, percent, quality_rows, sparsity_rows
-from hf_prune.report.findings import gained, next_step
+from hf_prune.report.findings import next_step
+from hf_prune.report.gains import gained
 from hf_prune.report.markdown import one_line, printable
 from hf_prune.report.names import kind_of, ranges, short_names
 

@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_prune.engine import distributed
 from hf_prune.engine.block_training import train_block
 from hf_prune.engine.capture import BlockRunner
 from hf_prune.engine.gradients import loss_gradients
-from hf_prune.engine.statistics import Statistics, accumulation_dtype, add_gram, check_finite
 from hf_prune.engine.stream import Stream
 from hf_prune.engine.walk import BlockUpdater
+from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
 from hf_prune.progress import progress
+from hf_prune.structure.block import BlockReduction
 from hf_prune.structure.budget import Structure
-from hf_prune.structure.depth import remove_blocks
-from hf_prune.structure.fusion import Fusion
-from hf_prune.structure.groups import ATTENTION, HEADS, MLP, Group, Shape, find_groups, pad_units, rewrite, set_weight
-from hf_prune.structure.importance import Evidence, is_file, read_scores
-from hf_prune.structure.reduction import Reducer, consumer_columns
-from hf_prune.structure.refit import damped, refit_kept, refit_new
+from hf_prune.structure.depth import drop_blocks, remove_blocks
+from hf_prune.structure.importance import is_file, read_scores
+from hf_prune.structure.reduction import Reducer
+from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import set_remembered, set_sizes
-from hf_prune.weights import WeightView, find_blocks, find_views
-
-
-@dataclass
-class ReduceResult:
-    """What became of each block.
-
-    Attributes:
-        removed_blocks: the numbers of the blocks that went, as they were.
-        kept: block (numbered anew) -> kind -> numbers of the units that new ones took the place of; those of "heads"
-            are counted through all key-value groups.
-        fused: new units that more than one old unit went into, share of all.
-        solver: the transport solvers that ran.
-        solver_seconds: spent in transports (costs included).
-        forward_passes: over the calibration set.
-        reconstruction: outcome of each block's training by its number, where there was one.
-    """
-
-    removed_blocks: list[int] = field(default_factory=list)
-    kept: dict[int, dict[str, list[int]]] = field(default_factory=dict)
-    fused: float = 0.0
-    solver: list[str] = field(default_factory=list)
-    solver_seconds: float = 0.0
-    forward_passes: float = 0.0
-    reconstruction: dict[int, Any] = field(default_factory=dict)
+from hf_prune.weights import find_blocks
 
 
 def reduce_model(
@@ -62,6 +32,7 @@ def reduce_model(
     reducer: Reducer,
     input_ids: Tensor | None,
     reconstruction: BlockUpdater | None = None,
+    checkpoint: WalkCheckpoint | None = None,
 ) -> ReduceResult:
     """Make `model` smaller in place, config included; it is usable at once and saves as a stock model.
 
@@ -71,35 +42,52 @@ def reduce_model(
     Args:
         input_ids: int64 [samples, tokens], the same on every process; None for a reducer that looks at no text.
         reconstruction: trains each block once it is smaller.
+        checkpoint: where the walk is kept between blocks, and gone on with.
 
     Raises:
         BadInputError: text is needed and missing.
         RunError: a layer saw no tokens, or its inputs overflowed.
+        Stopped: the checkpoint was asked to stop.
     """
-    result = ReduceResult()
+    result, began = ReduceResult(), perf_counter()
     streams = bool(reducer.statistics) or reconstruction is not None
     needs_text = streams or reducer.needs_gradients or structure.blocks_removed > 0
     if needs_text and input_ids is None:
         raise BadInputError("dataset_name: this method needs calibration text; name a dataset or pass input_ids.")
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    if structure.blocks_removed:
+    earlier = checkpoint.outcome if checkpoint is not None else None
+    if earlier is not None:
+        gone = set(earlier["removed_blocks"])
+        if gone:
+            drop_blocks(model, [index for index in range(structure.blocks) if index not in gone])
+    elif structure.blocks_removed:
         assert input_ids is not None
         result.removed_blocks, passes = remove_blocks(model, structure.blocks_removed, input_ids)
         result.forward_passes += passes
     scores = read_scores(reducer.importance) if is_file(reducer.importance) else None
     gradients = None
+    # Those of the model that no unit has gone from yet, taken once more where a cut run goes on.
     if reducer.needs_gradients and input_ids is not None:
         gradients = loss_gradients(model, input_ids)
         result.forward_passes += 1
     blocks = find_blocks(model)[1]
-    with BlockRunner(model) as runner:
+    with BlockRunner(model) as runner, checkpoint or nullcontext():
         stream = Stream(runner, input_ids) if streams and input_ids is not None else None
         dense = None
         if reconstruction is not None and reconstruction.reconstruct_target == "model" and input_ids is not None:
             dense = Stream(runner, input_ids)
-        shares: list[float] = []
-        for index in progress(range(len(blocks)), "reducing blocks", total=len(blocks)):
-            worker = _Block(runner, stream, index, reducer, gradients, result, reconstruction is not None, scores)
+
+        def turn(index: int) -> BlockReduction:
+            return BlockReduction(runner, stream, index, reducer, gradients, result, reconstruction is not None, scores)
+
+        first = 0
+        if checkpoint is not None:
+            under_way = [own for own in (stream, dense) if own is not None]
+            first = checkpoint.restore(
+                runner, under_way, result, range(len(blocks)), lambda index: turn(index).resize(structure), began
+            )
+        for index in progress(range(first, len(blocks)), "reducing blocks", total=len(blocks) - first):
+            worker = turn(index)
             targets: list[Tensor | None] = []
             if dense is not None:
                 dense.advance(index)
@@ -107,180 +95,17 @@ def reduce_model(
             elif reconstruction is not None and stream is not None:
                 targets = [runner.run(index, *own) for own in zip(stream.chunks, stream.hidden, strict=True)]
                 stream.forward_passes += 1 / len(blocks)
-            shares += worker.reduce(structure)
+            result.shares += worker.reduce(structure)
             if reconstruction is not None and stream is not None:
                 result.reconstruction[index] = train_block(stream, index, worker.trained(), targets, reconstruction)
             if stream is not None and index + 1 < len(blocks):
                 stream.advance(index)
+            if checkpoint is not None:
+                checkpoint.save(index)
         if stream is not None:
             result.forward_passes += stream.forward_passes + (dense.forward_passes if dense else 0.0)
-    result.fused = sum(shares) / len(shares) if shares else 0.0
+    result.fused = sum(result.shares) / len(result.shares) if result.shares else 0.0
     set_sizes(config, structure.after)
     for block in blocks:
         set_remembered(block, structure.after, config)
     return result
-
-
-@dataclass
-class _Block:
-    """One block's turn; `measures` its consumers' output errors where it is trained afterwards; `scores` of a file."""
-
-    runner: BlockRunner
-    stream: Stream | None
-    index: int
-    reducer: Reducer
-    gradients: dict[str, Tensor] | None
-    result: ReduceResult
-    measures: bool
-    scores: dict[str, Tensor] | None = None
-    error: float = 0.0
-
-    def trained(self) -> list[tuple[WeightView, float]]:
-        """The block's weights, each with how far a step may move it: as in a walk, by its consumer's output error."""
-        own = [view for view in find_views(self.runner.model) if view.block == self.index]
-        return [(view, math.sqrt(self.error * float(view.read().square().mean()))) for view in own]
-
-    def reduce(self, structure: Structure) -> list[float]:
-        """Bring the block to its planned sizes; the share of fused units of each kind."""
-        before, after = structure.before, structure.after
-        width = structure.widths[self.index] if structure.widths else after.width
-        steps = []
-        if after.groups != before.groups:
-            steps.append((ATTENTION, after.groups))
-        elif after.heads != before.heads:
-            steps.append((HEADS, after.heads // after.groups))
-        if width != before.width:
-            steps.append((MLP, width))
-        shares, shape = [], before
-        for kind, count in steps:
-            shares.append(self._step(kind, shape, count))
-            shape = _with(shape, kind, count)
-        if width < after.width:
-            pad_units(find_groups(self.runner.model, self.index, MLP, shape)[0], after.width)
-        return shares
-
-    def _step(self, kind: str, shape: Shape, count: int) -> float:
-        """Reduce one kind of unit; the share of new units that several old ones went into."""
-        groups = find_groups(self.runner.model, self.index, kind, shape)
-        view = groups[0].consumer.view
-        statistics = self._observe(groups) if self.reducer.statistics else None
-        before = self._outputs(view) if self.measures else None
-        start = perf_counter()
-
-        def decide() -> list[Fusion]:
-            # Once: processes must not disagree over a tie.
-            if distributed.rank():
-                return []
-            evidence = Evidence(statistics, self.gradients, self.reducer.seed, self.scores)
-            return [self.reducer.reduce(group, count, evidence) for group in groups]
-
-        decided = distributed.all_or_none(decide)[0]
-        fusions: list[Fusion] = [fusion.to(view.parameter.device) for fusion in decided]
-        fused = any(len(fusion.source) > len(fusion.kept) for fusion in fusions)
-        if fused:
-            self.result.solver_seconds += perf_counter() - start
-            self.result.solver = sorted({*self.result.solver, self.reducer.solver(groups[0].units)})
-        weight = view.read()
-        dense = copy.deepcopy(self.runner.blocks[self.index]) if self.reducer.refits and fused else None
-        rewrite(groups, fusions)
-        self._remember(_with(shape, kind, count))
-        if dense is not None:
-            self._refit_new(view, dense, weight)
-        elif self.reducer.refits:
-            columns = torch.cat([consumer_columns(g, f.kept) for g, f in zip(groups, fusions, strict=True)])
-            new = torch.empty(weight.shape[0], len(columns), device=weight.device)
-            if statistics is not None and statistics.gram is not None:
-                new = refit_kept(weight, damped(statistics.gram, self.reducer.damping), columns)
-            distributed.send_from(new, 0)
-            set_weight(view, new)
-        if before is not None:
-            self._note_error(before, view)
-        offsets = [number * group.units for number, group in enumerate(groups)]
-        kept = [int(unit) + at for fusion, at in zip(fusions, offsets, strict=True) for unit in fusion.kept]
-        self.result.kept.setdefault(self.index, {})[kind] = kept
-        return float(torch.cat([torch.bincount(f.target, minlength=count) > 1 for f in fusions]).float().mean())
-
-    def _remember(self, shape: Shape) -> None:
-        """Modules that ask their config in a forward must not see sizes that other blocks do not have yet."""
-        config = copy.deepcopy(self.runner.model.config.get_text_config())  # type: ignore[union-attr, operator]
-        set_sizes(config, shape)
-        set_remembered(self.runner.blocks[self.index], shape, config)
-
-    def _outputs(self, view: WeightView) -> Tensor:
-        """What a layer of this block puts out for the first chunk, float32 [tokens, out]."""
-        assert self.stream is not None
-        return self._inputs(view.module, self.stream.chunks[0], self.stream.hidden[0]) @ view.read().T
-
-    def _note_error(self, before: Tensor, view: WeightView) -> None:
-        """The consumer's relative output error on the processes' first chunks, the largest of the block's steps."""
-        change = (self._outputs(view) - before).square().sum()
-        sums = torch.stack([change, before.square().sum()]).cpu().double()
-        distributed.sum_everywhere(sums)
-        self.error = max(self.error, float(sums[0] / sums[1].clamp(min=1e-30)))
-
-    def _observe(self, groups: Sequence[Group]) -> Statistics | None:
-        """Statistics of the consumer's inputs, whole on process 0 and empty elsewhere."""
-        if self.stream is None:
-            return None
-        view = groups[0].consumer.view
-        ((statistics, _),), _ = self.stream.observe(self.index, [view], self.reducer.statistics)
-        statistics.finish(lambda tensor: distributed.sum_at(tensor, 0))
-        if distributed.rank() == 0:
-            check_finite(statistics, view.name)
-        else:
-            statistics.release()
-        return statistics
-
-    def _refit_new(self, view: WeightView, dense: nn.Module, weight: Tensor) -> None:
-        """Fit the consumer of fused units to the dense block's outputs: both run on the same hidden states.
-
-        Args:
-            dense: the block as it was before this step.
-            weight: float32 [out, in], the consumer's weight in it.
-        """
-        assert self.stream is not None
-        name = view.name.split(f".{self.index}.", 1)[1]
-        inner = view.read()
-        dtype = accumulation_dtype(inner.device)
-        gram = torch.zeros(inner.shape[1], inner.shape[1], dtype=dtype, device=inner.device)
-        residual = torch.zeros(inner.shape[1], inner.shape[0], dtype=dtype, device=inner.device)
-        block = self.runner.blocks[self.index]
-        for chunk, states in zip(self.stream.chunks, self.stream.hidden, strict=True):
-            self.runner.blocks[self.index] = dense
-            before = self._inputs(dense.get_submodule(name), chunk, states)
-            self.runner.blocks[self.index] = block
-            after = self._inputs(view.module, chunk, states)
-            add_gram(gram, after)
-            residual += after.T @ (before @ weight.T - after @ inner.T)
-        self.stream.forward_passes += 2 / len(self.runner.blocks)
-        gram = gram.triu() + gram.triu(1).T
-        distributed.sum_at(gram, 0)
-        distributed.sum_at(residual, 0)
-        if distributed.rank() == 0:
-            inner = refit_new(inner, gram, residual, self.reducer.damping)
-        distributed.send_from(inner, 0)
-        view.write(inner)
-
-    def _inputs(self, layer: nn.Module, chunk: Tensor, states: Tensor | None) -> Tensor:
-        """float32 [tokens, in], what a layer of this block is handed."""
-        seen: list[Tensor] = []
-
-        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0].detach().flatten(0, -2).float())
-            BlockRunner.stop()
-
-        handle = layer.register_forward_pre_hook(look)
-        try:
-            self.runner.observe(self.index, chunk, states)
-        finally:
-            handle.remove()
-        return seen[0]
-
-
-def _with(shape: Shape, kind: str, count: int) -> Shape:
-    """A block's sizes once a kind has been reduced to `count` units (a group)."""
-    if kind == MLP:
-        return replace(shape, width=count)
-    if kind == ATTENTION:
-        return replace(shape, heads=shape.heads // shape.groups * count, groups=count)
-    return replace(shape, heads=shape.groups * count)

@@ -12,18 +12,15 @@ Sahu et al. (2023), https://arxiv.org/abs/2308.09955.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from hf_prune.engine import distributed
-from hf_prune.errors import BadInputError
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.training.causes import Causes, find_causes, load_causes, save_causes, target_steps
 from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
@@ -41,66 +38,12 @@ from hf_prune.training.rounds import (
 )
 from hf_prune.training.series import Series
 from hf_prune.training.tickets import MakeTrainer
-from hf_prune.training.trainer import FinishedBefore, only_weights_change, train
+from hf_prune.training.trainer import only_weights_change, train
+from hf_prune.training.watch import Watch
 
 KINDS = ("legcnet", "magnitude", "random")
 BENCHMARK_SHARE = 0.99
 RECORDED = ("series", "samples_per_matrix", "record_every", "window", "stride")
-
-
-class Watch(TrainerCallback):
-    """Looks at a figure every `every` steps, and ends a training that has reached the benchmark.
-
-    What it has seen is in the Trainer's log, and so in its checkpoints.
-
-    Args:
-        figure: higher is better.
-        every: steps from one look to the next.
-        benchmark: a training that has reached it ends; None, none does.
-        steps: that the training must have, so that what was planned with them holds.
-        behind: looks up to this step are those of the training that a checkpoint comes from.
-
-    Raises:
-        BadInputError: the training has other steps.
-    """
-
-    def __init__(
-        self, figure: Callable[[nn.Module], float], every: int, benchmark: float | None, steps: int, behind: int = 0
-    ) -> None:
-        self.figure = figure
-        self.every = every
-        self.benchmark = benchmark
-        self.steps = steps
-        self.behind = behind
-        self._start = perf_counter()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.max_steps != self.steps:
-            raise BadInputError(
-                f"max_steps: the training has {state.max_steps} steps and {self.steps} were planned; write max_steps."
-            )
-        looks = self.looks(state)
-        self._start = perf_counter() - (looks[-1][2] if looks else 0.0)
-        if looks and self._reached(looks[-1][1]):
-            raise FinishedBefore
-
-    def _reached(self, value: float) -> bool:
-        return self.benchmark is not None and value >= self.benchmark
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
-            value = float(self.figure(kwargs["model"]))
-            look = {"step": state.global_step, "watched": value, "seconds": perf_counter() - self._start}
-            state.log_history.append(look)
-            if self._reached(value):
-                control.should_training_stop = True
-
-    def looks(self, state: TrainerState) -> list[tuple[int, float, float]]:
-        """(step, figure, seconds) of every look."""
-        every = [(int(own["step"]), own["watched"], own["seconds"]) for own in state.log_history if "watched" in own]
-        return [look for look in every if look[0] > self.behind]
 
 
 @dataclass
@@ -163,7 +106,7 @@ class LEGCNetSearch:
             Round(0, "dense"),
             model,
             everything,
-            lambda checkpoints: self._train_dense(model, ends, checkpoints),
+            lambda checkpoints: self._train_dense(model, everything, ends, checkpoints),
             self.measuring,
         )
         causes = load_causes(self.decision_folder)
@@ -214,7 +157,7 @@ class LEGCNetSearch:
             save_weights(model, self.folder / INITIAL)
         distributed.barrier()
 
-    def _train_dense(self, model: nn.Module, ends: frozenset[int], checkpoints: Path) -> Trained:
+    def _train_dense(self, model: nn.Module, layers: Iterable[str], ends: frozenset[int], checkpoints: Path) -> Trained:
         recorder = Recorder(
             self.series.observe,
             self.folder / "recording",
@@ -228,10 +171,11 @@ class LEGCNetSearch:
         if checkpoint is None:
             load_weights(model, self.folder / INITIAL)
         # What asks for a checkpoint comes before those that look whether there will be one.
-        return self._train("the dense training", model, [keep, recorder], self._watch(None), checkpoints, checkpoint)
+        watch = self._watch(None, layers)
+        return self._train("the dense training", model, [keep, recorder], watch, checkpoints, checkpoint)
 
-    def _watch(self, benchmark: float | None, behind: int = 0) -> Watch:
-        return Watch(self.figure, self.look_every, benchmark, self.steps, behind)
+    def _watch(self, benchmark: float | None, layers: Iterable[str], behind: int = 0) -> Watch:
+        return Watch(self.figure, self.look_every, benchmark, self.steps, list(layers), behind)
 
     @property
     def _goes_on(self) -> bool:
@@ -252,7 +196,7 @@ class LEGCNetSearch:
             if checkpoint is None:
                 checkpoint = self.folder / "recorded" if self._goes_on else None
                 load_weights(model, self.folder / INITIAL)
-            watch = self._watch(benchmark, self.recorded if self._goes_on else 0)
+            watch = self._watch(benchmark, masks, self.recorded if self._goes_on else 0)
             where = f"the training of what {kind} keeps"
             return self._train(where, model, [MaskCallback(masks)], watch, checkpoints, checkpoint)
 
@@ -272,4 +216,4 @@ class LEGCNetSearch:
             trainer = self.make_trainer(model, folder, [*callbacks, watch, stop])
             train(trainer, checkpoint)
             stop.check(model, "after the training")
-        return Trained(int(trainer.state.global_step), watch.looks(trainer.state))
+        return watch.seen(trainer.state)

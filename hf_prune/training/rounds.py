@@ -37,6 +37,7 @@ class Round:
         evaluation: fingerprint of that evaluation.
         steps: that the training took.
         looks: (step, figure, seconds since the training was last gone on with), where a figure was watched.
+        moved: by layer, the norm of what it has moved up to each look since the one before; empty where that was cut.
         seconds: of the training and evaluation, since it was last gone on with.
     """
 
@@ -51,6 +52,7 @@ class Round:
     evaluation: str = ""
     steps: int = 0
     looks: list[tuple[int, float, float]] = field(default_factory=list)
+    moved: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -65,6 +67,7 @@ class Trained:
 
     steps: int
     looks: list[tuple[int, float, float]] = field(default_factory=list)
+    moved: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -114,6 +117,7 @@ def make_round(
             evaluation=measuring.identity,
             steps=trained.steps,
             looks=trained.looks,
+            moved=trained.moved,
             seconds=perf_counter() - start,
         )
         if distributed.rank() == 0:

@@ -41,6 +41,12 @@ class PerceptronArguments:
     benchmark_accuracy: float | None = field(
         default=None, metadata={"help": "of the training rows, ends a pruned training; 99 % of the dense one's"}
     )
+    explain: bool = field(
+        default=False,
+        metadata={
+            "help": "add WeightWatcher's alpha of each layer and SHAP's ranks of the features (the extra explain)"
+        },
+    )
 
     def __post_init__(self) -> None:
         for size in self.hidden_sizes:

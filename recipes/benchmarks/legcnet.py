@@ -38,6 +38,11 @@ DECISIONS: dict[str, dict[str, Any]] = {
     "FT, 30 % go": {"sparsity": 0.3},
 }
 
+COLUMNS = (
+    "table", "kept by", "connections", "FLOPs a row", "accuracy %", "change", "loss change", "epochs", "seconds",
+    "alpha of each layer", "SHAP", "moved in the first, last epoch",
+)  # fmt: skip
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,13 +59,15 @@ def main() -> None:
     for seed in given.seeds:
         for table in given.tables:
             for name, decision in DECISIONS.items():
-                folder = (
-                    given.work_folder / f"{table}-{name.replace(' ', '').replace('%', '').replace(',', '-')}-{seed}"
-                )
+                words = name.replace(" ", "").replace("%", "").replace(",", "-")
+                folder = given.work_folder / f"{table}-{words}-{seed}"
+                # What decides on the same recording shares it.
+                rounds = given.work_folder / f"{table}-{decision.get('variant', 'ft')}-{seed}.rounds"
                 own = {**TABLES[table], **decision, "dataset_name": f"sklearn:{table}", "seed": seed}
-                values, text = read_recipe(given.config, {**own, "output_dir": str(folder)})
+                places = {"output_dir": str(folder), "rounds_folder": str(rounds)}
+                values, text = read_recipe(given.config, {**own, **places})
                 if folder.is_dir() and (folder / RECIPE_FILE).read_text(encoding="utf-8") != text:
-                    raise SystemExit(f"{folder} is of another recipe; remove it and its .rounds")
+                    raise SystemExit(f"{folder} is of another recipe; remove it and {rounds}")
                 if not folder.is_dir():
                     if time.monotonic() - started > 60 * given.max_minutes:
                         left += 1
@@ -103,9 +110,23 @@ def rows_of(report: dict[str, Any], table: str, decision: str) -> list[dict[str,
                 "loss_change": row["loss"] - dense["loss"],
                 "epochs": row["epochs_to_benchmark"],
                 "seconds": None if reached is None else reached + before[row["kind"]],
+                "alphas": row["alphas"],
+                "shap": row["shap_rank_correlation"],
+                "moved": [sum(own.values()) for own in row["moved"] if own],
             }
         )
     return found
+
+
+def median_alphas(rows: list[dict[str, Any]]) -> list[float]:
+    """By layer, over the seeds that have one."""
+    layers = sorted({layer for row in rows for layer in row["alphas"]}, key=int)
+    return [statistics.median(row["alphas"][layer] for row in rows if layer in row["alphas"]) for layer in layers]
+
+
+def mean_moved(rows: list[dict[str, Any]], epoch: int) -> float:
+    """How far the layers moved together in an epoch, the mean over seeds."""
+    return statistics.fmean(row["moved"][epoch] for row in rows)
 
 
 def spread(values: Iterable[float | None], form: str) -> str:
@@ -121,8 +142,7 @@ def spread(values: Iterable[float | None], form: str) -> str:
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """The table, and below it who won."""
-    lines = ["| table | kept by | connections | FLOPs a row | accuracy % | change | loss change | epochs | seconds |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     keys = list(dict.fromkeys((row["table"], row["row"]) for row in rows))
     means: dict[tuple[str, str], float] = {}
     for table, name in keys:
@@ -133,6 +153,9 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
             spread([row["accuracy"] for row in own], ".1f"), spread([row["accuracy_change"] for row in own], "+.1f"),
             spread([row["loss_change"] for row in own], "+.3f"), spread([row["epochs"] for row in own], ".0f"),
             spread([row["seconds"] for row in own], ".1f"),
+            ", ".join(f"{alpha:.1f}" for alpha in median_alphas(own)),
+            spread([row["shap"] for row in own], ".2f"),
+            f"{mean_moved(own, 0):.2f}, {mean_moved(own, -1):.3f}" if all(row["moved"] for row in own) else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join([table, name, *figures])} |")
     lines.append("")

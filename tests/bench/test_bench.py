@@ -280,8 +280,8 @@ def test_seconds_are_compared_with_those_of_the_same_day() -> None:
     assert _time_ratio(own[:1], peer) == 10.0 / 51.0  # no day in common
 
 
-@pytest.mark.parametrize(("busy", "seconds"), [((0.0, 0.9, 0.05), 11.0), ((0.5, 0.9, 0.7), 12.0)])
-def test_seconds_are_those_of_an_idle_machine_where_there_are_any(
+@pytest.mark.parametrize(("busy", "seconds"), [((0.0, 0.9, 0.05), 11.0), ((0.5, 0.9, 0.7), 10.0)])
+def test_seconds_are_those_of_the_least_disturbed_machine(
     tmp_path: Path, busy: tuple[float, ...], seconds: float
 ) -> None:
     text = GRID.format(model="model", text="text.txt", python="python")
@@ -296,8 +296,7 @@ def test_seconds_are_those_of_an_idle_machine_where_there_are_any(
         results.add(cell, run)
     # One that had half of the processors, though nothing else was at work.
     beside = {"seed": 0, "weights": "own", "seconds": 99.0, "peak_memory_bytes": 1, "cores_busy_elsewhere": 0.0}
-    if min(busy) <= 0.1:
-        results.add(cell, {**beside, "at_once": 2})
+    results.add(cell, {**beside, "at_once": 2})
     (line,) = summarise(grid, results)
     assert line["seconds"] == seconds and line["quiet"] == (min(busy) <= 0.1)
     assert f"| {'' if line['quiet'] else '~'}{seconds:.0f}" in markdown(grid, results, [line])

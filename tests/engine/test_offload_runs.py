@@ -2,21 +2,14 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from cut_runs import Cut, prune
+from cut_runs import KILLED, RECIPE, TOO_LARGE, Cut, prune, stopped_twice
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 
-KILLED, TOO_LARGE, STOPPED = -signal.SIGKILL, -signal.SIGXFSZ, 75
-RECIPE = {
-    "method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
-    "num_calibration_samples": 40, "seq_length": 64, "eval_seq_length": 64, "eval_max_windows": 4,
-    "eval_efficiency": False, "checkpoint_every": 1,
-}  # fmt: skip
 FAMILIES = ("llama", "mixtral")
 
 
@@ -92,14 +85,7 @@ def test_two_processes_read_the_same_files(recipe: dict, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_what_was_damaged_between_two_sessions_is_named(recipe: dict, tmp_path: Path) -> None:
-    shutil.copytree(recipe["model_name_or_path"], tmp_path / "model")
-    values = {
-        **recipe, "model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "out", "offload": "disk",
-        "time_limit": "0.001",
-    }  # fmt: skip
-    for _ in range(2):
-        codes, log = prune(values, tmp_path)
-        assert codes == [STOPPED], log
+    values = stopped_twice(recipe, tmp_path, offload="disk")
     weights, shard = tmp_path / "model" / "model.safetensors", tmp_path / "out.pruning" / "shard_0000.safetensors"
     for file, damage, said in (
         (weights, lambda whole: whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:], "is not what it was;"),

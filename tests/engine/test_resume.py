@@ -1,25 +1,18 @@
 """Runs that are cut and go on: real processes, killed at seeded moments, are gone on with to the same bytes."""
 
+import json
 import random
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from cut_runs import HALF, Cut, prune
+from cut_runs import HALF, KILLED, RECIPE, STOPPED, TOO_LARGE, Cut, prune, stopped_twice
 from safetensors.torch import load, load_file
 from tiny import byte_tokenizer, tiny_model
 
 from hf_prune.checkpoint.lock import hold
-
-RECIPE = {
-    "method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
-    "num_calibration_samples": 40, "seq_length": 64, "eval_seq_length": 64, "eval_max_windows": 4,
-    "eval_efficiency": False, "checkpoint_every": 1,
-}  # fmt: skip
-KILLED, TOO_LARGE, STOPPED = -signal.SIGKILL, -signal.SIGXFSZ, 75
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +68,48 @@ def test_five_kills_change_nothing(recipe: dict, uncut: dict[str, bytes], tmp_pa
     assert not (tmp_path / "out.pruning").exists()
 
 
+OTHER_WALKS = {
+    "units, by text": {
+        "method": "intra_fusion", "sparsity": 0.5, "fusion": "ot+refit", "importance": "taylor",
+        "units": "[mlp, depth]", "budget": "[mlp=0.3, depth=0.7]", "reconstruct": "block", "reconstruct_passes": 1,
+        "num_calibration_samples": 16,
+    },
+    "units, without text": {
+        "method": "intra_fusion", "sparsity": 0.4, "fusion": "ot", "layout": "pad", "allocation": "erk"
+    },
+    "neurons reordered": {"method": "wanda", "pattern": "2:4", "channel_permutation": True},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHER_WALKS)
+def test_other_walks_are_killed_and_go_on(case: str, recipe: dict, tmp_path: Path) -> None:
+    gone = ("allocation", "output_importance")
+    values = {key: value for key, value in recipe.items() if key not in gone} | OTHER_WALKS[case]
+    (tmp_path / "whole").mkdir()
+    codes, log = prune({**values, "output_dir": tmp_path / "whole" / "out"}, tmp_path)
+    assert codes == [0], log
+    cut_values = {**values, "output_dir": tmp_path / "out"}
+    # When the second block is written, before the next manifest counts, and at the very end.
+    cuts = (Cut("open", "block_0001"), Cut("os.rename", "manifest.json"), Cut("open", "hf_prune_recipe.yaml"))
+    for cut in cuts if case == "units, by text" else cuts[:1]:
+        codes, log = prune(cut_values, tmp_path, cut=cut)
+        assert codes == [KILLED] and not (tmp_path / "out").exists(), (cut, log)
+    codes, log = prune({**cut_values, "time_limit": "1h"}, tmp_path)
+    assert codes == [0] and "Going on with block" in log, log
+    folders = (tmp_path / "whole" / "out", tmp_path / "out")
+    for name in ("model.safetensors", "config.json", "prune_plan.json"):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
+    reports = [json.loads((folder / "prune_report.json").read_text()) for folder in folders]
+    for report in reports:
+        report.get("structure", {}).pop("solver_seconds", None)
+        for own in report["reconstruction"]:
+            del own["seconds"]
+    for key in ("structure", "views", "reconstruction", "forward_passes"):
+        assert reports[0].get(key) == reports[1].get(key), key
+    assert (case == "units, by text") == bool(reports[0].get("structure", {}).get("removed_blocks"))
+
+
 @pytest.mark.slow
 def test_two_processes_are_killed_and_go_on(recipe: dict, tmp_path: Path) -> None:
     values = {**recipe, "reconstruct": "block", "reconstruct_passes": 1, "reconstruct_target": "model"}
@@ -120,16 +155,9 @@ def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: Path) -> None:
-    shutil.copytree(recipe["model_name_or_path"], tmp_path / "model")
     text = tmp_path / "text.txt"
     shutil.copy(recipe["dataset_name"], text)
-    values = {
-        **recipe, "model_name_or_path": tmp_path / "model", "dataset_name": text, "output_dir": tmp_path / "out",
-        "time_limit": "0.001",
-    }  # fmt: skip
-    for _ in range(2):
-        codes, log = prune(values, tmp_path)
-        assert codes == [STOPPED], log
+    values = stopped_twice(recipe, tmp_path, dataset_name=text)
     before = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
 
     def refused(said: str, **changes: object) -> None:

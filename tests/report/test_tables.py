@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from hf_prune.report import figures
-from hf_prune.report.findings import gained, limitations, next_step, protocol, repo_name, spent, summary
+from hf_prune.report.findings import next_step, protocol, repo_name, spent, summary
+from hf_prune.report.gains import gained
+from hf_prune.report.limitations import limitations
 from hf_prune.report.names import kind_of, ranges
 from hf_prune.report.tables import (
     efficiency_table,

@@ -1,5 +1,6 @@
 """LEGCNet's procedure on a network of 144 weights, its parts taken from elsewhere: a plain loop and statsmodels."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,21 @@ def test_a_run_killed_behind_the_recorded_part_goes_on(tmp_path: Path) -> None:
     # From the beginning and from the recorded part are two decisions on one recording.
     _, _, rounds = search(tmp_path / "cut", seen, {**own, "restart": "init"}).run()
     assert len(rounds) == 4 and seen[-1]["step"] == 0
+
+
+def test_how_far_layers_move_is_what_lies_between_two_looks(tmp_path: Path) -> None:
+    _, _, rounds = search(tmp_path).run()
+    series, initial = read_series(tmp_path / "recording"), load_file(tmp_path / "initial.safetensors")
+    # What was recorded behind steps 24, 48 and 72, the first layer's 96 weights before the second's.
+    at = [torch.cat([initial[name].flatten() for name in NAMES]), *(series[:, step - 1] for step in (24, 48, 72))]
+    moved = [[float(part.norm()) for part in (there - here).split([96, 48])] for here, there in pairwise(at)]
+    assert [list(own.values()) for own in rounds[0].moved] == [pytest.approx(own) for own in moved]
+    assert [list(own) for own in rounds[1].moved] == [NAMES] * 3
+    # A training that was cut between two looks has none for the part that it does not know.
+    with pytest.raises(Cut):
+        cut_search(tmp_path / "cut", 30, {}).run()
+    _, _, again = search(tmp_path / "cut").run()
+    assert again[0].moved == [{}, *rounds[0].moved[1:]]
 
 
 def test_another_benchmark_trains_anew(tmp_path: Path) -> None:
