@@ -86,7 +86,7 @@ class Watch(TrainerCallback):
 
     def seen(self, state: TrainerState) -> Trained:
         """The training, with (step, figure, seconds) and the norms of every look."""
-        history: list[dict[str, Any]] = state.log_history  # type: ignore[assignment]
+        history: list[dict[str, Any]] = state.log_history
         every = [own for own in history if "watched" in own and own["step"] > self.behind]
         looks = [(int(own["step"]), own["watched"], own["seconds"]) for own in every]
         return Trained(int(state.global_step), looks, [own["moved"] for own in every])
