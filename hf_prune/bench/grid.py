@@ -15,6 +15,8 @@ from hf_prune.compose import make_config
 from hf_prune.errors import BadInputError
 from hf_prune.recipe import RecipeLoader, make_recipe
 
+# Pruning keys that are younger than results that are kept, with the values that those had in effect.
+LATER = {"channel_permutation": False}
 KEYS = {"name", "title", "common", "settings", "rows", "reference", "allocation_reference", "repeats"}
 # Keys of a row that are not recipe keys.
 ROW_KEYS = {"name", "seeds", "settings", "command"}
@@ -27,7 +29,8 @@ class Cell:
     """One run: a row under a setting with a seed.
 
     `values` is its flat recipe (for a peer, what its command may name in braces); `command` is a peer's command line.
-    `options` are the pruning keys with every default filled in: a preset that changes makes other runs of its rows.
+    `options` are the pruning keys with every default filled in (but for those of LATER): a preset that changes makes
+    other runs of its rows.
     """
 
     row: str
@@ -135,6 +138,7 @@ def _cells(grid: Grid, row: dict[str, Any]) -> list[Cell]:
             options: dict[str, Any] = {}
             if row.get("command") is None:
                 config = make_config(recipe.prune_options)
-                options = {**vars(config), **config.options}
+                everything = {**vars(config), **config.options}
+                options = {key: value for key, value in everything.items() if LATER.get(key, ...) != value}
             cells.append(Cell(row["name"], setting, int(seed), values, row.get("command"), options))
     return cells

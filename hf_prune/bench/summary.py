@@ -15,15 +15,15 @@ from hf_prune.bench.runner import Results
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import bootstrap_ratio
 
-# Cores; above this the machine was not idle.
-QUIET = 0.1
+# Cores that something else had: above the first the machine was not idle, above the second it was another machine.
+QUIET, SHARED = 0.1, 0.5
 
 
 def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
     """A flat line for every row and setting that has a finished run, seeds and repeats put together.
 
-    Seconds are the median over runs that had an idle machine to themselves, those of the least disturbed one where none
-    had.
+    Seconds are the median over runs that had an idle machine to themselves, over those that shared little of it where
+    none had.
 
     `excess` is log(perplexity / dense perplexity), the mean over seeds; `excess_ratio` and `time_ratio` are to the
     grid's reference row under the same setting, `time_ratio` to its runs of the same days where it has any: machines
@@ -44,7 +44,7 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
             if not runs:
                 continue
             first = {run["seed"]: quality[run["weights"]] for run in reversed(runs)}
-            timed = [run for run in runs if _is_quiet(run)] or [min(runs, key=_disturbance)]
+            timed = _timed(runs)
             seconds[setting, row["name"]] = [(run.get("day"), run["seconds"]) for run in timed]
             logs = [math.log(figures["perplexity"] / dense["perplexity"]) for figures in first.values()]
             seed = min(first)
@@ -75,6 +75,14 @@ def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
             )
     _add_ratios(lines, grid.reference, seconds)
     return lines
+
+
+def _timed(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs whose seconds count."""
+    for limit in (QUIET, SHARED):
+        if found := [run for run in runs if _disturbance(run) <= limit]:
+            return found
+    return runs
 
 
 def _is_quiet(run: dict[str, Any]) -> bool:
