@@ -148,22 +148,20 @@ def next_masks(
         BadInputError: a weight is NaN.
     """
     alive: dict[str, Tensor] = {}
-    scores, wanted = [], []
+    scores, by_floor = [], []
     for name, weight in weights.items():
         alive[name] = masks[name].reshape(-1).nonzero().squeeze(1)
         magnitudes = weight.detach().reshape(-1)[alive[name]].abs().double()
         if bool(magnitudes.isnan().any()):
             raise BadInputError(f"{name}: holds NaN, so that its weights have no order; lower learning_rate.")
         own = MEASURES[importance](magnitudes) if len(magnitudes) else magnitudes
-        wanted.append(own)
-        least = _least(masks[name], floor)
-        if least:
-            # What the floor keeps comes before everything else.
-            own = own.index_fill(0, magnitudes.argsort(descending=True, stable=True)[:least], math.inf)
         scores.append(own)
+        held_back = torch.zeros(len(own), dtype=torch.bool)
+        held_back[magnitudes.argsort(descending=True, stable=True)[: _least(masks[name], floor)]] = True
+        by_floor.append(held_back)
     count = round(kept * sum(mask.numel() for mask in masks.values()))
-    stays = _largest(scores, count)
-    without_floor = _largest(wanted, count) if floor else stays
+    stays = _largest(scores, by_floor, count)
+    without_floor = _largest(scores, [torch.zeros_like(own) for own in by_floor], count) if floor else stays
     result, held = {}, []
     for (name, places), own, free in zip(alive.items(), stays, without_floor, strict=True):
         mask = torch.zeros(masks[name].numel(), dtype=torch.bool)
@@ -174,11 +172,12 @@ def next_masks(
     return result, held
 
 
-def _largest(scores: list[Tensor], count: int) -> tuple[Tensor, ...]:
-    """Where the largest `count` of all scores together are, by list entry."""
-    together = torch.cat(scores)
-    stays = torch.zeros(len(together), dtype=torch.bool)
-    stays[together.argsort(descending=True, stable=True)[:count]] = True
+def _largest(scores: list[Tensor], first: list[Tensor], count: int) -> tuple[Tensor, ...]:
+    """Where the largest `count` of all scores together are, by list entry; those that are marked as `first` lead."""
+    order = torch.cat(scores).argsort(descending=True, stable=True)
+    order = order[torch.cat(first)[order].argsort(descending=True, stable=True)]
+    stays = torch.zeros(len(order), dtype=torch.bool)
+    stays[order[:count]] = True
     return stays.split([len(own) for own in scores])
 
 

@@ -234,7 +234,11 @@ class LSTMLayer(RecurrentLayer):
         bias = self.recurrent.bias
         weights = [self.input.weight, self._dropped(), bias, torch.zeros_like(bias)]
         start = tuple(part[None] for part in state)
-        outputs, *last = torch.lstm(inputs, start, weights, True, 1, 0.0, True, False, True)
+        if inputs.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Not every CPU has an LSTM in half precision.
+            inputs, start = inputs.float(), tuple(part.float() for part in start)
+        with torch.autocast("cpu", enabled=False):
+            outputs, *last = torch.lstm(inputs, start, weights, True, 1, 0.0, True, False, True)
         return outputs, tuple(part[0] for part in last)
 
     @property
