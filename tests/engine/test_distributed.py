@@ -34,7 +34,6 @@ def prune(folder: Path, recipe: dict, processes: int) -> dict:
 @pytest.mark.parametrize(
     "own",
     [
-        {"method": "sparsegpt", "pattern": "2:4", "channel_permutation": True},
         {"method": "balanced", "reconstruct": "block", "reconstruct_passes": 2},
         {"method": "fcpts", "fcpts_score": "wanda", "fcpts_steps": 4, "fcpts_batch_size": 2},
     ],

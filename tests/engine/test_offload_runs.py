@@ -74,6 +74,7 @@ def test_kills_change_nothing(recipe: dict, in_memory: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mixtral"], indirect=True)
 def test_two_processes_read_the_same_files(recipe: dict, tmp_path: Path) -> None:
     for offload in ("none", "disk"):
         (tmp_path / offload).mkdir()
@@ -84,6 +85,7 @@ def test_two_processes_read_the_same_files(recipe: dict, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llama"], indirect=True)
 def test_what_was_damaged_between_two_sessions_is_named(recipe: dict, tmp_path: Path) -> None:
     values = stopped_twice(recipe, tmp_path, offload="disk")
     weights, shard = tmp_path / "model" / "model.safetensors", tmp_path / "out.pruning" / "shard_0000.safetensors"
