@@ -20,6 +20,7 @@ from hf_prune.engine.stream import windows_per_forward
 from hf_prune.engine.walk import walk
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
+from hf_prune.methods.wanda import Wanda
 from hf_prune.patterns import Pattern
 from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reduction import as_sparsity, budget_candidates, mlp_views, plan_reduction, reduce, search_budget
@@ -241,7 +242,9 @@ def prune(
     solver, reorder = make_solver(config), None
     if config.channel_permutation:
         names = {view.name for view in plan.views}
-        reorder = ChannelPermutation(model, names, solver.score, Pattern.parse(config.pattern))
+        # An update that selects by itself has no scores before it is done.
+        score = (solver.criterion or Wanda()).score
+        reorder = ChannelPermutation(model, names, score, Pattern.parse(config.pattern))
     result = walk(
         model,
         plan,

@@ -15,7 +15,7 @@ from hf_prune.bench.runner import Results
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import bootstrap_ratio
 
-# Cores that something else had: above the first the machine was not idle, above the second it was another machine.
+# Cores that something else had: above the first the machine was not idle, above the second seconds say little.
 QUIET, SHARED = 0.1, 0.5
 
 

@@ -14,6 +14,7 @@ ABRUPT = 0.9
 FLAT = 1e-5
 # Windows at once: what a core keeps in its cache.
 CHUNK_BYTES = 4 * 1024**2
+# And series: their windows overlap, and take more room than they do.
 SERIES_TOGETHER = 256
 
 
@@ -41,7 +42,6 @@ def windowed_exponents(
     windows = series.unfold(1, window, stride)
     result = torch.zeros(windows.shape[:2], dtype=series.dtype)
     rows = max(CHUNK_BYTES // (window * window * series.element_size()), 1)
-    # A part of the series at a time, because windows that overlap take more room than the series do.
     for part, found in zip(windows.split(SERIES_TOGETHER), result.split(SERIES_TOGETHER), strict=True):
         for own, flat in zip(part.reshape(-1, window).split(rows), found.view(-1).split(rows), strict=True):
             moves = (own.amax(1) - own.amin(1) >= FLAT) & ~changes_abruptly(own)

@@ -30,7 +30,7 @@ from hf_prune.errors import BadInputError, RunError
 from hf_prune.masks import MaskRule
 from hf_prune.plan import Plan
 from hf_prune.progress import progress
-from hf_prune.weights import WeightView, find_blocks, find_views
+from hf_prune.weights import WeightView, find_views
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def walk(
     if not solver.statistics and reconstruction is None:
         for index in in_turn(model, progress(sorted({view.block for view in views}), "pruning")):
             own = [view for view in views if view.block == index]
-            if reorder is not None and index < len(find_blocks(model)[1]):
+            if reorder is not None:
                 reorder(index, [(None, own)], [0])
             result.views += [_prune(view, None, solver, rules[view.name], scales.get(view.name)) for view in own]
             keep(model, index)
@@ -126,8 +126,7 @@ def walk(
         for index in in_turn(model, progress(range(first, last + 1), "pruning blocks", total=last + 1 - first)):
             own = [view for view in views if view.block == index]
             if cache is not None and cache.complete:
-                again = reorder if index < len(runner.blocks) else None
-                result.views += _solve(index, cache.load(index), solver, rules, scales, again) if own else []
+                result.views += _solve(index, cache.load(index), solver, rules, scales, reorder) if own else []
             else:
                 inside = index < len(runner.blocks)
                 # The dense block's outputs on the pruned prefix come with the observation for one layer's product more.
@@ -139,7 +138,7 @@ def walk(
                     dense.advance(index)
                     outputs = dense.hidden
                 if own:
-                    solved = _solve(index, groups, solver, rules, scales, reorder if inside else None)
+                    solved = _solve(index, groups, solver, rules, scales, reorder)
                     if reconstruction is not None and inside:
                         assert outputs is not None
                         changes = {view.name: view.change for view in solved}

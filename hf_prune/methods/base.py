@@ -104,14 +104,6 @@ class Solver:
             needed |= part.statistics if part else frozenset()
         return needed
 
-    def score(self, weight: Tensor, statistics: Statistics | None) -> Tensor:
-        """How much each weight is worth, float32 [out, in]: by the criterion, by Wanda's where the update selects."""
-        if self.criterion is not None:
-            return self.criterion.score(weight, statistics)
-        if statistics is None or statistics.sum_of_squares is None:
-            return weight.abs()
-        return weight.abs() * statistics.sum_of_squares.sqrt().to(weight.dtype)
-
     def solve(self, weight: Tensor, statistics: Statistics | None, rule: MaskRule) -> tuple[Tensor, Tensor]:
         """Prune one weight matrix: (weight, mask), both [out, in]."""
         mask = None

@@ -17,7 +17,7 @@ from hf_prune.engine.statistics import Statistics, check_finite
 from hf_prune.patterns import Pattern
 from hf_prune.structure.fusion import drop
 from hf_prune.structure.groups import MLP, block_shape, find_groups, rewrite
-from hf_prune.weights import WeightView
+from hf_prune.weights import WeightView, find_blocks
 
 # Groups of m that an assignment looks at together; its cost grows with their square.
 _GROUPS_TOGETHER = 512
@@ -44,6 +44,7 @@ class ChannelPermutation:
         self.score = score
         self.pattern = pattern
         self.shape = block_shape(model)
+        self.count = len(find_blocks(model)[1])
 
     def __call__(
         self, block: int, groups: Sequence[tuple[Statistics | None, list[WeightView]]], owners: Sequence[int]
@@ -51,9 +52,12 @@ class ChannelPermutation:
         """Reorder a block's neurons on every process, and the sums of the statistics where they are whole.
 
         Args:
+            block: its number; what comes behind the blocks has no neurons.
             groups: the views of the block by the input that they share.
             owners: the process that holds the sums of each group.
         """
+        if block == self.count:
+            return
         neurons = find_groups(self.model, block, MLP, self.shape)[0]
         layers = {stretch.view.name for stretch in (*neurons.producers, neurons.consumer)}
         if not layers <= self.planned:
