@@ -151,7 +151,8 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     values = {
-        "method": "legcnet", "series": "units", "device": "cpu", "sparsity": 0.2, "window": 8, "max_lag": 2,
+        "method": "legcnet", "series": "units", "units": ["mlp", "heads"], "device": "cpu", "sparsity": 0.3, "window": 8,
+        "max_lag": 2,
         "model_name_or_path": str(tmp_path / "dense"), "dataset_name": str(tmp_path / "text.txt"), "seq_length": 32,
         "target_windows": 4, "eval_dataset_name": str(tmp_path / "text.txt"), "eval_seq_length": 32,
         "eval_max_windows": 8, "eval_efficiency": False, "max_steps": 80, "per_device_train_batch_size": 2,
@@ -172,10 +173,12 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
         report["legcnet"]["causal"] == int((causes["p"] < 0.05).sum())
         and len(causes["p"]) == report["legcnet"]["series"]
     )
-    # The neurons that stayed are those of the trained model with the smallest p.
+    # The neurons that stayed are those of the trained model with the smallest p, and so the heads of each group.
     trained = load_file(tmp_path / "rounds" / "dense" / "model.safetensors")
     smaller = AutoModelForCausalLM.from_pretrained(out)
-    p = dict(zip(scores, causes["p"].split([len(own) for own in scores.values()]), strict=True))
+    order = [f"{kind}.{block}" for block in range(len(smaller.model.layers)) for kind in ("mlp", "heads")]
+    assert sorted(order) == sorted(scores)
+    p = dict(zip(order, causes["p"].split([len(scores[key]) for key in order]), strict=True))
     for block, layer in enumerate(smaller.model.layers):
         weight = trained[f"model.layers.{block}.mlp.down_proj.weight"]
         columns = layer.mlp.down_proj.weight.T
@@ -184,6 +187,12 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
         assert len(kept) == layer.mlp.down_proj.in_features < weight.shape[1]
         own = p[f"mlp.{block}"]
         assert own[kept].max() <= own[gone].min()
+        size = smaller.config.head_dim
+        queries = trained[f"model.layers.{block}.self_attn.q_proj.weight"].reshape(2, 2, size, -1)
+        own = p[f"heads.{block}"].reshape(2, 2)
+        assert torch.equal(
+            layer.self_attn.q_proj.weight.reshape(2, size, -1), queries[torch.arange(2), own.argmin(1)]
+        ) and bool((own[:, 0] != own[:, 1]).all())
     # What is saved has the perplexity that the report gives.
     tokenizer = byte_tokenizer()
     windows = evaluation_windows(load_text(str(tmp_path / "text.txt"), evaluation=True), tokenizer, 32, 8).input_ids
@@ -191,4 +200,7 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
     assert float(window_nll(smaller, windows).mean().exp()) == pytest.approx(perplexities["legcnet"], rel=1e-5)
     assert perplexities["legcnet"] == report["evaluation"]["pruned"]["perplexity"]
     assert len(set(perplexities.values())) == 3
-    assert "units cause errors in" in capsys.readouterr().out and str(tmp_path) not in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "units cause errors in" in capsys.readouterr().out and str(tmp_path) not in card
+    # Not the base model's perplexity is compared with, but the fine-tuned one's.
+    assert f"from {report['evaluation']['dense']['perplexity']:.3f} of the dense model, trained alike, to" in card

@@ -91,11 +91,11 @@ class WeightSeries:
 
 
 class UnitSeries:
-    """The Euclidean norms of all of a unit's weights: MLP neurons, key-value groups of attention, block by block.
+    """The Euclidean norms of all of a unit's weights, block by block.
 
     Args:
         model: a causal language model of a described family.
-        kinds: of `mlp` and `attention`.
+        kinds: `mlp` neurons, key-value groups of `attention`, query `heads` (through all key-value groups).
 
     Raises:
         BadInputError: the family is not described.
@@ -105,7 +105,9 @@ class UnitSeries:
         shape = block_shape(model)
         blocks = len(find_blocks(model)[1])
         self.units = [
-            (kind, block, find_groups(model, block, kind, shape)[0].units) for block in range(blocks) for kind in kinds
+            (kind, block, sum(group.units for group in find_groups(model, block, kind, shape)))
+            for block in range(blocks)
+            for kind in kinds
         ]
 
     def observe(self, model: nn.Module) -> Tensor:
@@ -113,9 +115,9 @@ class UnitSeries:
         shape = block_shape(model)
         norms = []
         for kind, block, _ in self.units:
-            group = find_groups(model, block, kind, shape)[0]
-            parts = [stretch.read().square().sum(dim=(1, 2)) for stretch in (*group.producers, group.consumer)]
-            norms.append(torch.stack(parts).sum(dim=0).sqrt())
+            for group in find_groups(model, block, kind, shape):
+                parts = [stretch.read().square().sum(dim=(1, 2)) for stretch in (*group.producers, group.consumer)]
+                norms.append(torch.stack(parts).sum(dim=0).sqrt())
         return torch.cat(norms)
 
     def scores(self, values: Tensor) -> dict[str, Tensor]:

@@ -301,24 +301,30 @@ def test_rows_of_transposed_layers_are_columns() -> None:
     assert masks["weight"].tolist() == [[False, True], [False, True]]
 
 
+@pytest.mark.parametrize(("kind", "number"), [("mlp", 7), ("attention", 1), ("heads", 3)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_units_are_watched_by_the_norm_of_all_their_weights(family: str) -> None:
+def test_units_are_watched_by_the_norm_of_all_their_weights(family: str, kind: str, number: int) -> None:
     model = tiny_model(family)
-    series = UnitSeries(model, ["mlp", "attention"])
+    series = UnitSeries(model, ["mlp", kind] if kind != "mlp" else ["mlp", "attention"])
     before = series.observe(model)
     places = [series.label(place) for place in range(len(before))]
-    place = places.index("mlp 1, unit 7")
-    # One neuron made twice as large is one number twice as large.
-    shape = block_shape(model)
-    group = find_groups(model, 1, "mlp", shape)[0]
+    place = places.index(f"{kind} 1, unit {number}")
+    # One unit made twice as large is one number twice as large.
+    groups = find_groups(model, 1, kind, block_shape(model))
+    group, own = next(
+        (group, number - first)
+        for group, first in zip(groups, range(0, 1000, groups[0].units), strict=False)
+        if number < first + group.units
+    )
     with torch.no_grad():
         for stretch in (*group.producers, group.consumer):
             weight = stretch.view.read()
             side = weight if stretch.rows else weight.T
-            side[stretch.offset + 7 * stretch.size : stretch.offset + 8 * stretch.size] *= 2
+            side[stretch.offset + own * stretch.size : stretch.offset + (own + 1) * stretch.size] *= 2
             stretch.view.write(weight)
     ratio = series.observe(model) / before
     assert ratio[place] == pytest.approx(2) and torch.equal(ratio != 1, torch.arange(len(before)) == place)
     scores = series.scores(before)
-    assert torch.equal(torch.cat(list(scores.values())), before) and len(scores["mlp.1"]) == group.units
-    assert float(scores["mlp.1"][7]) == float(before[place])
+    assert torch.equal(torch.cat(list(scores.values())), before)
+    assert len(scores[f"{kind}.1"]) == sum(group.units for group in groups)
+    assert float(scores[f"{kind}.1"][number]) == float(before[place])
