@@ -151,8 +151,8 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")
     values = {
-        "method": "legcnet", "series": "units", "units": ["mlp", "heads"], "device": "cpu", "sparsity": 0.3, "window": 8,
-        "max_lag": 2,
+        "method": "legcnet", "series": "units", "units": ["mlp", "heads"], "device": "cpu", "sparsity": 0.3,
+        "window": 8, "max_lag": 2,
         "model_name_or_path": str(tmp_path / "dense"), "dataset_name": str(tmp_path / "text.txt"), "seq_length": 32,
         "target_windows": 4, "eval_dataset_name": str(tmp_path / "text.txt"), "eval_seq_length": 32,
         "eval_max_windows": 8, "eval_efficiency": False, "max_steps": 80, "per_device_train_batch_size": 2,

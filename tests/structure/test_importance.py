@@ -178,6 +178,6 @@ def test_a_file_scores_heads_through_all_key_value_groups(tmp_path):
         heads = dense[block].reshape(4, size, -1)
         assert torch.equal(layer.self_attn.q_proj.weight, heads[[0, 3]].flatten(0, 1))
         assert result.reduction.kept[block]["heads"] == [0, 3]
-    with pytest.raises(BadInputError, match="has 2 scores for heads.0, whose units are 4"):
+    with pytest.raises(BadInputError, match=r"has 2 scores for heads\.0, whose units are 4"):
         group = find_groups(tiny_model("llama"), 0, "heads", block_shape(tiny_model("llama")))[1]
         importance("x.safetensors", group, Evidence(scores={"heads.0": torch.ones(2)}))
