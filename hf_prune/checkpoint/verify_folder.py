@@ -123,8 +123,10 @@ def matrix(parameters: dict[str, torch.nn.Parameter], view: dict[str, Any]) -> t
     own, part = own.T if view["transposed"] else own, view.get("outputs")
     if part is None:
         return own
-    parts = own.unflatten(0, (part["repeats"], own.shape[0] // part["repeats"]))
-    return parts.narrow(1, part["offset"], part["size"]).flatten(0, 1)
+    # Never beyond what is there: the files may disagree with the config.
+    stride = own.shape[0] // part["repeats"]
+    parts = own[: stride * part["repeats"]].unflatten(0, (part["repeats"], stride))
+    return parts[:, part["offset"] : part["offset"] + part["size"]].flatten(0, 1)
 
 
 def _check_density(weights: dict[str, torch.Tensor | None], views: list[dict[str, Any]]) -> dict[str, Any]:

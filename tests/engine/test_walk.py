@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, MIXTURES, MORE_FAMILIES, tiny_ids, tiny_model
+from tiny import FAMILIES, MIXTURES, MORE_FAMILIES, matrix_of, tiny_ids, tiny_model
 from torch import nn
 
 from hf_prune.arguments import PruneConfig
@@ -28,16 +28,9 @@ def make(name: str, **common: object) -> PruneConfig:
     return PruneConfig(criterion=criterion, update=update, **common) if update else methods()[name](**common)
 
 
-def stored(model: nn.Module, view: object) -> torch.Tensor:
-    """The weight as [out, in], read from the state dict by the plan's own words."""
-    weight = model.state_dict()[view.parameter]
-    weight = weight if view.expert is None else weight[view.expert]
-    return weight.T if view.transposed else weight
-
-
 def check(model: nn.Module, result: PruneResult, pattern: str) -> None:
     for view, outcome in zip(result.plan.views, result.views, strict=True):
-        kept = stored(model, view) != 0
+        kept = matrix_of(model.state_dict(), view) != 0
         assert tuple(kept.shape) == tuple(view.shape)
         assert outcome.name == view.name and outcome.kept == int(kept.sum())
         if pattern == "unstructured":
@@ -134,7 +127,10 @@ def test_half_precision_weights_are_solved_in_float32(dtype: torch.dtype) -> Non
     half, full = tiny_model("llama", dtype), tiny_model("llama", dtype).float()
     results = [prune(model, MagnitudeConfig(sparsity=0.5)) for model in (half, full)]
     check(half, results[0], "unstructured")
-    assert all(torch.equal(stored(half, view) != 0, stored(full, view) != 0) for view in results[0].plan.views)
+    assert all(
+        torch.equal(matrix_of(half.state_dict(), view) != 0, matrix_of(full.state_dict(), view) != 0)
+        for view in results[0].plan.views
+    )
     result = prune(tiny_model("llama", dtype), SparseGPTConfig(sparsity=0.5), input_ids=tiny_ids())
     assert abs(result.sparsity - 0.5) < 0.01
 
@@ -171,7 +167,7 @@ def test_the_floor_holds_in_every_row() -> None:
         model = tiny_model("llama")
         result = prune(model, config, input_ids=tiny_ids())
         for view in result.plan.views:
-            assert int((stored(model, view) != 0).sum(1).min()) >= 0.1 * view.shape[1]
+            assert int((matrix_of(model.state_dict(), view) != 0).sum(1).min()) >= 0.1 * view.shape[1]
 
 
 def test_zeros_that_were_there_before_are_counted() -> None:
