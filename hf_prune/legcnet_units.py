@@ -76,6 +76,9 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
     del model
     free_memory()
     pruned, result = found[KINDS[0]]
+    assert result.reduction is not None
+    # What went is up to the sizes, not to alpha.
+    causes = replace(causes, keep=series.kept(result.reduction.kept))
     before = _quality(dense)
     report = {
         **environment(),

@@ -178,7 +178,8 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
     smaller = AutoModelForCausalLM.from_pretrained(out)
     order = [f"{kind}.{block}" for block in range(len(smaller.model.layers)) for kind in ("mlp", "heads")]
     assert sorted(order) == sorted(scores)
-    p = dict(zip(order, causes["p"].split([len(scores[key]) for key in order]), strict=True))
+    sizes = [len(scores[key]) for key in order]
+    p, stays = (dict(zip(order, causes[key].split(sizes), strict=True)) for key in ("p", "keep"))
     for block, layer in enumerate(smaller.model.layers):
         weight = trained[f"model.layers.{block}.mlp.down_proj.weight"]
         columns = layer.mlp.down_proj.weight.T
@@ -186,10 +187,11 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
         gone = [place for place in range(weight.shape[1]) if place not in kept]
         assert len(kept) == layer.mlp.down_proj.in_features < weight.shape[1]
         own = p[f"mlp.{block}"]
-        assert own[kept].max() <= own[gone].min()
+        assert own[kept].max() <= own[gone].min() and stays[f"mlp.{block}"].nonzero().flatten().tolist() == kept
         size = smaller.config.head_dim
         queries = trained[f"model.layers.{block}.self_attn.q_proj.weight"].reshape(2, 2, size, -1)
-        own = p[f"heads.{block}"].reshape(2, 2)
+        own, two = (found[f"heads.{block}"].reshape(2, 2) for found in (p, stays))
+        assert torch.equal(two.int().argmax(1), own.argmin(1)) and two.sum(1).tolist() == [1, 1]
         assert torch.equal(
             layer.self_attn.q_proj.weight.reshape(2, size, -1), queries[torch.arange(2), own.argmin(1)]
         ) and bool((own[:, 0] != own[:, 1]).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -124,6 +124,17 @@ class UnitSeries:
         """A number for each unit as a file of importances holds them: `mlp.0`, `attention.0`, ..."""
         parts = values.split([count for _, _, count in self.units])
         return {f"{kind}.{block}": own.clone() for (kind, block, _), own in zip(self.units, parts, strict=True)}
+
+    def kept(self, numbers: Mapping[int, Mapping[str, Sequence[int]]]) -> Tensor:
+        """Which units stay, bool [series], by block and kind as in `ReduceResult.kept`; all of kinds not named."""
+        parts = []
+        for kind, block, count in self.units:
+            stays = numbers.get(block, {}).get(kind)
+            parts.append(torch.ones(count, dtype=torch.bool))
+            if stays is not None:
+                parts[-1][:] = False
+                parts[-1][list(stays)] = True
+        return torch.cat(parts)
 
     def label(self, place: int) -> str:
         """`mlp 3, unit 7`: kind, block, number."""
