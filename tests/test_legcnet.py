@@ -24,6 +24,7 @@ from hf_prune.evaluation.explanation import alphas, mean_shap
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.legcnet import run_legcnet
 from hf_prune.recipe import dump_yaml
+from hf_prune.report.cause_table import causes_text
 from hf_prune.training.tabular import Perceptron, TableArguments, load_table
 
 RECIPE: dict[str, Any] = {
@@ -59,6 +60,7 @@ def test_a_recipe_makes_a_folder_that_says_what_it_kept(tmp_path: Path, capsys: 
     assert [line["kept"] == "False" for line in lines] == zeros.tolist() and int(zeros.sum()) == 24
     causes = load_file(out / "causes.safetensors")
     assert [float(line["p"]) for line in lines] == causes["p"].tolist()
+    assert [float(line["mean_exponent"]) for line in lines] == pytest.approx(causes["exponents"].mean(1).tolist())
     # The least causal ones went.
     assert causes["p"][~causes["keep"]].min() >= causes["p"][causes["keep"]].max()
     # The held-out figures are those of the model that was saved.
@@ -72,6 +74,21 @@ def test_a_recipe_makes_a_folder_that_says_what_it_kept(tmp_path: Path, capsys: 
         assert (out / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = " ".join(capsys.readouterr().out.split())
     assert "56 of 80 series stay" in printed and str(tmp_path / "out") in printed.replace(" ", "")
+
+
+def test_seconds_to_the_benchmark_hold_what_a_choice_rests_on(tmp_path: Path) -> None:
+    values = {**RECIPE, "benchmark_accuracy": 0.4, "output_dir": str(tmp_path / "out")}
+    report = run_legcnet(make_recipe(values))
+    seconds, rows = report["seconds"], {row["kind"]: row for row in report["rounds"]}
+    assert all(row["epochs_to_benchmark"] is not None for row in rows.values())
+    tests = seconds["exponents"] + seconds["granger"]
+    # Of its own, no training took longer than the whole of it.
+    for kind, before in (("legcnet", seconds["recording"] + tests), ("magnitude", seconds["recording"])):
+        assert 0 < rows[kind]["seconds_to_benchmark"] - before <= seconds[kind]
+    assert 0 < rows["random"]["seconds_to_benchmark"] <= seconds["random"]
+    late = [{**row, "epochs_to_benchmark": None} for row in report["rounds"]]
+    sentences = " ".join(causes_text({**report, "rounds": late}))
+    assert "Never reached by legcnet and magnitude and random: the training ended at its limit." in sentences
 
 
 def test_layers_and_features_are_explained_where_asked(tmp_path: Path) -> None:
@@ -195,6 +212,9 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
         assert torch.equal(
             layer.self_attn.q_proj.weight.reshape(2, size, -1), queries[torch.arange(2), own.argmin(1)]
         ) and bool((own[:, 0] != own[:, 1]).all())
+    lines = list(csv.DictReader((out / "series.csv").open()))
+    assert [line["kept"] == "True" for line in lines] == causes["keep"].tolist()
+    assert lines[47]["series"] == "mlp 0, unit 47" and lines[48]["series"] == "heads 0, unit 0"
     # What is saved has the perplexity that the report gives.
     tokenizer = byte_tokenizer()
     windows = evaluation_windows(load_text(str(tmp_path / "text.txt"), evaluation=True), tokenizer, 32, 8).input_ids

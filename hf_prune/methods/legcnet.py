@@ -36,6 +36,9 @@ class LEGCNetConfig:
         series: `weights`, every one; `sample`, `samples_per_matrix` of each matrix (the others stay); `rows`, the norms
             of each matrix's rows; `units`, the norms of a language model's neurons and heads, which are removed whole.
         samples_per_matrix: chosen by the seed.
+        perturbation: with more than 0, a second training is recorded whose weights begin elsewhere, by noise of this
+            share of each parameter's deviation, and the series are the differences of the two (one of the paper's two
+            definitions; the other, and its code, take the values themselves).
         record_every: steps from one record to the next.
         window: records a window.
         stride: records from one window to the next, 9/10 of a window unless given.
@@ -59,6 +62,7 @@ class LEGCNetConfig:
     recorded_share: float = 0.1
     series: str = "weights"
     samples_per_matrix: int = 256
+    perturbation: float = 0.0
     record_every: int = 1
     window: int = 50
     stride: int | None = None
@@ -117,6 +121,12 @@ class LEGCNetConfig:
             raise BadInputError(
                 f"units: {', '.join(unknown) or 'none'} cannot be watched; choose of {', '.join(WATCHED)}."
             )
+        if self.perturbation < 0:
+            raise BadInputError(f"perturbation: {self.perturbation} is no share; use 0 or a small positive number.")
+        if self.series == "units":
+            for key in ("perturbation", "ignore"):
+                if getattr(self, key):
+                    raise BadInputError(f"{key}: units are watched as they are, all of them; leave the key out.")
         if self.stride is not None and self.stride < 1:
             raise BadInputError(f"stride: {self.stride} is too few; use 1 or more.")
 

@@ -71,8 +71,9 @@ def search(folder: Path, seen: list | None = None, own: dict[str, Any] | None = 
     return LEGCNetSearch(**{**options, **more}, config=config, folder=folder)
 
 
-def expected_keep(recording: Path, window: int, lag: int, alpha: float) -> list[bool]:
+def expected_keep(recording: Path, window: int, lag: int, alpha: float, twin: Path | None = None) -> list[bool]:
     series, targets = read_series(recording), read_targets(recording)
+    series = series if twin is None else series - read_series(twin)
     stride = round(0.9 * window)
     starts = range(0, series.shape[1] - window + 1, stride)
     assert [step for step, _ in targets] == [start + window for start in starts]
@@ -253,6 +254,26 @@ def test_what_has_reached_the_benchmark_is_not_trained_on(tmp_path: Path) -> Non
     _, _, rounds = search(tmp_path / "cut", **options).run()
     assert [found.steps for found in rounds] == [found.steps for found in whole] == [STEPS, 20, 20, 20]
     assert [found.metrics for found in rounds] == [found.metrics for found in whole]
+
+
+def test_differences_to_a_perturbed_training_are_the_series_where_asked(tmp_path: Path) -> None:
+    own = {"perturbation": 0.01, "alpha": 0.4}
+    seen: list[dict[str, Any]] = []
+    _, causes, rounds = search(tmp_path, seen, own).run()
+    twin = tmp_path / "twin-0.01" / "recording"
+    # It began a hundredth of each parameter's deviation away, and then went the same way.
+    for name in NAMES:
+        apart = (seen[1][name] - seen[0][name]) / seen[0][name].std(correction=0)
+        assert 0.005 < float(apart.std()) < 0.02
+    difference = read_series(twin) - read_series(tmp_path / "recording")
+    assert 0 < float(difference.norm()) < 0.5 * float(read_series(twin).norm())
+    assert causes.keep.tolist() == expected_keep(tmp_path / "recording", 8, 2, 0.4, twin)
+    assert causes.keep.tolist() != search(tmp_path, own={"alpha": 0.4}).run()[1].keep.tolist()
+    assert [found.kind for found in rounds] == ["dense", "legcnet", "magnitude", "random"]
+    # A second run finds the twin where it is.
+    again: list[dict[str, Any]] = []
+    search(tmp_path, again, {**own, "alpha": 0.3}).run()
+    assert len(again) == 3
 
 
 def test_rows_go_as_a_whole(tmp_path: Path) -> None:
