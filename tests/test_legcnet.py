@@ -19,10 +19,11 @@ from hf_prune.cli import main
 from hf_prune.cli.train import make_recipe
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.evaluation.explanation import alphas, mean_shap
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.legcnet import run_legcnet
+from hf_prune.legcnet_units import run_units
 from hf_prune.recipe import dump_yaml
 from hf_prune.report.cause_table import causes_text
 from hf_prune.training.tabular import Perceptron, TableArguments, load_table
@@ -158,6 +159,47 @@ def test_bad_recipes_write_nothing(values: dict[str, Any], message: str, tmp_pat
 def test_a_method_that_does_not_train_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--method", "wanda"]) == 2
     assert "'wanda' is unknown or prunes without training; choose lottery_ticket, legcnet" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_is_one_sentence_and_keeps_what_there_is(tmp_path: Path) -> None:
+    values = {**RECIPE, "learning_rate": 1e25, "save_strategy": "steps", "save_steps": 1, "activation": "relu"}
+    with pytest.raises(RunError, match="the dense training") as caught:
+        run_legcnet(make_recipe({**values, "output_dir": str(tmp_path / "out")}))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    assert list((tmp_path / "out.rounds").rglob("initial.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"target_windows": 10_000}, "target_windows: 10000 of .* windows leave nothing to train on"),
+        ({"target_windows": 0}, "target_windows: 0 is too few"),
+        ({"dtype": "bfloat16"}, "dtype: weights train in float32"),
+        ({"units": ["depth"]}, "units: depth cannot be watched; choose of mlp, attention, heads"),
+        ({"units": []}, "units: none cannot be watched"),
+        ({"units": ["attention", "heads"]}, "units: attention removes key-value groups, heads thins them"),
+        ({"ignore": ["layers.0"]}, "ignore: units are watched as they are"),
+        ({"perturbation": 0.1}, "perturbation: units are watched as they are"),
+        ({"max_lag": 14}, "max_lag: 14 lags need 44 windows"),
+        ({"sparsity": 0.99}, "sparsity: "),
+    ],
+)
+def test_what_cannot_be_done_with_units_is_said_before_anything_is_trained(
+    own: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    before = sorted(tmp_path.rglob("*"))
+    values = {
+        "method": "legcnet", "series": "units", "units": ["mlp", "heads"], "device": "cpu", "window": 8, "max_lag": 2,
+        "model_name_or_path": str(tmp_path / "dense"), "dataset_name": str(tmp_path / "text.txt"), "seq_length": 32,
+        "eval_dataset_name": str(tmp_path / "text.txt"), "eval_seq_length": 32, "max_steps": 80,
+        "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    with pytest.raises(BadInputError, match=message):
+        run_units(make_recipe({**values, **own}))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 TEXT = "".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(1500))
