@@ -266,5 +266,8 @@ def test_units_of_a_language_model_go_by_what_they_cause(tmp_path: Path, capsys:
     assert len(set(perplexities.values())) == 3
     card = (out / "README.md").read_text()
     assert "units cause errors in" in capsys.readouterr().out and str(tmp_path) not in card
+    assert (
+        f"by LEGCNet, {perplexities['magnitude']:.2f} by their norms and {perplexities['random']:.2f} by chance" in card
+    )
     # Not the base model's perplexity is compared with, but the fine-tuned one's.
     assert f"from {report['evaluation']['dense']['perplexity']:.3f} of the dense model, trained alike, to" in card
