@@ -23,7 +23,7 @@ from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, besi
 from hf_prune.checkpoint.inspect import check_safetensors, local_folder
 from hf_prune.data.builtin import resolve_model
 from hf_prune.errors import BadInputError
-from hf_prune.plan import Plan
+from hf_prune.plan import Plan, ViewPlan
 from hf_prune.recipe import parse_yaml
 from hf_prune.training.rounds import WEIGHTS
 
@@ -49,8 +49,8 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
         raise BadInputError("name two folders or more to compare.")
     plans = [_plan(folder) for folder in folders]
     for folder, plan in zip(folders[1:], plans[1:], strict=True):
-        if [(view.parameter, view.shape) for view in plan.views] != [
-            (view.parameter, view.shape) for view in plans[0].views
+        if [(view.name, view.parameter, view.shape) for view in plan.views] != [
+            (view.name, view.parameter, view.shape) for view in plans[0].views
         ]:
             raise BadInputError(
                 f"{folder}: its pruned matrices are not those of {folders[0]}; compare tickets of one model."
@@ -62,9 +62,9 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
         layers = [
             _layer(
                 view.name,
-                [own[view.parameter] for own in tickets],
-                [_find(own, view.parameter) for own in starts],
-                [[own[view.parameter] for own in each] for each in rounds],
+                [view.own_part(own[view.parameter]) for own in tickets],
+                [_find(own, view) for own in starts],
+                [[view.own_part(own[view.parameter]) for own in each] for each in rounds],
             )
             for view in plans[0].views
         ]
@@ -141,8 +141,8 @@ def _rounds(stack: ExitStack, folder: str) -> list[_Tensors]:
     return [_tensors(stack, [file]) for file in files] if files and all(file.is_file() for file in files) else []
 
 
-def _find(tensors: _Tensors | None, name: str) -> Tensor | None:
-    return tensors[name] if tensors is not None and name in tensors else None
+def _find(tensors: _Tensors | None, view: ViewPlan) -> Tensor | None:
+    return view.own_part(tensors[view.parameter]) if tensors is not None and view.parameter in tensors else None
 
 
 def _layer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from hf_prune.evaluation.explanation import alphas, mean_shap, rank_correlation,
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.report.cause_plots import plot_exponents, plot_moved, plot_p_values
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
-from hf_prune.training.causes import Causes, save_causes, target_steps
+from hf_prune.training.causes import SERIES_FILE, save_causes, target_steps, write_series
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.legcnet import LEGCNetSearch
 from hf_prune.training.rounds import Measuring, Round
@@ -28,7 +27,7 @@ from hf_prune.training.series import RowSeries, Series, WeightSeries
 from hf_prune.training.tabular import Perceptron, PerceptronConfig, Rows, load_table
 from hf_prune.training.trainer import make_trainer
 
-LEGCNET_REPORT, SERIES_FILE = "legcnet_report.json", "series.csv"
+LEGCNET_REPORT = "legcnet_report.json"
 
 
 def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
@@ -63,7 +62,10 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
             "windows": causes.exponents.shape[1],
         },
         "seconds": {**causes.seconds, **{found.kind: found.seconds for found in rounds}},
-        "rounds": [_summary(found, dense, search.benchmark_of(dense), steps_an_epoch, unwatched) for found in rounds],
+        "rounds": [
+            _summary(found, dense, search.benchmark_of(dense), steps_an_epoch, unwatched, causes.seconds)
+            for found in rounds
+        ],
         "command": f"hf-prune train --config {RECIPE_FILE}",
     }
     if distributed.rank() == 0:
@@ -71,7 +73,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
         with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
             _perceptron(model).save_pretrained(folder)
             save_causes(folder, causes)
-            _write_series(folder / SERIES_FILE, search.series, causes)
+            write_series(folder / SERIES_FILE, search.series.label, causes)
             plot_exponents(causes.exponents, causes.keep, search.config, folder / "plots" / "exponents.png")
             alpha = None if search.config.sparsity else search.config.alpha
             plot_p_values(causes.p, causes.tested, alpha, folder / "plots" / "p_values.png")
@@ -172,9 +174,19 @@ def _measuring(training: Rows, held_out: Rows, recipe: TrainRecipe) -> Measuring
 
 
 def _summary(
-    found: Round, dense: Round, benchmark: float | None, steps_an_epoch: int, unwatched: int
+    found: Round,
+    dense: Round,
+    benchmark: float | None,
+    steps_an_epoch: int,
+    unwatched: int,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached."""
+    """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached.
+
+    The seconds hold what a choice rests on as well: the recorded training where it looks at its end, exponents and
+    tests where it looks at these.
+    """
+    rests_on = {"legcnet": ("recording", "exponents", "granger"), "magnitude": ("recording",)}.get(found.kind, ())
     reached = next((look for look in found.looks if benchmark is not None and look[1] >= benchmark), None)
     features: list[list[float]] = [own.metrics.get("mean_shap", []) for own in (dense, found)]
     return {
@@ -187,21 +199,10 @@ def _summary(
         **({"shap_rank_correlation": rank_correlation(*features)} if all(features) else {}),
         "steps": found.steps,
         "epochs_to_benchmark": reached[0] / steps_an_epoch if reached else None,
-        "seconds_to_benchmark": reached[2] if reached else None,
+        "seconds_to_benchmark": reached[2] + sum(seconds[part] for part in rests_on) if reached else None,
         "moved": found.moved,
         "seconds": found.seconds,
     }
-
-
-def _write_series(file: Path, series: Series, causes: Causes) -> None:
-    """A line for each series: what it is, p, its mean exponent, whether it was tested and stays."""
-    means = causes.exponents.mean(1)
-    with file.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(["series", "p", "mean_exponent", "tested", "kept"])
-        for place in range(len(causes.keep)):
-            flags = (bool(causes.tested[place]), bool(causes.keep[place]))
-            writer.writerow([series.label(place), float(causes.p[place]), float(means[place]), *flags])
 
 
 def _options(config: LEGCNetConfig) -> dict[str, Any]:

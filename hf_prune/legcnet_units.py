@@ -27,7 +27,15 @@ from hf_prune.report.cause_plots import plot_exponents, plot_p_values
 from hf_prune.report.plots import plot_widths
 from hf_prune.report.privacy import may_show_samples
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
-from hf_prune.training.causes import Causes, find_causes, load_causes, save_causes, target_steps
+from hf_prune.training.causes import (
+    SERIES_FILE,
+    Causes,
+    find_causes,
+    load_causes,
+    save_causes,
+    target_steps,
+    write_series,
+)
 from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.legcnet import KINDS, RECORDED
 from hf_prune.training.recorder import Recorder, read_record
@@ -76,6 +84,9 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
     del model
     free_memory()
     pruned, result = found[KINDS[0]]
+    assert result.reduction is not None
+    # What went is up to the sizes, not to alpha.
+    causes = replace(causes, keep=series.kept(result.reduction.kept))
     before = _quality(dense)
     report = {
         **environment(),
@@ -112,6 +123,7 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
                 models: dict[str, str | Path] = {"dense": ready.source.path, "pruned": folder}
                 report.update(efficiency(models, own, ready.device, {"dense": revision} if revision else None))
         save_causes(folder, causes)
+        write_series(folder / SERIES_FILE, series.label, causes)
         plot_exponents(causes.exponents, causes.keep, recipe.method, folder / "plots" / "exponents.png")
         plot_p_values(causes.p, causes.tested, None, folder / "plots" / "p_values.png")
         if ready.plan.structure and ready.plan.structure["widths"]:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_prune.arguments import PruneConfig, matches
 from hf_prune.errors import BadInputError
 from hf_prune.masks import MaskRule
 from hf_prune.patterns import Pattern
-from hf_prune.weights import WeightView, find_blocks, find_views, routers
+from hf_prune.weights import Outputs, WeightView, find_blocks, find_views, own_part, routers
 
 FORMAT = "hf_prune_plan"
 VERSION = 1
@@ -28,7 +28,8 @@ VERSION = 1
 class ViewPlan:
     """One weight matrix of the plan.
 
-    `floor` says that min_keep_ratio raised its density; `expert`, which slice of a 3-D parameter it is.
+    `floor` says that min_keep_ratio raised its density; `expert`, which slice of a 3-D parameter it is; `outputs`, what
+    part of a fused layer it is.
     """
 
     name: str
@@ -40,6 +41,11 @@ class ViewPlan:
     pattern: str = "unstructured"
     floor: bool = False
     expert: int | None = None
+    outputs: Outputs | None = None
+
+    def own_part(self, tensor: Tensor) -> Tensor:
+        """What of a tensor in the parameter's layout belongs to this matrix, as `WeightView.own_part`."""
+        return own_part(tensor, self.expert, self.outputs, int(self.transposed))
 
     @property
     def numel(self) -> int:
@@ -92,7 +98,14 @@ class Plan:
         try:
             rest = {key: value for key, value in values.items() if key not in ("format", "version", "views")}
             views = [
-                ViewPlan(**{**view, "shape": tuple(view["shape"]), "density": float(view["density"])})
+                ViewPlan(
+                    **{
+                        **view,
+                        "shape": tuple(view["shape"]),
+                        "density": float(view["density"]),
+                        "outputs": Outputs(**view["outputs"]) if view.get("outputs") else None,
+                    }
+                )
                 for view in values["views"]
             ]
             return cls(views=views, **rest)
@@ -109,18 +122,21 @@ class Plan:
 
 
 def select_views(
-    model: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str] | None
+    model: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str] | None, *, whole: bool = False
 ) -> tuple[list[WeightView], list[dict[str, str]]]:
     """The weights that `targets` and `ignore` leave, and what was left out with the reason.
 
-    The model may live on the meta device.
+    The model may live on the meta device. Patterns name a fused layer or one part of it.
+
+    Args:
+        whole: fused layers are one matrix each.
 
     Raises:
         BadInputError: a pattern matches nothing, embeddings or a tied LM head are targeted, or nothing is left.
     """
     prefix, blocks = find_blocks(model)
-    everything = find_views(model)
-    names = [view.name for view in everything]
+    everything = find_views(model, whole=whole)
+    names = [name for view in everything for name in _names(view)]
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     for key, patterns in (("targets", targets), ("ignore", ignore)):
         for pattern in patterns or []:
@@ -133,9 +149,9 @@ def select_views(
     chosen, skipped = [], [{"name": name, "reason": "an embedding"} for name in embeddings]
     for view in everything:
         is_head = view.block == len(blocks)
-        if targets and not any(matches(pattern, view.name) for pattern in targets):
+        if targets and not _any_matches(targets, view):
             skipped.append({"name": view.name, "reason": "not a target"})
-        elif any(matches(pattern, view.name) for pattern in ignore or []):
+        elif _any_matches(ignore or [], view):
             skipped.append({"name": view.name, "reason": "ignored"})
         elif is_head and not targets:
             skipped.append({"name": view.name, "reason": "the LM head, pruned only when it is a target"})
@@ -155,6 +171,15 @@ def select_views(
         if name.startswith(prefix + ".") and parameter.ndim > 1 and name not in covered:
             skipped.append({"name": name, "reason": f"a {parameter.ndim}-D weight that is no linear layer"})
     return chosen, skipped
+
+
+def _names(view: WeightView) -> tuple[str, ...]:
+    """What a pattern may call a view: a part of a fused layer goes by the layer's name as well."""
+    return (view.name,) if view.outputs is None else (view.name, view.layer)
+
+
+def _any_matches(patterns: Sequence[str], view: WeightView) -> bool:
+    return any(matches(pattern, name) for pattern in patterns for name in _names(view))
 
 
 def _is_tied(model: nn.Module, head: WeightView) -> bool:
@@ -210,6 +235,7 @@ def make_plan(
                 text,
                 floor,
                 view.expert,
+                view.outputs,
             )
         )
     total = sum(view.numel for view in planned)

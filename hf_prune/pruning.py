@@ -20,14 +20,14 @@ from hf_prune.engine.stream import windows_per_forward
 from hf_prune.engine.walk import walk
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
+from hf_prune.families import find_family
 from hf_prune.methods.wanda import Wanda
 from hf_prune.patterns import Pattern
 from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reduction import as_sparsity, budget_candidates, mlp_views, plan_reduction, reduce, search_budget
-from hf_prune.structure.families import find_family
 from hf_prune.structure.permutation import ChannelPermutation
 from hf_prune.structure.results import ReduceResult
-from hf_prune.weights import WeightView, find_views
+from hf_prune.weights import WeightView, find_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,8 +136,7 @@ def with_importance(model: nn.Module, config: PruneConfig, plan: Plan, input_ids
     """The plan with its Fisher factors, of the dense model, where outputs are to count by them."""
     if config.output_importance == "none" or plan.fisher_factors is not None:
         return plan
-    planned = {view.name for view in plan.views}
-    views = [view for view in find_views(model) if view.name in planned]
+    views = find_named(model, [view.name for view in plan.views])
     return replace(plan, fisher_factors=fisher_factors(model, views, input_ids))
 
 

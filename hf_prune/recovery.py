@@ -39,7 +39,7 @@ from hf_prune.training.lora import MaskedLora
 from hf_prune.training.masks import MaskCallback, check_zeros, masks_of
 from hf_prune.training.text import describe_training
 from hf_prune.training.trainer import in_float32, make_trainer, only_weights_change, train
-from hf_prune.weights import WeightView, find_views
+from hf_prune.weights import WeightView, find_named
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
         dense = None
         free_memory()
     views = _views(model, folder.plan)
-    masks = masks_of(model, [view.parameter_name for view in views])
+    masks = masks_of(model, {view.parameter_name for view in views})
     with watch.phase("train"):
         steps = _train(ready, model, dense, views, masks)
     del dense
@@ -154,8 +154,7 @@ def _load_dense(ready: Ready, pruned: PreTrainedModel) -> Any:
 
 def _views(model: nn.Module, plan: Plan) -> list[WeightView]:
     """The pruned matrices, or where units went all matrices of the blocks."""
-    named = {view.name for view in plan.views}
-    return [view for view in find_views(model) if view.name in named]
+    return find_named(model, [view.name for view in plan.views])
 
 
 def _train(ready: Ready, model: Any, dense: Any, views: list[WeightView], masks: dict[str, Tensor]) -> int:

@@ -19,9 +19,9 @@ from hf_prune.engine.walk import BlockUpdater
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
+from hf_prune.families import find_family
 from hf_prune.plan import Plan, ViewPlan
 from hf_prune.structure.budget import Structure, plan_structure
-from hf_prune.structure.families import find_family
 from hf_prune.structure.groups import MLP, block_shape
 from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import check_stock, set_sizes
@@ -57,7 +57,7 @@ def plan_reduction(
         structure = _padded(structure, densities, config.round_to)
     views = [
         ViewPlan(view.name, view.parameter_name, view.block, view.shape, view.transposed, 1.0)
-        for view in find_views(_smaller_skeleton(model, structure))
+        for view in find_views(_smaller_skeleton(model, structure), whole=True)
         if view.block < structure.blocks - structure.blocks_removed
     ]
     return Plan(
@@ -96,7 +96,7 @@ def reduce(
             raise BadInputError(f"{name}: the weights hold NaN or Inf; the checkpoint is damaged, get it again.")
     _check_unshared(model)
     result = reduce_model(model, structure, config.make_reducer(seed), input_ids, reconstruction, checkpoint)
-    live = {view.name: view for view in find_views(model)}
+    live = {view.name: view for view in find_views(model, whole=True)}
     views = []
     for view in plan.views:
         own, size = live[view.name].count_nonzero(), live[view.name].parameter.numel()
@@ -178,7 +178,7 @@ def mlp_views(model: nn.Module) -> list[WeightView]:
         for block in range(len(blocks))
         for layer in (*family.mlp.producers, family.mlp.consumer)
     }
-    return [view for view in find_views(model) if view.name in names]
+    return [view for view in find_views(model, whole=True) if view.name in names]
 
 
 def as_sparsity(config: StructuredConfig, model: nn.Module) -> PruneConfig:

@@ -24,7 +24,7 @@ from hf_prune.preparation import prepare
 from hf_prune.progress import progress
 from hf_prune.pruning import load_calibration, plan_pruning, row_scales, with_importance
 from hf_prune.recipe import Recipe
-from hf_prune.weights import WeightView, find_views
+from hf_prune.weights import WeightView, find_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,8 +137,7 @@ def measure_sensitivity(
         # Parts are compared at one sparsity, and what looks at the whole model takes its time.
         config = replace(config, allocation="uniform")
     plan = plan_pruning(model, config, input_ids=input_ids)
-    planned = {view.name for view in plan.views}
-    views = [view for view in find_views(model) if view.name in planned]
+    views = find_named(model, [view.name for view in plan.views])
     dense = {view.name: view.stored.clone() for view in views}
 
     def put(weights: dict[str, Tensor], chosen: list[WeightView]) -> None:

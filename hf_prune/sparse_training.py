@@ -90,5 +90,5 @@ def _result(model: nn.Module, views: list[WeightView], found: Round, config: Dyn
     named = PruneConfig(method=config.info.name, sparsity=found.sparsity)
     plan = make_plan(model, named, views, densities)
     plan.allocation = f"dynamic_sparse, {config.initialization}, {config.redistribution}"
-    live = {view.name: view for view in select_views(model, None, config.ignore)[0]}
+    live = {view.name: view for view in select_views(model, None, config.ignore, whole=True)[0]}
     return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in densities], 0.0)

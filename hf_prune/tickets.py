@@ -97,5 +97,5 @@ def _result(model: nn.Module, views: list[WeightView], config: LotteryTicketConf
     held = frozenset(by_parameter[name] for name in found.held)
     plan = make_plan(model, named, views, densities, held=held)
     plan.allocation = f"lottery_ticket, {config.importance}"
-    live = {view.name: view for view in select_views(model, None, config.ignore)[0]}
+    live = {view.name: view for view in select_views(model, None, config.ignore, whole=True)[0]}
     return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in sizes], 0.0)

@@ -106,7 +106,7 @@ def prepare(recipe: TrainRecipe) -> tuple[Start, QualityEvaluation, list[WeightV
     pick_device(recipe.model.device, distributed.local_rank())
     start = Start(recipe)
     evaluation = QualityEvaluation(recipe.evaluation, start.tokenizer, start.config)
-    views, _ = select_views(start.make_model(None), None, recipe.method.ignore)
+    views, _ = select_views(start.make_model(None), None, recipe.method.ignore, whole=True)
     if any(view.expert is not None for view in views):
         raise BadInputError(
             "model_type: mixtures of experts are not pruned while they train; choose a model without experts."

@@ -80,6 +80,10 @@ class Unfinished:
         if scores is not None and is_file(scores):
             identity["importance"] = file_digest(Path(scores))
         identity["base model"] = ready.source.base_model
+        # What weights alone do not say: positions, norms, heads.
+        config: Any = model.config
+        said = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+        identity["config"] = text_digest(json.dumps(said, sort_keys=True, default=str))
         identity["processes"] = distributed.world_size()
         identity["device"] = ready.device.type
         identity["hf_prune"] = hf_prune.__version__

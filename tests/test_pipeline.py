@@ -16,7 +16,11 @@ from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, T5Config
 
 from hf_prune import cli
+from hf_prune.arguments import SECTIONS, PruneConfig
+from hf_prune.cli.arguments import split_launch_flags
 from hf_prune.errors import RunError
+from hf_prune.fields import field_types
+from hf_prune.methods import methods
 from hf_prune.pipeline import run
 from hf_prune.recipe import make_recipe, parse_yaml
 
@@ -345,6 +349,29 @@ def test_several_processes_refuse_bad_input_in_one_sentence(
     values = recipe(dense, text, tmp_path / "out", num_processes=2, pattern="2:5", sparsity=0.6)
     assert cli.main(["prune", *[f"--{key}={value}" for key, value in values.items()]]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_flags_of_the_launcher_are_told_from_ours(capsys: pytest.CaptureFixture) -> None:
+    given = [
+        "--config",
+        "r.yaml",
+        "--gpu_ids",
+        "2,3",
+        "--block-size=64",
+        "--main-process-port=29501",
+        "--units",
+        "mlp",
+        "depth",
+    ]
+    own, launch = split_launch_flags(given)
+    assert own == ["--config", "r.yaml", "--block-size=64", "--units", "mlp", "depth"]
+    assert launch == ["--gpu_ids", "2,3", "--main-process-port=29501"]
+    # No key of a recipe has the name of a launcher's flag, but for the one that is meant by both.
+    sections = [*SECTIONS.values(), PruneConfig, *methods().values()]
+    keys = {f"--{key}" for section in sections for key in field_types(section)}
+    assert split_launch_flags(["--no_such_flag", *sorted(keys)]) == (["--no_such_flag", *sorted(keys)], [])
+    assert cli.main(["prune", "--method", "wanda", "--gpu_ids", "1"]) == 2
+    assert "gpu_ids: is a flag of accelerate launch; set num_processes to more than 1" in capsys.readouterr().err
 
 
 def test_unknown_verbs_and_flags(capsys: pytest.CaptureFixture) -> None:

@@ -1,5 +1,7 @@
 """Tiny random models of every supported family, a tokenizer of bytes, and a text to go with them."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -88,6 +90,17 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
 def tiny_ids(samples: int = 12, tokens: int = 64, seed: int = 1) -> torch.Tensor:
     """Random calibration windows, int64 [samples, tokens]."""
     return torch.randint(0, VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def matrix_of(weights: dict[str, torch.Tensor], view: Any) -> torch.Tensor:
+    """A plan's weight matrix [out, in] in a state dict, row by row as the plan's own words have it."""
+    weight = weights[view.parameter]
+    weight = weight if view.expert is None else weight[view.expert]
+    weight = weight.T if view.transposed else weight
+    if view.outputs is None:
+        return weight
+    own, stride = view.outputs, len(weight) // view.outputs.repeats
+    return weight[[part * stride + own.offset + row for part in range(own.repeats) for row in range(own.size)]]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -209,7 +209,9 @@ class Fcpts(Allocation):
         scores = torch.nn.Parameter(bridge.scores(self.start([own.view for own in task.views], sparsity)))
         groups: list[dict[str, Any]] = [{"params": [scores], "lr": self.fcpts_learning_rate}]
         if self.train_weights:
-            groups.append({"params": [own.view.parameter for own in task.views], "lr": self.weight_learning_rate})
+            # Once each: parts of a fused layer share its parameter.
+            weights = list(dict.fromkeys(own.view.parameter for own in task.views))
+            groups.append({"params": weights, "lr": self.weight_learning_rate})
         optimizer = torch.optim.Adam(groups)
         progressed = Learning(optimizer)
         settings = json.dumps([asdict(self), sparsity])

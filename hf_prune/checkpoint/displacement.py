@@ -32,9 +32,7 @@ def displacement(folder: Path, dense: PreTrainedModel, views: Sequence[ViewPlan]
         for view in own:
             if view.parameter not in parameters or view.parameter not in after:
                 continue
-            new, old = after[view.parameter], parameters[view.parameter].detach()
-            if view.expert is not None:
-                new, old = new[view.expert], old[view.expert]
+            new, old = (view.own_part(own[view.parameter].detach()) for own in (after, parameters))
             kept = new != 0
             squared = float(old[kept].double().square().sum())
             change = float((new[kept].double() - old[kept].double()).square().sum())

@@ -35,7 +35,6 @@ class WeightFiles:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         self._model = model
-        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is None:
             # It was made, not loaded.
@@ -53,6 +52,8 @@ class WeightFiles:
                 name, pattern = rename_source_key(key, [], [], model.base_model_prefix, known)
             if name in known:
                 self._parts.setdefault(name, []).append((key, keys[key], pattern))
+        # Of these files alone: there are as many of them as blocks.
+        self._dtypes = {name: known[name].dtype for name in self._parts}
 
     def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Tensors on the CPU by name, in the model's dtypes; those made of the same stored ones come together.

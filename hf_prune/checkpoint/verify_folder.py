@@ -5,7 +5,9 @@
 EXPECTED.json (written by verify.py, which also puts probe_logits.safetensors beside it) holds
 
     views                    [{"name", "parameter", "shape" [out, in], "transposed", "kept", "nonzeros", "pattern",
-                             "expert" (number, or null) where the parameter is 3-D}]
+                             "expert" (number, or null) where the parameter is 3-D,
+                             "outputs" ({"offset", "size", "repeats"}, or null) where it is a fused layer's: in each of
+                             `repeats` equal parts of its outputs `size` from `offset` on}]
     dtype, attn_implementation, num_threads, matmul_precision, device, trust_remote_code
     probe_input_ids          [[token id, ...], ...]
     ties                     [[name, name], ...]
@@ -118,7 +120,13 @@ def matrix(parameters: dict[str, torch.nn.Parameter], view: dict[str, Any]) -> t
     if weight is None:
         return None
     own = weight.detach() if view.get("expert") is None else weight.detach()[view["expert"]]
-    return own.T if view["transposed"] else own
+    own, part = own.T if view["transposed"] else own, view.get("outputs")
+    if part is None:
+        return own
+    # Never beyond what is there: the files may disagree with the config.
+    stride = own.shape[0] // part["repeats"]
+    parts = own[: stride * part["repeats"]].unflatten(0, (part["repeats"], stride))
+    return parts[:, part["offset"] : part["offset"] + part["size"]].flatten(0, 1)
 
 
 def _check_density(weights: dict[str, torch.Tensor | None], views: list[dict[str, Any]]) -> dict[str, Any]:
@@ -164,14 +172,14 @@ def _check_shapes(folder: Path, config: Any, views: list[dict[str, Any]], trust_
     """The plan's and the files' shapes against the empty model that the saved config builds."""
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    built = {name: list(tensor.shape) for name, tensor in empty.named_parameters(remove_duplicate=False)}
+    parameters = dict(empty.named_parameters(remove_duplicate=False))
+    built = {name: list(tensor.shape) for name, tensor in parameters.items()}
     failures = []
     for view in views:
-        shape = view["shape"][::-1] if view["transposed"] else view["shape"]
-        whole = built.get(view["parameter"])
-        found = whole if whole is None or view.get("expert") is None else whole[1:]
-        if found != shape:
-            failures.append(f"{view['name']}: {found} by the config, {shape} in memory")
+        own = matrix(parameters, view)
+        found = None if own is None else list(own.shape)
+        if found != view["shape"]:
+            failures.append(f"{view['name']}: {found} by the config, {view['shape']} in memory")
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as tensors:
             for name in tensors.offset_keys():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_prune.arguments import SECTIONS, PruneConfig
 from hf_prune.errors import BadInputError
-from hf_prune.fields import field_lines
+from hf_prune.fields import field_lines, field_types
 from hf_prune.recipe import Recipe, load_recipe, parse_flags
 
 if TYPE_CHECKING:
@@ -35,6 +35,29 @@ def read_recipe(arguments: list[str]) -> Recipe:
     """`--config file.yaml` with the other flags laid over it."""
     flags = parse_flags(arguments)
     return load_recipe(take_text(flags, "config"), flags)
+
+
+def split_launch_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and those flags of `accelerate launch`, with their values, that are no recipe keys."""
+    ours = {key for section in (*SECTIONS.values(), PruneConfig) for key in field_types(section)} | {"config"}
+    if all(_name(argument) in ours for argument in arguments if argument.startswith("--")):
+        return arguments, []
+    # Late: it brings torch.
+    from accelerate.commands.launch import launch_command_parser
+
+    theirs = {_name(option) for option in launch_command_parser()._option_string_actions} - ours
+    own: list[str] = []
+    launch: list[str] = []
+    place = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            place = launch if _name(argument) in theirs else own
+        place.append(argument)
+    return own, launch
+
+
+def _name(flag: str) -> str:
+    return flag.lstrip("-").partition("=")[0].replace("-", "_")
 
 
 def split_positional(arguments: list[str], what: str) -> tuple[str, dict[str, Any]]:

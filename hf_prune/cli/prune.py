@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hf_prune.cli.arguments import console, quiet_libraries, read_recipe, recipe_help
-from hf_prune.errors import RELAUNCHED, Stopped
+from hf_prune.cli.arguments import console, quiet_libraries, read_recipe, recipe_help, split_launch_flags
+from hf_prune.errors import RELAUNCHED, BadInputError, Stopped
 from hf_prune.recipe import Recipe
 
 
@@ -20,11 +21,21 @@ def help_text() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    return execute(read_recipe(arguments), ["prune", *arguments])
+    own, launch = split_launch_flags(arguments)
+    return execute(read_recipe(own), ["prune", *own], launch)
 
 
-def execute(recipe: Recipe, command: list[str]) -> int:
-    """Run the recipe here, or `command` once per process where the recipe asks for several."""
+def execute(recipe: Recipe, command: list[str], launch: Sequence[str] = ()) -> int:
+    """Run the recipe here, or `command` once per process where the recipe asks for several.
+
+    Args:
+        launch: more flags of `accelerate launch`.
+
+    Raises:
+        BadInputError: there are some, and one process to start.
+    """
+    if launch and recipe.model.num_processes == 1:
+        raise BadInputError(f"{launch[0][2:]}: is a flag of accelerate launch; set num_processes to more than 1.")
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
         from hf_prune.preparation import check_feasible, prepare
         from hf_prune.unfinished import work_folder
@@ -33,22 +44,24 @@ def execute(recipe: Recipe, command: list[str]) -> int:
         quiet_libraries()
         recipe.require("output_dir")
         check_feasible(prepare(recipe))
-        return relaunch(recipe.model.num_processes, command, work_folder(str(recipe.output.output_dir)))
+        return relaunch(recipe.model.num_processes, command, work_folder(str(recipe.output.output_dir)), launch)
     run_and_show(recipe)
     return 0
 
 
-def relaunch(num_processes: int, arguments: list[str], work: Path | None = None) -> int:
+def relaunch(num_processes: int, arguments: list[str], work: Path | None = None, more: Sequence[str] = ()) -> int:
     """The same command once per process, through accelerate; its exit code.
 
     The launcher knows of failures alone: whether the run has stopped to go on later is seen from its folder.
 
     Args:
         work: the run's working folder, whose processes are handed SIGTERM; the launcher would give them 30 seconds.
+        more: flags of the launcher; they win over those that are set here.
     """
     # --multi_gpu is accelerate's word for several processes; without it (and with --cpu) it starts one only.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += more
     # Late: it brings torch.
     from hf_prune.checkpoint.work import holders
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from hf_prune.errors import RunError
 
 Result = TypeVar("Result")
+# While one process solves or writes the others wait, which backends end after 10 or 30 minutes. A process that dies is
+# noticed at once all the same, by its connections or by the launcher.
+LONGEST_WAIT = timedelta(hours=6)
 
 
 def initialise(device: str = "auto") -> None:
@@ -21,7 +25,7 @@ def initialise(device: str = "auto") -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_distributed():
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=LONGEST_WAIT)
 
 
 def is_distributed() -> bool:

@@ -119,9 +119,11 @@ def fisher_factors(
     tokens = {view.name: torch.zeros(1, dtype=torch.float64) for view in views}
     counting = False
 
-    def observe(name: str, own: Tensor, output: Tensor) -> None:
+    def observe(view: WeightView, own: Tensor, output: Tensor) -> None:
+        name = view.name
+
         def seen(gradient: Tensor) -> None:
-            outputs[name] += _squares(gradient)
+            outputs[name] += _squares(view.own_outputs(gradient))
 
         if not counting:
             # The backward pass computes this block again.
@@ -130,14 +132,14 @@ def fisher_factors(
         tokens[name] += own.numel() // own.shape[-1]
         output.register_hook(seen)
 
-    def observer(name: str) -> Callable[..., None]:
-        return lambda module, args, output: observe(name, args[0], output)
+    def observer(view: WeightView) -> Callable[..., None]:
+        return lambda module, args, output: observe(view, args[0], output)
 
     def experts_observer(module: nn.Module, members: Mapping[tuple[int, str], WeightView]) -> Callable[..., Tensor]:
         def observed(expert: int, tensor: str, own: Tensor, weight: Tensor) -> Tensor:
             output = linear(own, weight)
             if (expert, tensor) in members:
-                observe(members[expert, tensor].name, own, output)
+                observe(members[expert, tensor], own, output)
             return output
 
         return lambda _, *args: run_experts(module, observed, *args)
@@ -153,7 +155,7 @@ def fisher_factors(
                 stack.enter_context(patched(block, recomputed(block.forward)))
             # Something has to ask for gradients, and no weight does.
             handles = [embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
-            handles += [view.module.register_forward_hook(observer(view.name)) for view in views if view.expert is None]
+            handles += [view.module.register_forward_hook(observer(view)) for view in views if view.expert is None]
             experts = members_of(views)
             stack.enter_context(computed_by({own: experts_observer(own, members) for own, members in experts.items()}))
             for handle in handles:

@@ -61,7 +61,7 @@ class ThresholdedView:
         """The weight under `threshold`, a 0-dimensional tensor, in the layer's own layout."""
         scale = self.scale
         if scale is not None and self.view.transposed:
-            scale = scale[:, None]
+            scale = scale[:, None] if self.view.stored.ndim == 2 else scale[:, None, None]
         weight = self.view.own_part(self.view.parameter)
         masked: Tensor = ThresholdedWeight.apply(weight, scale, threshold, self.window)
         return masked
@@ -78,11 +78,14 @@ def thresholded(
         recompute: keep only the blocks' inputs for the backward pass and compute the rest again.
     """
     with ExitStack() as stack:
-        numbers = {}
+        numbers: dict[str, int] = {}
+        layers: dict[nn.Module, list[tuple[int, ThresholdedView]]] = {}
         for number, own in enumerate(views):
             numbers[own.view.name] = number
             if own.view.expert is None:
-                stack.enter_context(patched(own.view.module, _masked_forward(own, thresholds, number)))
+                layers.setdefault(own.view.module, []).append((number, own))
+        for module, members in layers.items():
+            stack.enter_context(patched(module, _masked_forward(module, members, thresholds)))
         experts = members_of(own.view for own in views)
         stack.enter_context(
             computed_by(
@@ -100,13 +103,21 @@ def thresholded(
         yield
 
 
-def _masked_forward(own: ThresholdedView, thresholds: Tensor, number: int) -> Callable[[Tensor], Tensor]:
-    module = own.view.module
+def _masked_forward(
+    module: nn.Module, members: Sequence[tuple[int, ThresholdedView]], thresholds: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Of a linear layer whose weight is that of one view, or of some views for its parts; other parts stay."""
 
     def forward(inputs: Tensor) -> Tensor:
-        weight = own.masked(thresholds[number])
+        number, first = members[0]
+        if first.view.outputs is None:
+            weight = first.masked(thresholds[number])
+        else:
+            weight = first.view.parameter.detach().clone()
+            for number, own in members:
+                own.view.own_part(weight).copy_(own.masked(thresholds[number]))
         bias = getattr(module, "bias", None)
-        return functional.linear(inputs, weight.T if own.view.transposed else weight, bias)
+        return functional.linear(inputs, weight.T if first.view.transposed else weight, bias)
 
     return forward
 

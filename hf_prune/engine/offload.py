@@ -7,6 +7,8 @@ works without reading a weight twice.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +22,8 @@ from hf_prune.errors import BadInputError
 from hf_prune.weights import find_blocks
 
 _ATTRIBUTE = "_hf_prune_offload"
+# glibc's M_MMAP_THRESHOLD, and the bytes from which memory is to go back to the system as soon as it is free.
+_MMAP_THRESHOLD, _RETURNED = -3, 2**20
 
 
 class Home(Protocol):
@@ -113,6 +117,7 @@ class Offload:
         self.count = len(self.units) - 1
         self._held: set[int] = set()
         self._stand_ins: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}
+        _return_freed_memory()
         self._reader = ThreadPoolExecutor(max_workers=1) if device.type == "cuda" else None
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
         self._last = -1
@@ -195,6 +200,17 @@ class Offload:
 
     def _pinned(self, index: int) -> dict[str, Tensor]:
         return {name: tensor.pin_memory() for name, tensor in self.home.read(index).items()}
+
+
+def _return_freed_memory() -> None:
+    """For the rest of the process, free memory goes back to the system in pieces of 1 MiB and more.
+
+    glibc raises its own threshold with every large piece that is freed, up to 32 MiB, and keeps what is smaller: what
+    blocks long gone have left would add up with depth.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _RETURNED)
 
 
 def _table(module: nn.Module, leaf: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class ThresholdTask:
         for tensor in (self.windows, self.held_out):
             digest.update(tensor.numpy().tobytes())
         for own in self.views:
-            weight = own.view.parameter.detach()
+            weight = own.view.stored
             # A few numbers of each matrix tell one model from another.
             digest.update(f"{own.view.name} {tuple(weight.shape)} {own.window}".encode())
             digest.update(weight.reshape(-1)[:: max(weight.numel() // 64, 1)].float().cpu().numpy().tobytes())

@@ -30,7 +30,7 @@ from hf_prune.errors import BadInputError, RunError
 from hf_prune.masks import MaskRule
 from hf_prune.plan import Plan
 from hf_prune.progress import progress
-from hf_prune.weights import WeightView, find_views
+from hf_prune.weights import WeightView, find_named
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def _full_float32() -> Iterator[None]:
 
 def _views_of(model: nn.Module, plan: Plan) -> list[WeightView]:
     """The live views of a plan, which must fit the model."""
-    found = {view.name: view for view in find_views(model)}
+    found = {view.name: view for view in find_named(model, [planned.name for planned in plan.views])}
     for planned in plan.views:
         if planned.name not in found or found[planned.name].shape != tuple(planned.shape):
             raise BadInputError(

@@ -95,7 +95,8 @@ def measure_efficiency(
         for command in progress(turns, "efficiency", total=len(turns)):
             for name, worker in workers.items():
                 answers[name].setdefault(command, []).append(worker.ask(command))
-    kind = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else gpu_name(device)
+    threads = torch.get_num_threads()
+    kind = f"{device}, {threads} thread{'s' * (threads != 1)}" if device == "cpu" else gpu_name(device)
     dtypes = sorted({answer["warm_up"][0]["dtype"] for answer in answers.values()})
     measured = {
         name: summarize(answer, prompt_length, file_bytes(models[name], revisions.get(name)))

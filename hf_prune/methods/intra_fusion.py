@@ -112,8 +112,8 @@ class IntraFusionConfig(StructuredConfig):
             raise BadInputError(f"damping: {self.damping} leaves a singular matrix; use a small positive share.")
         if self.importance == "output" and "importance" in (self.source_mass, self.target_mass):
             raise BadInputError("importance: output ranks units and gives no masses; set both masses to uniform.")
-        if is_file(self.importance) and {"heads", "depth"} & set(self.units or []):
-            raise BadInputError("importance: a file scores neurons and key-value groups; set units to these.")
+        if is_file(self.importance) and "depth" in (self.units or []):
+            raise BadInputError("importance: a file scores no whole blocks; leave depth out of units.")
         if self.fusion_target == "kmeans" and self.fusion_cost == "activations":
             raise BadInputError("fusion_target: kmeans finds centres of weights; set fusion_cost to weights.")
 

@@ -17,6 +17,7 @@ LAGS = ("min", "bic")
 CORRECTIONS = ("none", "benjamini_hochberg")
 RESTARTS = ("init", "continue")
 SERIES = ("weights", "sample", "rows", "units")
+WATCHED = ("mlp", "attention", "heads")
 
 
 @dataclass
@@ -33,8 +34,11 @@ class LEGCNetConfig:
         variant: `ft`, the whole training is recorded; `pt`, its first `recorded_share`.
         recorded_share: of the steps, for `pt`.
         series: `weights`, every one; `sample`, `samples_per_matrix` of each matrix (the others stay); `rows`, the norms
-            of each matrix's rows; `units`, the norms of MLP neurons and attention groups, which are removed whole.
+            of each matrix's rows; `units`, the norms of a language model's neurons and heads, which are removed whole.
         samples_per_matrix: chosen by the seed.
+        perturbation: with more than 0, a second training is recorded whose weights begin elsewhere, by noise of this
+            share of each parameter's deviation, and the series are the differences of the two (one of the paper's two
+            definitions; the other, and its code, take the values themselves).
         record_every: steps from one record to the next.
         window: records a window.
         stride: records from one window to the next, 9/10 of a window unless given.
@@ -46,8 +50,9 @@ class LEGCNetConfig:
         decision: what is kept: `causal`, `sensitive` (a positive mean exponent), or what is `both`.
         sparsity: share of the series that go, the least causal (or sensitive) first, instead of alpha.
         restart: survivors train once more from their initial values (`init`) or go on (`continue`).
-        units: what goes with `series: units`, `mlp` neurons or whole groups of `attention`; `sparsity` is then the
-            share of the blocks' parameters, 0.1 unless given, and what was trained is pruned, whatever `restart` says.
+        units: what goes with `series: units`, `mlp` neurons and whole key-value groups of `attention` or query `heads`;
+            `sparsity` is then the share of the blocks' parameters, 0.1 unless given, and what was trained is pruned,
+            whatever `restart` says.
         ignore: layers that are never pruned, by name.
         rounds_folder: where the recording is kept, OUTPUT_DIR.rounds unless given; other decisions find it there.
     """
@@ -57,6 +62,7 @@ class LEGCNetConfig:
     recorded_share: float = 0.1
     series: str = "weights"
     samples_per_matrix: int = 256
+    perturbation: float = 0.0
     record_every: int = 1
     window: int = 50
     stride: int | None = None
@@ -110,8 +116,17 @@ class LEGCNetConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value < 1:
                 raise BadInputError(f"{key}: {value} is outside (0, 1).")
-        if set(self.units) not in ({"mlp"}, {"attention"}, {"mlp", "attention"}):
-            raise BadInputError(f"units: {', '.join(self.units) or 'none'} cannot be watched; choose mlp, attention.")
+        unknown = [unit for unit in self.units if unit not in WATCHED]
+        if unknown or not self.units:
+            raise BadInputError(
+                f"units: {', '.join(unknown) or 'none'} cannot be watched; choose of {', '.join(WATCHED)}."
+            )
+        if self.perturbation < 0:
+            raise BadInputError(f"perturbation: {self.perturbation} is no share; use 0 or a small positive number.")
+        if self.series == "units":
+            for key in ("perturbation", "ignore"):
+                if getattr(self, key):
+                    raise BadInputError(f"{key}: units are watched as they are, all of them; leave the key out.")
         if self.stride is not None and self.stride < 1:
             raise BadInputError(f"stride: {self.stride} is too few; use 1 or more.")
 

@@ -14,7 +14,13 @@ def causes_table(rounds: list[dict[str, Any]]) -> Table:
     """A line for the dense network and for each way to keep as many series."""
     table = Table(title="What was kept", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("Kept by")
-    for name in ("Connections", "Accuracy", "Loss", "Epochs to the benchmark", "Seconds to it"):
+    for name in (
+        "Connections",
+        "Accuracy",
+        "Loss",
+        "Epochs to the benchmark",
+        "Seconds to it, with recording and tests",
+    ):
         table.add_column(name, justify="right")
     for row in rounds:
         epochs, seconds = row["epochs_to_benchmark"], row["seconds_to_benchmark"]

@@ -63,9 +63,11 @@ def _perplexity_clause(report: dict[str, Any]) -> str:
     if not before or not after:
         return ""
     verb, name = "rose" if after >= before else "fell", short_name(report["evaluation"])
-    return (
-        f"; perplexity on {name} {verb} from {plain_figure(before)} to {plain_figure(after)} ({times(after / before)})"
-    )
+    # A method that trains is measured against the same training without pruning, not against the base model.
+    trained = report.get("training") and not report.get("recoveries")
+    whose = " of the dense model, trained alike," if trained else ""
+    change = f"from {plain_figure(before)}{whose} to {plain_figure(after)} ({times(after / before)})"
+    return f"; perplexity on {name} {verb} {change}"
 
 
 def _summary_of_sizes(report: dict[str, Any], name: str) -> str:

@@ -177,6 +177,7 @@ class StudyFolder:
 
         `at_start` also what this process left behind when it was interrupted, and what nobody signed.
         """
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         count = 0
@@ -186,7 +187,11 @@ class StudyFolder:
                 continue
             if owner != self.process and is_alive(self.folder, owner):
                 continue
-            self.study.tell(trial.number, state=TrialState.FAIL)
+            try:
+                self.study.tell(trial.number, state=TrialState.FAIL)
+            except UpdateFinishedTrialError:
+                # The last thing that its process did was to finish it.
+                continue
             count += 1
             kept = {key: trial.user_attrs[key] for key in ("round", "budget") if key in trial.user_attrs}
             choice = {**trial.system_attrs.get("fixed_params", {}), **trial.params}

@@ -121,7 +121,7 @@ class TrainedCandidates:
         model = own.start.make_model(None)
         callbacks: list[TrainerCallback] = []
         if config is not None:
-            names = [view.parameter_name for view in select_views(model, None, config.ignore)[0]]
+            names = [view.parameter_name for view in select_views(model, None, config.ignore, whole=True)[0]]
             shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
             generator = torch.Generator().manual_seed(seed)
             masks = initial_masks(shapes, config.sparsity, config.initialization, generator)

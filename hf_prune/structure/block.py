@@ -43,7 +43,7 @@ class BlockReduction:
 
     def trained(self) -> list[tuple[WeightView, float]]:
         """The block's weights, each with how far a step may move it: as in a walk, by its consumer's output error."""
-        own = [view for view in find_views(self.runner.model) if view.block == self.index]
+        own = [view for view in find_views(self.runner.model, whole=True) if view.block == self.index]
         return [(view, math.sqrt(self.error * float(view.read().square().mean()))) for view in own]
 
     def reduce(self, structure: Structure) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_prune.arguments import UNITS
 from hf_prune.errors import BadInputError
-from hf_prune.structure.families import Coupling, Family, find_family
+from hf_prune.families import Coupling, Family, find_family
 from hf_prune.structure.fusion import Fusion
 from hf_prune.weights import WeightView, find_blocks, linear_layers
 
@@ -232,7 +232,7 @@ def _layers(model: nn.Module, block: int) -> dict[str, WeightView]:
             if name not in layers:
                 raise BadInputError(
                     f"model_name_or_path: {prefix}.{block} has no layer {name}, which a {model_type} should have by "
-                    "hf_prune/structure/families.py; describe this model there."
+                    "hf_prune/families.py; describe this model there."
                 )
     return layers
 

@@ -39,7 +39,7 @@ class Evidence:
         statistics: of the consumer's inputs, where the importance declares any.
         gradients: parameter name -> float32 gradient of the loss summed over calibration windows, stored layout.
         seed: of `random`.
-        scores: of a file, float [units] by `mlp.0`, `attention.0`, ...: the kind of unit and its block.
+        scores: of a file, float [units] by `mlp.0`, `attention.0`, `heads.0`, ...: the kind of unit and its block.
     """
 
     statistics: Statistics | None = None
@@ -107,11 +107,13 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
 
 
 def _from_file(name: str, group: Group, scores: dict[str, Tensor]) -> Tensor:
-    key = f"{group.kind}.{group.block}"
-    if key not in scores or len(scores[key]) != group.units:
+    key, consumer = f"{group.kind}.{group.block}", group.consumer
+    # Heads are counted through all key-value groups, of which each is a group of its own.
+    every, first = consumer.view.shape[1] // consumer.size, consumer.offset // consumer.size
+    if key not in scores or len(scores[key]) != every:
         there = f"{len(scores[key])} scores" if key in scores else "no scores"
-        raise BadInputError(f"importance: {Path(name).name} has {there} for {key}, whose units are {group.units}.")
-    return scores[key].float()
+        raise BadInputError(f"importance: {Path(name).name} has {there} for {key}, whose units are {every}.")
+    return scores[key][first : first + group.units].float()
 
 
 def _product(group: Group) -> Tensor:

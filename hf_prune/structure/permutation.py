@@ -17,7 +17,7 @@ from hf_prune.engine.statistics import Statistics, check_finite
 from hf_prune.patterns import Pattern
 from hf_prune.structure.fusion import drop
 from hf_prune.structure.groups import MLP, block_shape, find_groups, rewrite
-from hf_prune.weights import WeightView, find_blocks
+from hf_prune.weights import WeightView, find_blocks, find_views
 
 # Groups of m that an assignment looks at together; its cost grows with their square.
 _GROUPS_TOGETHER = 512
@@ -30,7 +30,8 @@ class ChannelPermutation:
     """Reorders the neurons of one block after another, once their statistics are known and before anything is pruned.
 
     Args:
-        planned: names of the weights that are pruned; a block is left alone where a layer of its MLP is not among them.
+        planned: names of the weights that are pruned; a block is left alone where a layer of its MLP, or a part of one,
+            is not among them.
         score: what the criterion compares, float32 [out, in].
 
     Raises:
@@ -40,7 +41,8 @@ class ChannelPermutation:
     def __init__(self, model: nn.Module, planned: set[str], score: Score, pattern: Pattern) -> None:
         assert pattern.n is not None and pattern.m is not None
         self.model = model
-        self.planned = planned
+        views = find_views(model)
+        self.planned = {view.layer for view in views} - {view.layer for view in views if view.name not in planned}
         self.score = score
         self.pattern = pattern
         self.shape = block_shape(model)

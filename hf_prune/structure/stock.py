@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_prune.errors import BadInputError
+from hf_prune.families import find_family
 from hf_prune.structure.budget import Structure
-from hf_prune.structure.families import find_family
 from hf_prune.structure.groups import ATTENTION, Shape, block_shape, find_groups
 
 if TYPE_CHECKING:

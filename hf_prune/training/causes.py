@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +21,7 @@ from hf_prune.progress import progress
 from hf_prune.training.recorder import count_series, read_series, read_targets, recording_seconds
 
 CAUSES = "causes.safetensors"
+SERIES_FILE = "series.csv"
 SERIES_AT_ONCE = 4096
 
 
@@ -59,8 +62,11 @@ def target_steps(config: LEGCNetConfig, steps: int) -> list[int]:
     return [end * config.record_every for end in ends]
 
 
-def find_causes(recording: Path, config: LEGCNetConfig, steps: int) -> Causes:
+def find_causes(recording: Path, config: LEGCNetConfig, steps: int, twin: Path | None = None) -> Causes:
     """Read the first `steps` steps of a recording and decide.
+
+    Args:
+        twin: the recording of a second training; the series are then the differences, the target is the first one's.
 
     Raises:
         BadInputError: too few windows, a window whose target is missing, a target that never changes.
@@ -84,6 +90,8 @@ def find_causes(recording: Path, config: LEGCNetConfig, steps: int) -> Causes:
     parts = []
     for first in progress(range(0, count_series(recording), SERIES_AT_ONCE), "exponents"):
         series = read_series(recording, first, first + SERIES_AT_ONCE)[:, :records]
+        if twin is not None:
+            series = series - read_series(twin, first, first + SERIES_AT_ONCE)[:, :records]
         if not bool(series.isfinite().all()):
             raise BadInputError(f"{recording}: a series holds numbers that are not finite; lower learning_rate.")
         parts.append(windowed_exponents(series, config.window, config.step))
@@ -92,7 +100,7 @@ def find_causes(recording: Path, config: LEGCNetConfig, steps: int) -> Causes:
     test = granger_test(exponents, target, config.max_lag, config.statistic)
     keep = decide(test, exponents.numpy(), config)
     seconds = {
-        "recording": recording_seconds(recording),
+        "recording": sum(recording_seconds(own) for own in (recording, twin) if own is not None),
         "exponents": between - start,
         "granger": perf_counter() - between,
     }
@@ -126,3 +134,14 @@ def load_causes(folder: Path) -> Causes | None:
     with safe_open(file, framework="pt") as opened:
         seconds = {key: float(value) for key, value in opened.metadata().items()}
     return Causes(**load_file(file), seconds=seconds)
+
+
+def write_series(file: Path, label: Callable[[int], str], causes: Causes) -> None:
+    """A line for each series: what it is, p, its mean exponent, whether it was tested and stays."""
+    means = causes.exponents.mean(1)
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["series", "p", "mean_exponent", "tested", "kept"])
+        for place in range(len(causes.keep)):
+            flags = (bool(causes.tested[place]), bool(causes.keep[place]))
+            writer.writerow([label(place), float(causes.p[place]), float(means[place]), *flags])

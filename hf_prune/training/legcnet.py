@@ -4,6 +4,7 @@
     FOLDER/initial.safetensors     the weights that everything began with
     FOLDER/dense/                  the recorded training
     FOLDER/recording/              its series and targets (recorder.py)
+    FOLDER/twin-PERTURBATION/      the same of a training that began a little elsewhere, where differences are wanted
     FOLDER/DECISION/               causes.safetensors, and a folder for each of KINDS at the same count
 
 Sahu et al. (2023), https://arxiv.org/abs/2308.09955.
@@ -109,9 +110,10 @@ class LEGCNetSearch:
             lambda checkpoints: self._train_dense(model, everything, ends, checkpoints),
             self.measuring,
         )
+        twin = self._record_twin(model, everything) if self.config.perturbation else None
         causes = load_causes(self.decision_folder)
         if causes is None:
-            causes = find_causes(self.folder / "recording", self.config, self.recorded)
+            causes = find_causes(self.folder / "recording", self.config, self.recorded, twin)
             distributed.barrier()
             if distributed.rank() == 0:
                 self.decision_folder.mkdir(parents=True, exist_ok=True)
@@ -173,6 +175,31 @@ class LEGCNetSearch:
         # What asks for a checkpoint comes before those that look whether there will be one.
         watch = self._watch(None, layers)
         return self._train("the dense training", model, [keep, recorder], watch, checkpoints, checkpoint)
+
+    def _record_twin(self, model: nn.Module, everything: dict[str, Tensor]) -> Path:
+        """Record the same training from perturbed weights; the recording's folder."""
+        folder = self.folder / f"twin-{self.config.perturbation:g}"
+
+        def train_it(checkpoints: Path) -> Trained:
+            checkpoint = last_checkpoint(checkpoints)
+            if checkpoint is None:
+                load_weights(model, self.folder / INITIAL)
+                self._perturb(model)
+            recorder = Recorder(
+                self.series.observe, folder / "recording", self.config.record_every, until=self.recorded
+            )
+            watch = self._watch(None, everything)
+            return self._train("the perturbed training", model, [recorder], watch, checkpoints, checkpoint)
+
+        make_round(folder / "dense", Round(0, "dense"), model, everything, train_it, self.measuring)
+        return folder / "recording"
+
+    @torch.no_grad()
+    def _perturb(self, model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(noise * self.config.perturbation * parameter.std(correction=0))
 
     def _watch(self, benchmark: float | None, layers: Iterable[str], behind: int = 0) -> Watch:
         return Watch(self.figure, self.look_every, benchmark, self.steps, list(layers), behind)

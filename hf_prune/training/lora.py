@@ -42,13 +42,14 @@ class MaskedLora:
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # a float works
-            target_modules=[view.name for view in views],
+            target_modules=sorted({view.layer for view in views}),
             fan_in_fan_out=any(view.transposed for view in views),
         )
         self.model = get_peft_model(model, config)
         self._layers: list[tuple[Any, Tensor | None, bool]] = []
-        for view in views:
-            layer = model.get_submodule(view.name)
+        # Parts of a fused layer share its adapter.
+        for view in {view.layer: view for view in views}.values():
+            layer = model.get_submodule(view.layer)
             own = masks.get(view.parameter_name)
             if own is not None:
                 # A buffer follows the model to its device; it is not saved.

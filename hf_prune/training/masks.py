@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -154,7 +154,7 @@ class MaskCallback(TrainerCallback):
         self.holder.detach()
 
 
-def masks_of(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+def masks_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Where the named parameters are not zero, for those that hold any zero; True stays."""
     found = {name: model.get_parameter(name).detach() != 0 for name in names}
     return {name: mask for name, mask in found.items() if not bool(mask.all())}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -91,11 +91,11 @@ class WeightSeries:
 
 
 class UnitSeries:
-    """The Euclidean norms of all of a unit's weights: MLP neurons, key-value groups of attention, block by block.
+    """The Euclidean norms of all of a unit's weights, block by block.
 
     Args:
         model: a causal language model of a described family.
-        kinds: of `mlp` and `attention`.
+        kinds: `mlp` neurons, key-value groups of `attention`, query `heads` (through all key-value groups).
 
     Raises:
         BadInputError: the family is not described.
@@ -105,7 +105,9 @@ class UnitSeries:
         shape = block_shape(model)
         blocks = len(find_blocks(model)[1])
         self.units = [
-            (kind, block, find_groups(model, block, kind, shape)[0].units) for block in range(blocks) for kind in kinds
+            (kind, block, sum(group.units for group in find_groups(model, block, kind, shape)))
+            for block in range(blocks)
+            for kind in kinds
         ]
 
     def observe(self, model: nn.Module) -> Tensor:
@@ -113,15 +115,26 @@ class UnitSeries:
         shape = block_shape(model)
         norms = []
         for kind, block, _ in self.units:
-            group = find_groups(model, block, kind, shape)[0]
-            parts = [stretch.read().square().sum(dim=(1, 2)) for stretch in (*group.producers, group.consumer)]
-            norms.append(torch.stack(parts).sum(dim=0).sqrt())
+            for group in find_groups(model, block, kind, shape):
+                parts = [stretch.read().square().sum(dim=(1, 2)) for stretch in (*group.producers, group.consumer)]
+                norms.append(torch.stack(parts).sum(dim=0).sqrt())
         return torch.cat(norms)
 
     def scores(self, values: Tensor) -> dict[str, Tensor]:
         """A number for each unit as a file of importances holds them: `mlp.0`, `attention.0`, ..."""
         parts = values.split([count for _, _, count in self.units])
         return {f"{kind}.{block}": own.clone() for (kind, block, _), own in zip(self.units, parts, strict=True)}
+
+    def kept(self, numbers: Mapping[int, Mapping[str, Sequence[int]]]) -> Tensor:
+        """Which units stay, bool [series], by block and kind as in `ReduceResult.kept`; all of kinds not named."""
+        parts = []
+        for kind, block, count in self.units:
+            stays = numbers.get(block, {}).get(kind)
+            parts.append(torch.ones(count, dtype=torch.bool))
+            if stays is not None:
+                parts[-1][:] = False
+                parts[-1][list(stays)] = True
+        return torch.cat(parts)
 
     def label(self, place: int) -> str:
         """`mlp 3, unit 7`: kind, block, number."""

@@ -39,9 +39,10 @@ DECISIONS: dict[str, dict[str, Any]] = {
 }
 
 COLUMNS = (
-    "table", "kept by", "connections", "FLOPs a row", "accuracy %", "change", "loss change", "epochs", "seconds",
-    "alpha of each layer", "SHAP", "moved in the first, last epoch",
+    "table", "kept by", "connections", "FLOPs a row", "not testable", "accuracy %", "change", "loss change", "epochs",
+    "seconds", "SHAP",
 )  # fmt: skip
+LAYERS = ("table", "kept by", "alpha", "moved in the first epoch", "in the middle one", "in the last")
 
 
 def main() -> None:
@@ -83,20 +84,12 @@ def main() -> None:
 
 
 def rows_of(report: dict[str, Any], table: str, decision: str) -> list[dict[str, Any]]:
-    """A row for the dense network and for each way to keep as many connections; seconds hold what came before."""
-    seconds = report["seconds"]
-    before = {
-        "dense": 0.0,
-        "legcnet": seconds["recording"] + seconds["exponents"] + seconds["granger"],
-        "magnitude": seconds["recording"],
-        "random": 0.0,
-    }
+    """A row for the dense network and for each way to keep as many connections."""
     dense = report["rounds"][0]
     found = []
     for row in report["rounds"]:
         if row["kind"] == "dense" and decision != "FT":
             continue
-        reached = row["seconds_to_benchmark"]
         found.append(
             {
                 "table": table,
@@ -109,24 +102,20 @@ def rows_of(report: dict[str, Any], table: str, decision: str) -> list[dict[str,
                 "accuracy_change": 100 * (row["accuracy"] - dense["accuracy"]),
                 "loss_change": row["loss"] - dense["loss"],
                 "epochs": row["epochs_to_benchmark"],
-                "seconds": None if reached is None else reached + before[row["kind"]],
+                "seconds": row["seconds_to_benchmark"],
                 "alphas": row["alphas"],
                 "shap": row["shap_rank_correlation"],
-                "moved": [sum(own.values()) for own in row["moved"] if own],
+                "moved": [own for own in row["moved"] if own],
+                "untested": report["series"]["untested"] if row["kind"] == "legcnet" else None,
             }
         )
     return found
 
 
-def median_alphas(rows: list[dict[str, Any]]) -> list[float]:
-    """By layer, over the seeds that have one."""
-    layers = sorted({layer for row in rows for layer in row["alphas"]}, key=int)
-    return [statistics.median(row["alphas"][layer] for row in rows if layer in row["alphas"]) for layer in layers]
-
-
-def mean_moved(rows: list[dict[str, Any]], epoch: int) -> float:
-    """How far the layers moved together in an epoch, the mean over seeds."""
-    return statistics.fmean(row["moved"][epoch] for row in rows)
+def by_layer(found: list[dict[str, float]], form: str) -> str:
+    """Mean and standard deviation of what the seeds have of each layer, the layers in order."""
+    layers = list(dict.fromkeys(layer for own in found for layer in own))
+    return ", ".join(spread([own[layer] for own in found if layer in own], form) for layer in layers)
 
 
 def spread(values: Iterable[float | None], form: str) -> str:
@@ -141,8 +130,9 @@ def spread(values: Iterable[float | None], form: str) -> str:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table, and below it who won."""
+    """The table, who won, and what became of each layer."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    layers = [f"| {' | '.join(LAYERS)} |", "|---" * len(LAYERS) + "|"]
     keys = list(dict.fromkeys((row["table"], row["row"]) for row in rows))
     means: dict[tuple[str, str], float] = {}
     for table, name in keys:
@@ -150,20 +140,23 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
         means[table, name] = statistics.fmean(row["accuracy"] for row in own)
         figures = [
             spread([row["connections"] for row in own], ".0f"), spread([row["flops"] for row in own], ".0f"),
+            spread([row["untested"] for row in own], ".0f") if own[0]["untested"] is not None else "",
             spread([row["accuracy"] for row in own], ".1f"), spread([row["accuracy_change"] for row in own], "+.1f"),
             spread([row["loss_change"] for row in own], "+.3f"), spread([row["epochs"] for row in own], ".0f"),
-            spread([row["seconds"] for row in own], ".1f"),
-            ", ".join(f"{alpha:.1f}" for alpha in median_alphas(own)),
-            spread([row["shap"] for row in own], ".2f"),
-            f"{mean_moved(own, 0):.2f}, {mean_moved(own, -1):.3f}" if all(row["moved"] for row in own) else "",
+            spread([row["seconds"] for row in own], ".1f"), spread([row["shap"] for row in own], ".2f"),
         ]  # fmt: skip
         lines.append(f"| {' | '.join([table, name, *figures])} |")
+        moved = [row["moved"] for row in own if row["moved"]]
+        of_layers = [by_layer([row["alphas"] for row in own], ".1f")]
+        for place in (0.0, 0.5, 1.0):
+            of_layers.append(by_layer([epochs[round(place * (len(epochs) - 1))] for epochs in moved], ".3f"))
+        layers.append(f"| {' | '.join([table, name, *of_layers])} |")
     lines.append("")
     for other in ("magnitude", "random"):
         own = [(key, (key[0], key[1].replace("LEGCNet", other))) for key in keys if "LEGCNet" in key[1]]
         better = sum(means[two] > means[one] for one, two in own)
         lines.append(f"Kept by {other}, as many are more accurate in {better} of {len(own)} cases.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Layer by layer:", "", *layers])
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from statsmodels.tsa.stattools import grangercausalitytests
 from hf_prune.bench.summary import write_between_markers
 from hf_prune.dynamics.exponents import windowed_exponents
 from hf_prune.dynamics.granger import granger_test, largest_lag
-from hf_prune.methods.legcnet import LEGCNetConfig
+from hf_prune.methods.legcnet import LEGCNetConfig, causal_log_p, decide, scores
 from hf_prune.training.causes import Causes, find_causes, target_steps
+from hf_prune.training.recorder import read_series, read_targets
 
 STEPS = 2250
 FULL = LEGCNetConfig(sparsity=0.3)
@@ -89,7 +90,7 @@ def precision(recording: Path) -> str:
         config = replace(config, max_lag=min(largest_lag(windows), FULL.max_lag))
         lines.append(line(f"a window every {stride} steps", config, find_causes(recording, config, STEPS), whole))
     for share in (0.5, 0.1):
-        lines.append(sampled(share, whole))
+        lines.append(sampled(share, recording, whole))
     return "\n".join(lines)
 
 
@@ -103,20 +104,24 @@ def line(name: str, config: LEGCNetConfig, found: Causes, whole: Causes) -> str:
     return f"| {name} | {windows} | {config.max_lag} | {seconds:.1f} | {rank:.2f} | {alike:.1%} | {causal:.1%} |"
 
 
-def sampled(share: float, whole: Causes) -> str:
-    """A sample of the weights, of which 30 % go; p of a weight is its own, so that only the threshold moves."""
+def sampled(share: float, recording: Path, whole: Causes) -> str:
+    """A sample of the weights, of which 30 % go; the others stay."""
     count = len(whole.keep)
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: round(share * count)]
-    order = whole.scores[chosen].argsort(stable=True)
-    keep = torch.ones(len(chosen), dtype=torch.bool)
-    keep[order[: round(0.3 * len(chosen))]] = False
-    alike = float((keep == whole.keep[chosen]).double().mean())
-    seconds = share * (whole.seconds["exponents"] + whole.seconds["granger"])
-    windows = whole.exponents.shape[1]
-    return (
-        f"| {share:.0%} of the weights | {windows} | {FULL.max_lag} | {seconds:.1f} (in proportion) | 1.00 "
-        f"| {alike:.1%} of those looked at; the others stay | 100.0% of those looked at |"
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: round(share * count)].sort().values
+    series = read_series(recording)[chosen, :STEPS]
+    measured = dict(read_targets(recording))
+    target = torch.tensor([measured[end] for end in target_steps(FULL, STEPS)], dtype=torch.float64)
+    start = time.perf_counter()
+    exponents = windowed_exponents(series, FULL.window, FULL.step)
+    test = granger_test(exponents, target, FULL.max_lag, FULL.statistic)
+    keep = decide(test, exponents.numpy(), FULL)
+    seconds = {"exponents": time.perf_counter() - start, "granger": 0.0}
+    p, tested = torch.from_numpy(np.exp(causal_log_p(test, FULL))), torch.from_numpy(test.tested)
+    own = Causes(
+        exponents, p, torch.from_numpy(scores(test, exponents.numpy(), FULL)), tested, torch.from_numpy(keep), seconds
     )
+    beside = Causes(*(getattr(whole, name)[chosen] for name in ("exponents", "p", "scores", "tested", "keep")), {})
+    return line(f"{share:.0%} of the weights, compared with the same ones", FULL, own, beside)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LEGCNet carried over to a language model: MLP neurons that do not cause a fine-tuning's errors go, at two sizes.
+"""LEGCNet carried over to a language model: units that do not cause a fine-tuning's errors go, at two sizes.
 
     python recipes/benchmarks/legcnet_units.py --config recipes/legcnet/smollm2_units.yaml --work_folder WORK \\
         --readme recipes/benchmarks/LEGCNET.md
@@ -18,6 +18,7 @@ from hf_prune.checkpoint.folder import REPORT_FILE
 from hf_prune.cli.train import make_recipe
 from hf_prune.legcnet_units import run_units
 from hf_prune.recipe import read_recipe
+from hf_prune.report.findings import sizes
 
 SIZES = (0.1, 0.2)
 
@@ -44,16 +45,19 @@ def main() -> None:
 
 def to_markdown(reports: list[dict[str, Any]]) -> str:
     """A line for each size, and what was watched below."""
-    lines = ["| of the blocks' parameters | fine-tuned | LEGCNet | smallest norms | chance |", "|---|---|---|---|---|"]
+    lines = [
+        "| of the blocks' parameters | what stays | fine-tuned | LEGCNet | smallest norms | chance |",
+        "|---|---|---|---|---|---|",
+    ]
     for size, report in zip(SIZES, reports, strict=True):
         costs = report["legcnet"]["perplexities"]
         dense = report["evaluation"]["dense"]["perplexity"]
         figures = [f"{value:.2f}" for value in (dense, costs["legcnet"], costs["magnitude"], costs["random"])]
-        lines.append(f"| {size:.0%} gone | {' | '.join(figures)} |")
+        lines.append(f"| {size:.0%} gone | {sizes(report)} | {' | '.join(figures)} |")
     own, seconds = reports[0]["legcnet"], reports[0]["legcnet"]["seconds"]
     lines += [
         "",
-        f"Perplexity, nothing retrained behind the removal. {own['series']:,} neurons over {own['windows']} windows of "
+        f"Perplexity, nothing retrained behind the removal. {own['series']:,} units over {own['windows']} windows of "
         f"{reports[0]['training']['steps']} steps; {own['causal']:,} cause errors (p < 0.05), {own['untested']:,} "
         f"could not be tested. The recorded training took {seconds['recording']:.0f} s, exponents "
         f"{seconds['exponents']:.0f} s, tests {seconds['granger']:.0f} s.",

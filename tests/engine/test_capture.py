@@ -55,7 +55,7 @@ def test_each_distinct_input_is_summed_once_and_in_full(family: str) -> None:
                 runner.observe(0, chunk, None)
     members = {tuple(sorted(view.name.rsplit(".", 1)[-1] for view in group)) for _, group in observer.groups}
     shared = {
-        "gpt2": {("c_attn",), ("c_proj",), ("c_fc",)},
+        "gpt2": {("key", "query", "value"), ("c_proj",), ("c_fc",)},
         "opt": {("k_proj", "q_proj", "v_proj"), ("out_proj",), ("fc1",), ("fc2",)},
     }
     usual = {("k_proj", "q_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)}

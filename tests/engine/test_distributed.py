@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, tiny_model
+from tiny import byte_tokenizer, matrix_of, tiny_model
+from transformers import AutoModelForCausalLM
 
 from hf_prune.engine.walk import _assign
+from hf_prune.plan import Plan
 
 
-def prune(folder: Path, recipe: dict, processes: int) -> dict:
-    """Run the command line in `processes` processes and return its report."""
+def prune(folder: Path, recipe: dict, processes: int, relaunched: bool = False) -> dict:
+    """Run the command line in `processes` processes, which accelerate or it itself starts, and return its report."""
     folder.mkdir()
     path = folder / "recipe.yaml"
     path.write_text(json.dumps({**recipe, "output_dir": str(folder / "out")}))
@@ -23,6 +25,9 @@ def prune(folder: Path, recipe: dict, processes: int) -> dict:
     launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [*launch, "-m", "hf_prune", "prune", "--config", str(path)]
+    if relaunched:
+        command = [sys.executable, "-m", "hf_prune", "prune", "--config", str(path), "--num_processes", str(processes)]
+        command += ["--tee", "3", "--log_dir", str(folder / "logs")]
     # The same threads a process whatever their number: float32 sums depend on it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
@@ -32,16 +37,15 @@ def prune(folder: Path, recipe: dict, processes: int) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "own",
+    ("family", "own"),
     [
-        {"method": "balanced", "reconstruct": "block", "reconstruct_passes": 2},
-        {"method": "fcpts", "fcpts_score": "wanda", "fcpts_steps": 4, "fcpts_batch_size": 2},
+        ("phi3", {"method": "balanced", "reconstruct": "block", "reconstruct_passes": 2}),
+        ("mixtral", {"method": "fcpts", "fcpts_score": "wanda", "fcpts_steps": 4, "fcpts_batch_size": 2}),
     ],
-    ids=lambda own: "+".join(map(str, own.values())),
 )
-def test_two_processes_prune_like_one(own: dict, tmp_path: Path) -> None:
+def test_two_processes_prune_like_one(family: str, own: dict, tmp_path: Path) -> None:
     model = tmp_path / "model"
-    tiny_model("llama").save_pretrained(model)
+    tiny_model(family).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     (tmp_path / "text.txt").write_text("".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000)))
     recipe = {
@@ -49,12 +53,16 @@ def test_two_processes_prune_like_one(own: dict, tmp_path: Path) -> None:
         "num_calibration_samples": 165, "seq_length": 64, "eval_dataset_name": str(tmp_path / "text.txt"),
         "eval_seq_length": 64, "eval_max_windows": 21, "eval_efficiency": False,
     }  # fmt: skip
-    one, two = (prune(tmp_path / str(processes), recipe, processes) for processes in (1, 2))
+    relaunches = family == "phi3"
+    one, two = (prune(tmp_path / str(number), recipe, number, relaunches and number > 1) for number in (1, 2))
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
-    weights = [load_file(tmp_path / str(processes) / "out" / "model.safetensors") for processes in (1, 2)]
+    # What is accelerate's among the flags got there: a log of each process.
+    assert len(list((tmp_path / "2" / "logs").rglob("stderr.log"))) == (2 if relaunches else 0)
+    outputs = [tmp_path / str(number) / "out" for number in (1, 2)]
+    weights = [AutoModelForCausalLM.from_pretrained(output).state_dict() for output in outputs]
     same = total = 0
-    for view in one["views"]:
-        masks = [tensors[f"{view['name']}.weight"] != 0 for tensors in weights]
+    for view in Plan.load(outputs[0] / "prune_plan.json").views:
+        masks = [matrix_of(tensors, view) != 0 for tensors in weights]
         same, total = same + int((masks[0] == masks[1]).sum()), total + masks[0].numel()
     assert same / total >= 0.999
     for name in ("dense", "pruned"):

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, MIXTURES, MORE_FAMILIES, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,7 +21,7 @@ from hf_prune.checkpoint.save import save_model
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.compose import make_config
 from hf_prune.engine.capture import BlockRunner
-from hf_prune.engine.offload import HostMemory, Offload, at_work
+from hf_prune.engine.offload import HostMemory, Offload, at_work, keep, offload_of
 from hf_prune.engine.stream import Stream
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
@@ -226,3 +229,38 @@ def test_bad_files_are_named(dense: Callable[[str], Path], tmp_path: Path) -> No
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(BadInputError, match=r"model.safetensors is not what it was"), at_work(model, 0):
         pass
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_whatever_blocks_change_in_any_order_the_files_hold_all_of_them(data: st.DataObject) -> None:
+    """Units of random numbers, some written, some twice, from a source in any shards: a stock folder with the last."""
+    family = data.draw(st.sampled_from(["llama", "gpt2", "phi3", "mixtral"]))
+    size = data.draw(st.sampled_from(["5KB", "40KB", "10MB"]))
+    turns = data.draw(st.lists(st.integers(0, 3), max_size=5))
+    expected = tiny_model(family)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        expected.save_pretrained(folder / "dense", max_shard_size=size)
+        with WorkFolder.opened(folder / "work") as work:
+            work.claim({})
+            model = opened(folder / "dense", work)
+            offload = offload_of(model)
+            assert offload is not None
+            for turn, unit in enumerate(turns):
+                generator = torch.Generator().manual_seed(turn)
+                with at_work(model, unit), torch.no_grad():
+                    for parameter_name in offload.units[unit]:
+                        new = torch.randn(expected.state_dict()[parameter_name].shape, generator=generator)
+                        expected.state_dict()[parameter_name].copy_(new)
+                        model.state_dict()[parameter_name].copy_(new)
+                    keep(model, unit)
+            save_model(model, None, folder / "parts")
+        index = json.loads((folder / "parts" / "model.safetensors.index.json").read_text())
+        own = stored(folder / "parts")
+        assert index["weight_map"].keys() == own.keys()
+        assert all(key in load_file(folder / "parts" / file) for key, file in index["weight_map"].items())
+        loaded, information = AutoModelForCausalLM.from_pretrained(folder / "parts", output_loading_info=True)
+        assert not any(information.values())
+        for key, value in expected.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key

@@ -178,6 +178,11 @@ def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: P
         weights.write_bytes(damage(whole))
         refused(said)
         weights.write_bytes(whole)
+    config = tmp_path / "model" / "config.json"
+    said = config.read_text()
+    config.write_text(json.dumps({**json.loads(said), "rms_norm_eps": 1e-3}))
+    refused("config is not what it was")
+    config.write_text(said)
     block = tmp_path / "out.pruning" / "block_0000.safetensors"
     block.write_bytes(before[block.name][:-4])
     codes, log = prune(values, tmp_path)

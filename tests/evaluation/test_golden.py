@@ -15,7 +15,10 @@ from hf_prune.evaluation.perplexity import perplexity, window_nll
 
 @pytest.mark.slow
 def test_smollm2_on_wikitext2(shared_folder: Path) -> None:
-    """24.191 in float32 on the first 32 windows of 1024 tokens of WikiText-2's raw test split, which has 304,986."""
+    """24.191 in float32 on the first 32 windows of 1024 tokens of WikiText-2's raw test split, which has 304,986.
+
+    That is 22.882 on the first 16, which take half the time.
+    """
     try:
         source = resolve_model("builtin:smollm2-135m-instruct")
     except BadInputError as error:
@@ -24,8 +27,8 @@ def test_smollm2_on_wikitext2(shared_folder: Path) -> None:
     if not text_file.exists():
         pytest.skip("the WikiText-2 test split is not among the real assets")
     tokenizer = AutoTokenizer.from_pretrained(source.path)
-    windows = evaluation_windows(load_text(str(text_file)), tokenizer, seq_length=1024, max_windows=32)
-    assert windows.input_ids.shape == (32, 1024)
+    windows = evaluation_windows(load_text(str(text_file)), tokenizer, seq_length=1024, max_windows=16)
+    assert windows.input_ids.shape == (16, 1024)
     assert not windows.add_bos
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
-    assert perplexity(window_nll(model, windows.input_ids)) == pytest.approx(24.191, rel=0.005)
+    assert perplexity(window_nll(model, windows.input_ids)) == pytest.approx(22.882, rel=0.005)

@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, MORE_FAMILIES, tiny_ids, tiny_model
 
 from hf_prune.errors import BadInputError
-from hf_prune.structure.families import find_family
+from hf_prune.families import find_family
 from hf_prune.structure.fusion import Fusion, drop
 from hf_prune.structure.groups import ATTENTION, HEADS, MLP, block_shape, find_groups, pad_units, rewrite
 

@@ -161,5 +161,23 @@ def test_a_file_of_scores_says_which_units_stay(tmp_path):
             importance("x.safetensors", group, Evidence(scores=wrong))
     with pytest.raises(BadInputError, match=r"importance: .*gone\.safetensors cannot be read"):
         prune(tiny_model("llama"), IntraFusionConfig(fusion="none", importance=str(tmp_path / "gone.safetensors")))
-    with pytest.raises(BadInputError, match="importance: a file scores neurons and key-value groups"):
-        IntraFusionConfig(fusion="none", importance="x.safetensors", units=["heads"])
+    with pytest.raises(BadInputError, match="importance: a file scores no whole blocks; leave depth out of units"):
+        IntraFusionConfig(fusion="none", importance="x.safetensors", units=["mlp", "depth"])
+
+
+def test_a_file_scores_heads_through_all_key_value_groups(tmp_path):
+    model = tiny_model("llama")
+    size, blocks = block_shape(model).head_size, len(model.model.layers)
+    # Two heads in each of two groups: one of each stays, though both of the best are in the first.
+    scores = torch.tensor([4.0, 3.0, 1.0, 2.0])
+    save_file({f"heads.{block}": scores.clone() for block in range(blocks)}, tmp_path / "scores.safetensors")
+    dense = [layer.self_attn.q_proj.weight.detach().clone() for layer in model.model.layers]
+    importance_file = str(tmp_path / "scores.safetensors")
+    result = prune(model, IntraFusionConfig(fusion="none", importance=importance_file, units=["heads"], sparsity=0.1))
+    for block, layer in enumerate(model.model.layers):
+        heads = dense[block].reshape(4, size, -1)
+        assert torch.equal(layer.self_attn.q_proj.weight, heads[[0, 3]].flatten(0, 1))
+        assert result.reduction.kept[block]["heads"] == [0, 3]
+    with pytest.raises(BadInputError, match=r"has 2 scores for heads\.0, whose units are 4"):
+        group = find_groups(tiny_model("llama"), 0, "heads", block_shape(tiny_model("llama")))[1]
+        importance("x.safetensors", group, Evidence(scores={"heads.0": torch.ones(2)}))

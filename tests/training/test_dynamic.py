@@ -272,7 +272,7 @@ def test_a_dense_twin_begins_with_the_same_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_sparse(family: str, tmp_path: Path) -> None:
     ids = tiny_ids(8, 16)
-    names = [view.parameter_name for view in select_views(tiny_model(family), None, None)[0]]
+    names = [view.parameter_name for view in select_views(tiny_model(family), None, None, whole=True)[0]]
 
     def make_trainer(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
         given = make_training_arguments({"max_steps": 4, "learning_rate": 1e-3}, output_dir, 0, "cpu")

@@ -71,8 +71,9 @@ def search(folder: Path, seen: list | None = None, own: dict[str, Any] | None = 
     return LEGCNetSearch(**{**options, **more}, config=config, folder=folder)
 
 
-def expected_keep(recording: Path, window: int, lag: int, alpha: float) -> list[bool]:
+def expected_keep(recording: Path, window: int, lag: int, alpha: float, twin: Path | None = None) -> list[bool]:
     series, targets = read_series(recording), read_targets(recording)
+    series = series if twin is None else series - read_series(twin)
     stride = round(0.9 * window)
     starts = range(0, series.shape[1] - window + 1, stride)
     assert [step for step, _ in targets] == [start + window for start in starts]
@@ -255,6 +256,26 @@ def test_what_has_reached_the_benchmark_is_not_trained_on(tmp_path: Path) -> Non
     assert [found.metrics for found in rounds] == [found.metrics for found in whole]
 
 
+def test_differences_to_a_perturbed_training_are_the_series_where_asked(tmp_path: Path) -> None:
+    own = {"perturbation": 0.01, "alpha": 0.4}
+    seen: list[dict[str, Any]] = []
+    _, causes, rounds = search(tmp_path, seen, own).run()
+    twin = tmp_path / "twin-0.01" / "recording"
+    # It began a hundredth of each parameter's deviation away, and then went the same way.
+    for name in NAMES:
+        apart = (seen[1][name] - seen[0][name]) / seen[0][name].std(correction=0)
+        assert 0.005 < float(apart.std()) < 0.02
+    difference = read_series(twin) - read_series(tmp_path / "recording")
+    assert 0 < float(difference.norm()) < 0.5 * float(read_series(twin).norm())
+    assert causes.keep.tolist() == expected_keep(tmp_path / "recording", 8, 2, 0.4, twin)
+    assert causes.keep.tolist() != search(tmp_path, own={"alpha": 0.4}).run()[1].keep.tolist()
+    assert [found.kind for found in rounds] == ["dense", "legcnet", "magnitude", "random"]
+    # A second run finds the twin where it is.
+    again: list[dict[str, Any]] = []
+    search(tmp_path, again, {**own, "alpha": 0.3}).run()
+    assert len(again) == 3
+
+
 def test_rows_go_as_a_whole(tmp_path: Path) -> None:
     rows = RowSeries(Net(), ["first.weight"])
     model, causes, _ = search(tmp_path, None, {"sparsity": 0.25}, series=rows).run()
@@ -301,24 +322,30 @@ def test_rows_of_transposed_layers_are_columns() -> None:
     assert masks["weight"].tolist() == [[False, True], [False, True]]
 
 
+@pytest.mark.parametrize(("kind", "number"), [("mlp", 7), ("attention", 1), ("heads", 3)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_units_are_watched_by_the_norm_of_all_their_weights(family: str) -> None:
+def test_units_are_watched_by_the_norm_of_all_their_weights(family: str, kind: str, number: int) -> None:
     model = tiny_model(family)
-    series = UnitSeries(model, ["mlp", "attention"])
+    series = UnitSeries(model, ["mlp", kind] if kind != "mlp" else ["mlp", "attention"])
     before = series.observe(model)
     places = [series.label(place) for place in range(len(before))]
-    place = places.index("mlp 1, unit 7")
-    # One neuron made twice as large is one number twice as large.
-    shape = block_shape(model)
-    group = find_groups(model, 1, "mlp", shape)[0]
+    place = places.index(f"{kind} 1, unit {number}")
+    # One unit made twice as large is one number twice as large.
+    groups = find_groups(model, 1, kind, block_shape(model))
+    group, own = next(
+        (group, number - first)
+        for group, first in zip(groups, range(0, 1000, groups[0].units), strict=False)
+        if number < first + group.units
+    )
     with torch.no_grad():
         for stretch in (*group.producers, group.consumer):
             weight = stretch.view.read()
             side = weight if stretch.rows else weight.T
-            side[stretch.offset + 7 * stretch.size : stretch.offset + 8 * stretch.size] *= 2
+            side[stretch.offset + own * stretch.size : stretch.offset + (own + 1) * stretch.size] *= 2
             stretch.view.write(weight)
     ratio = series.observe(model) / before
     assert ratio[place] == pytest.approx(2) and torch.equal(ratio != 1, torch.arange(len(before)) == place)
     scores = series.scores(before)
-    assert torch.equal(torch.cat(list(scores.values())), before) and len(scores["mlp.1"]) == group.units
-    assert float(scores["mlp.1"][7]) == float(before[place])
+    assert torch.equal(torch.cat(list(scores.values())), before)
+    assert len(scores[f"{kind}.1"]) == sum(group.units for group in groups)
+    assert float(scores[f"{kind}.1"][number]) == float(before[place])

@@ -267,7 +267,7 @@ FRESH = {
 def test_every_family_has_tickets(family: str, tmp_path: Path) -> None:
     ids = tiny_ids(8, 16)
     model = tiny_model(family)
-    names = [view.parameter_name for view in select_views(model, None, None)[0]]
+    names = [view.parameter_name for view in select_views(model, None, None, whole=True)[0]]
 
     def make_trainer(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
         given = make_training_arguments({"max_steps": 4, "learning_rate": 1e-3}, output_dir, 0, "cpu")

@@ -1,6 +1,7 @@
 """Where the units of a block live, as data: one entry a family of models, by its config's `model_type`.
 
-A unit is what structured pruning removes as a whole:
+A fused layer (one with several roles) is pruned as a matrix for each role. A unit is what structured pruning removes as
+a whole:
 
 - an MLP neuron: a row of every layer that makes it, and a column of the layer that consumes it;
 - a key-value group: the rows of its query heads, of its key and its value head, and the columns that consume them;
@@ -19,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hf_prune.errors import BadInputError
+
+PER_HEAD = "query_key_value"
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         mlp=Coupling({"mlp.dense_h_to_4h": ("up",)}, "mlp.dense_4h_to_h", "post_attention_layernorm"),
-        attention=Coupling({"attention.query_key_value": ("query_key_value",)}, "attention.dense", "input_layernorm"),
+        attention=Coupling({"attention.query_key_value": (PER_HEAD,)}, "attention.dense", "input_layernorm"),
     ),
 }
+
+
+def fused_layers(model_type: str) -> dict[str, tuple[str, ...]]:
+    """Layers with several roles, by their name inside a block; none where the family is not described."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return {}
+    layers = {**family.mlp.producers, **family.attention.producers}
+    return {name: roles for name, roles in layers.items() if len(roles) > 1 or roles == (PER_HEAD,)}
 
 
 def find_family(model_type: str) -> Family:
@@ -102,6 +114,6 @@ def find_family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise BadInputError(
             f"model_name_or_path: which rows and columns of a {model_type} block belong together is not described; "
-            f"choose one of {', '.join(FAMILIES)}, or describe it in hf_prune/structure/families.py."
+            f"choose one of {', '.join(FAMILIES)}, or describe it in hf_prune/families.py."
         )
     return FAMILIES[model_type]
