@@ -63,9 +63,9 @@ class PruneConfig:
             forward and a backward pass over a few calibration windows; `auto` is `fisher` where the pattern is
             unstructured and the criterion is the method's own, and `none` otherwise.
         min_keep_ratio: floor in [0, 1): each weight matrix and each of its rows keep at least this share.
-        targets: modules to prune, by suffix (`q_proj`), full name, or `re:` and a regular expression over the full
-            name; every linear layer of every block unless given. Embeddings and the LM head are never included
-            by default.
+        targets: modules to prune, or parts of fused ones (`qkv_proj.value`), by suffix (`q_proj`), full name, or `re:`
+            and a regular expression over the full name; every linear layer of every block unless given. Embeddings and
+            the LM head are never included by default.
         ignore: modules to leave alone, written like `targets`.
         channel_permutation: under an `n:m` pattern, put each block's MLP neurons in an order first that lets more of
             the large scores stay; the model computes the same.

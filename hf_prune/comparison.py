@@ -53,7 +53,8 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
             (view.name, view.parameter, view.shape) for view in plans[0].views
         ]:
             raise BadInputError(
-                f"{folder}: its pruned matrices are not those of {folders[0]}; compare tickets of one model."
+                f"{folder}: its pruned matrices are not those of {folders[0]}; compare tickets of one model, with "
+                "fused layers whole or in parts in both."
             )
     with ExitStack() as stack:
         tickets = [_tensors(stack, check_safetensors(folder)) for folder in folders]
@@ -63,7 +64,7 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
             _layer(
                 view.name,
                 [view.own_part(own[view.parameter]) for own in tickets],
-                [_find(own, view) for own in starts],
+                [_find(own, view, tickets[0][view.parameter]) for own in starts],
                 [[view.own_part(own[view.parameter]) for own in each] for each in rounds],
             )
             for view in plans[0].views
@@ -141,8 +142,12 @@ def _rounds(stack: ExitStack, folder: str) -> list[_Tensors]:
     return [_tensors(stack, [file]) for file in files] if files and all(file.is_file() for file in files) else []
 
 
-def _find(tensors: _Tensors | None, view: ViewPlan) -> Tensor | None:
-    return view.own_part(tensors[view.parameter]) if tensors is not None and view.parameter in tensors else None
+def _find(tensors: _Tensors | None, view: ViewPlan, like: Tensor) -> Tensor | None:
+    if tensors is None or view.parameter not in tensors:
+        return None
+    found: Tensor = tensors[view.parameter]
+    # One of another shape is refused where it is compared.
+    return view.own_part(found) if found.shape == like.shape else found
 
 
 def _layer(

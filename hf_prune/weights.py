@@ -99,8 +99,9 @@ class WeightView:
     @property
     def shape(self) -> tuple[int, int]:
         """(out features, in features)."""
-        rows, columns = self._oriented().shape
-        return rows, columns
+        stored = self.parameter.shape[-2:]
+        rows, columns = (stored[1], stored[0]) if self.transposed else stored
+        return rows if self.outputs is None else self.outputs.size * self.outputs.repeats, columns
 
     @property
     def _axis(self) -> int:
@@ -240,7 +241,7 @@ class Fused:
 
 
 def find_named(model: nn.Module, names: Iterable[str]) -> list[WeightView]:
-    """The views of these names, in the model's order, parts of fused layers or whole; unknown names find none."""
+    """The views of these names, parts of fused layers or whole; unknown names find none."""
     wanted = set(names)
     found = {view.name: view for whole in (False, True) for view in find_views(model, whole=whole)}
     return [view for view in found.values() if view.name in wanted]

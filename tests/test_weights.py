@@ -1,5 +1,8 @@
 """Weight matrices of fused layers: the rows that are theirs, and the same pruning as of layers of their own."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import matrix_of, tiny_ids, tiny_model
@@ -10,6 +13,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.methods.magnitude import MagnitudeConfig
 from hf_prune.plan import Plan, select_views
 from hf_prune.pruning import plan_pruning, prune
+from hf_prune.training.lora import MaskedLora
 from hf_prune.weights import WeightView, find_views
 
 
@@ -170,3 +174,38 @@ def test_a_plan_keeps_which_part_it_means() -> None:
     assert Plan.from_dict(plan.to_dict()) == plan
     own = next(view for view in plan.views if view.name == "gpt_neox.layers.1.attention.query_key_value.key")
     assert own.outputs is not None and (own.outputs.repeats, own.outputs.offset) == (4, own.outputs.size)
+
+
+def test_a_plan_of_whole_layers_gives_each_part_the_layers_share(tmp_path: Path) -> None:
+    model = tiny_model("phi3")
+    plan = plan_pruning(model, MagnitudeConfig(sparsity=0.5))
+    layers = {view.layer: view for view in find_views(model, whole=True) if view.block < 3}
+    merged = {view.parameter: view for view in plan.views}
+    plan.views = [
+        replace(
+            merged[view.parameter_name],
+            name=name,
+            shape=view.shape,
+            outputs=None,
+            density=0.25 if "qkv" in name else 0.5,
+        )
+        for name, view in layers.items()
+    ]
+    plan.save(tmp_path / "plan.json")
+    result = prune(model, MagnitudeConfig(allocation=str(tmp_path / "plan.json")))
+    assert {view.density for view in result.plan.views if "qkv" in view.name} == {0.25}
+    assert {view.density for view in result.plan.views if "qkv" not in view.name} == {0.5}
+
+
+def test_adapters_leave_a_part_alone_that_was_not_pruned() -> None:
+    model = tiny_model("phi3")
+    before = model.model.layers[0].self_attn.qkv_proj.weight.detach().clone()
+    views = [view for view in find_views(model) if view.name.endswith(("qkv_proj.key", "qkv_proj.value"))]
+    adapters = MaskedLora(model, views, {}, rank=2, alpha=4)
+    with torch.no_grad():
+        for name, parameter in adapters.model.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(0.1)
+    adapters.merge()
+    after = model.model.layers[0].self_attn.qkv_proj.weight.detach()
+    assert torch.equal(after[:32], before[:32]) and bool((after[32:] != before[32:]).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.errors import BadInputError
@@ -19,6 +20,10 @@ def saved_plan(config: PruneConfig, views: Sequence[WeightView]) -> tuple[dict[s
     plan = Plan.load(config.allocation)
     table = {view.name: view for view in plan.views}
     for view in views:
+        whole = table.get(view.layer)
+        if view.name not in table and whole is not None and whole.shape[1] == view.shape[1]:
+            # A plan that takes a fused layer as one matrix, as those of trainings do: each part gets the layer's share.
+            table[view.name] = replace(whole, name=view.name, shape=view.shape)
         planned = table.get(view.name)
         if planned is None or tuple(planned.shape) != view.shape:
             raise BadInputError(

@@ -32,7 +32,7 @@ def displacement(folder: Path, dense: PreTrainedModel, views: Sequence[ViewPlan]
         for view in own:
             if view.parameter not in parameters or view.parameter not in after:
                 continue
-            new, old = (view.own_part(own[view.parameter].detach()) for own in (after, parameters))
+            new, old = (view.own_part(tensors[view.parameter].detach()) for tensors in (after, parameters))
             kept = new != 0
             squared = float(old[kept].double().square().sum())
             change = float((new[kept].double() - old[kept].double()).square().sum())

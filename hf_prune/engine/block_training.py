@@ -137,7 +137,8 @@ def _trained_weights(views: Sequence[tuple[WeightView, float]]) -> dict[nn.Param
         mask = torch.zeros_like(parameter, dtype=torch.bool)
         for view, _ in own:
             view.own_part(mask).copy_(view.stored != 0)
-        change = own[0][1] if len(own) == 1 else sqrt(sum(change**2 for _, change in own) / len(own))
+        moved = sum(change**2 * view.stored.numel() for view, change in own)
+        change = own[0][1] if len(own) == 1 else sqrt(moved / sum(view.stored.numel() for view, _ in own))
         found[parameter] = TrainedWeight(parameter, mask, change)
     return found
 

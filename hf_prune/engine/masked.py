@@ -61,7 +61,7 @@ class ThresholdedView:
         """The weight under `threshold`, a 0-dimensional tensor, in the layer's own layout."""
         scale = self.scale
         if scale is not None and self.view.transposed:
-            scale = scale[:, None] if self.view.stored.ndim == 2 else scale[:, None, None]
+            scale = scale[:, None]
         weight = self.view.own_part(self.view.parameter)
         masked: Tensor = ThresholdedWeight.apply(weight, scale, threshold, self.window)
         return masked

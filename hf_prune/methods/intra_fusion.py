@@ -64,7 +64,7 @@ class IntraFusionConfig(StructuredConfig):
             to the dense outputs on calibration text; `refit` drops, then fits.
         importance: which units stay: `l1` (the paper's default), `product` of norms, `random`, `taylor`, `activation`,
             `wanda`, `variance`, or `output`, which removes the unit whose loss the others can make up for best; or a
-            .safetensors file with float [units] under `mlp.0`, `attention.0`, ..., for every block.
+            .safetensors file with float [units] under `mlp.0`, `attention.0`, `heads.0`, ..., for every block.
         fusion_target: what units are fused towards: the `top` units (the paper's default) or `kmeans` centres.
         fusion_cost: distances between units by their `weights` (L1 between normalised features, the paper) or by their
             `activations` on calibration text.

@@ -42,7 +42,8 @@ class ChannelPermutation:
         assert pattern.n is not None and pattern.m is not None
         self.model = model
         views = find_views(model)
-        self.planned = {view.layer for view in views} - {view.layer for view in views if view.name not in planned}
+        left_out = {view.layer for view in views if not planned & {view.name, view.layer}}
+        self.planned = {view.layer for view in views} - left_out
         self.score = score
         self.pattern = pattern
         self.shape = block_shape(model)

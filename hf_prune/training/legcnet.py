@@ -191,7 +191,7 @@ class LEGCNetSearch:
             watch = self._watch(None, everything)
             return self._train("the perturbed training", model, [recorder], watch, checkpoints, checkpoint)
 
-        make_round(folder / "dense", Round(0, "dense"), model, everything, train_it, self.measuring)
+        make_round(folder / "dense", Round(0, "dense"), model, everything, train_it, Measuring(lambda model: {}))
         return folder / "recording"
 
     @torch.no_grad()

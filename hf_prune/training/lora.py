@@ -47,10 +47,16 @@ class MaskedLora:
         )
         self.model = get_peft_model(model, config)
         self._layers: list[tuple[Any, Tensor | None, bool]] = []
-        # Parts of a fused layer share its adapter.
+        # Parts of a fused layer share its adapter, which leaves the others alone.
         for view in {view.layer: view for view in views}.values():
             layer = model.get_submodule(view.layer)
             own = masks.get(view.parameter_name)
+            if view.outputs is not None:
+                parts = torch.zeros_like(view.parameter, dtype=torch.bool)
+                for member in views:
+                    if member.layer == view.layer:
+                        member.own_part(parts).fill_(True)
+                own = parts if own is None else parts & own
             if own is not None:
                 # A buffer follows the model to its device; it is not saved.
                 layer.register_buffer("mask", own, persistent=False)
