@@ -51,8 +51,8 @@ class LEGCNetConfig:
         sparsity: share of the series that go, the least causal (or sensitive) first, instead of alpha.
         restart: survivors train once more from their initial values (`init`) or go on (`continue`).
         units: what goes with `series: units`, `mlp` neurons and whole key-value groups of `attention` or query `heads`;
-            `sparsity` is then the share of the blocks' parameters, 0.1 unless given, and what was trained is pruned,
-            whatever `restart` says.
+            `sparsity`, 0.1 unless given, is then the share of each kind in every block (and in every key-value group),
+            to the nearest unit, and what was trained is pruned, whatever `restart` says.
         ignore: layers that are never pruned, by name.
         rounds_folder: where the recording is kept, OUTPUT_DIR.rounds unless given; other decisions find it there.
     """

@@ -56,12 +56,14 @@ def causes_text(report: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def units_text(report: dict[str, Any]) -> str:
-    """What was watched of a language model, and what as many units cost by LEGCNet, by their norms and by chance."""
+def watched_text(report: dict[str, Any]) -> str:
+    """What was watched of a language model, and what as many series cost by LEGCNet, by magnitude and by chance."""
     own = report["legcnet"]
-    costs = own["perplexities"]
+    costs, watched = own["perplexities"], own["watched"]
+    gone = "removed" if watched == "units" else "zero"
+    largest = "by magnitude" if watched == "weights" else "by their norms"
     return (
-        f"{own['causal']:,} of {own['series']:,} units cause errors in {own['windows']} windows. With as many removed, "
-        f"perplexity is {costs['legcnet']:.2f} by LEGCNet, {costs['magnitude']:.2f} by their norms and "
-        f"{costs['random']:.2f} by chance."
+        f"{own['causal']:,} of {own['series']:,} {watched} cause errors in {own['windows']} windows, "
+        f"{own['series'] - own['kept']:,} go. With as many {gone}, perplexity is {costs['legcnet']:.2f} by LEGCNet, "
+        f"{costs['magnitude']:.2f} {largest} and {costs['random']:.2f} by chance."
     )

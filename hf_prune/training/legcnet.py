@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from hf_prune.engine import distributed
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.training.causes import Causes, find_causes, load_causes, save_causes, target_steps
-from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, StopBehind, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
 from hf_prune.training.recorder import Recorder, read_record
 from hf_prune.training.rounds import (
@@ -189,7 +189,8 @@ class LEGCNetSearch:
                 self.series.observe, folder / "recording", self.config.record_every, until=self.recorded
             )
             watch = self._watch(None, everything)
-            return self._train("the perturbed training", model, [recorder], watch, checkpoints, checkpoint)
+            callbacks = [recorder, StopBehind(self.recorded)]
+            return self._train("the perturbed training", model, callbacks, watch, checkpoints, checkpoint)
 
         make_round(folder / "dense", Round(0, "dense"), model, everything, train_it, Measuring(lambda model: {}))
         return folder / "recording"

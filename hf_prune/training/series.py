@@ -115,8 +115,16 @@ class UnitSeries:
         shape = block_shape(model)
         norms = []
         for kind, block, _ in self.units:
+            # The groups of heads share their layers: each is read once.
+            squares: dict[tuple[str, bool], Tensor] = {}
             for group in find_groups(model, block, kind, shape):
-                parts = [stretch.read().square().sum(dim=(1, 2)) for stretch in (*group.producers, group.consumer)]
+                parts = []
+                for stretch in (*group.producers, group.consumer):
+                    layer = (stretch.view.name, stretch.rows)
+                    if layer not in squares:
+                        squares[layer] = stretch.view.read().square().sum(dim=int(stretch.rows))
+                    own = squares[layer][stretch.offset : stretch.stop]
+                    parts.append(own.reshape(stretch.units, stretch.size).sum(dim=1))
                 norms.append(torch.stack(parts).sum(dim=0).sqrt())
         return torch.cat(norms)
 

@@ -16,10 +16,11 @@ from hf_prune.description import environment
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.explanation import alphas, mean_shap, rank_correlation, require_explanations
+from hf_prune.legcnet.folder import described_options, write_causes
 from hf_prune.methods.legcnet import LEGCNetConfig
-from hf_prune.report.cause_plots import plot_exponents, plot_moved, plot_p_values
+from hf_prune.report.cause_plots import plot_moved
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
-from hf_prune.training.causes import SERIES_FILE, save_causes, target_steps, write_series
+from hf_prune.training.causes import target_steps
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.legcnet import LEGCNetSearch
 from hf_prune.training.rounds import Measuring, Round
@@ -48,7 +49,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
     unwatched = sum(own.numel() for own in model.parameters() if own.ndim == 2) - dense.total
     report = {
         **environment(),
-        "method": {**asdict(recipe.method.info), "options": _options(recipe.method)},
+        "method": {**asdict(recipe.method.info), "options": described_options(recipe.method)},
         "dataset": recipe.text.dataset_name,
         "sizes": _perceptron(model).config.sizes,
         "seed": recipe.text.seed,
@@ -72,11 +73,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
         assert output.output_dir is not None
         with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
             _perceptron(model).save_pretrained(folder)
-            save_causes(folder, causes)
-            write_series(folder / SERIES_FILE, search.series.label, causes)
-            plot_exponents(causes.exponents, causes.keep, search.config, folder / "plots" / "exponents.png")
-            alpha = None if search.config.sparsity else search.config.alpha
-            plot_p_values(causes.p, causes.tested, alpha, folder / "plots" / "p_values.png")
+            write_causes(folder, causes, search.series.label, search.config)
             plot_moved(rounds[:2], folder / "plots" / "moved.png")
             (folder / RECIPE_FILE).write_text(recipe.text_as_run, encoding="utf-8")
             (folder / LEGCNET_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -203,7 +200,3 @@ def _summary(
         "moved": found.moved,
         "seconds": found.seconds,
     }
-
-
-def _options(config: LEGCNetConfig) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if key != "method" and value not in ([], None)}
