@@ -60,10 +60,17 @@ def watched_text(report: dict[str, Any]) -> str:
     """What was watched of a language model, and what as many series cost by LEGCNet, by magnitude and by chance."""
     own = report["legcnet"]
     costs, watched = own["perplexities"], own["watched"]
-    gone = "removed" if watched == "units" else "zero"
+    gone = "removed" if watched == "units" else "made zero"
     largest = "by magnitude" if watched == "weights" else "by their norms"
-    return (
+    sentence = (
         f"{own['causal']:,} of {own['series']:,} {watched} cause errors in {own['windows']} windows, "
         f"{own['series'] - own['kept']:,} go. With as many {gone}, perplexity is {costs['legcnet']:.2f} by LEGCNet, "
         f"{costs['magnitude']:.2f} {largest} and {costs['random']:.2f} by chance."
     )
+    steps = own.get("steps")
+    if steps:
+        sentence += (
+            f" A training ends where 99 % of the dense one's accuracy on the target's text is reached: after "
+            f"{steps['legcnet']:,}, {steps['magnitude']:,} and {steps['random']:,} of {steps['dense']:,} steps."
+        )
+    return sentence
