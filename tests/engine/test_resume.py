@@ -125,8 +125,11 @@ def test_two_processes_are_killed_and_go_on(recipe: dict, tmp_path: Path) -> Non
         # The one that is left says so, in a sentence, and goes as well.
         assert codes[cut.rank] in (KILLED, TOO_LARGE) and codes[1 - cut.rank] == 1, (codes, log)
         assert "another process of this run is gone" in log and "Traceback" not in log, log
+    # A signal may come to any of them: both stop behind the same block.
+    codes, log = prune(cut_values, tmp_path, world=2, cut=Cut("open", "inputs_0002", 1, "term", rank=1))
+    assert codes == [STOPPED, STOPPED] and "stopped by SIGTERM behind block 2" in log, log
     codes, log = prune(cut_values, tmp_path, world=2)
-    assert codes == [0, 0] and "Going on with block" in log, log
+    assert codes == [0, 0] and "Going on with block 3" in log, log
     assert made(tmp_path / "out") == made(tmp_path / "whole" / "out")
 
 
