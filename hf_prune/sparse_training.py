@@ -16,6 +16,7 @@ from hf_prune.report.privacy import may_show_samples
 from hf_prune.trained import Start, as_pruned, described, hand_over, prepare, procedure, quality_of
 from hf_prune.training.arguments import TrainRecipe
 from hf_prune.training.dynamic import DynamicSparseTraining
+from hf_prune.training.text import Windows
 from hf_prune.weights import WeightView
 
 # Of the training's windows, the last so many tell when averaging begins; they are not trained on.
@@ -33,7 +34,7 @@ def run_sparse(recipe: TrainRecipe, notes: dict[str, Any] | None = None) -> dict
     """
     watch = Stopwatch()
     with watch.phase("prepare"):
-        start, evaluation, views, training = prepare_sparse(recipe)
+        start, evaluation, views, training, windows = prepare_sparse(recipe)
     with watch.phase("train"):
         model, rounds = training.run()
     model.eval()
@@ -42,7 +43,7 @@ def run_sparse(recipe: TrainRecipe, notes: dict[str, Any] | None = None) -> dict
     result = as_pruned(model, views, rounds[-1], method, allocation)
     qualities = {"dense" if own.kind == "dense" else "pruned": quality_of(own) for own in rounds}
     report = {
-        **described(recipe, start, model, result),
+        **described(recipe, start, model, result, windows),
         "seconds": {**watch.seconds, "train": sum(own.seconds for own in rounds)},
         "evaluation": evaluation.report(**qualities),
         **(notes or {}),
@@ -55,7 +56,7 @@ def run_sparse(recipe: TrainRecipe, notes: dict[str, Any] | None = None) -> dict
 
 def prepare_sparse(
     recipe: TrainRecipe,
-) -> tuple[Start, QualityEvaluation, list[WeightView], DynamicSparseTraining]:
+) -> tuple[Start, QualityEvaluation, list[WeightView], DynamicSparseTraining, Windows]:
     """Everything of a run but the training.
 
     Raises:
@@ -78,4 +79,4 @@ def prepare_sparse(
         seed=recipe.text.seed,
         held_out_loss=held_out_loss,
     )
-    return start, evaluation, views, training
+    return start, evaluation, views, training, windows

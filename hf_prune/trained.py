@@ -16,7 +16,7 @@ from hf_prune.checkpoint.folder import RECIPE_FILE, beside
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
 from hf_prune.data.windows import default_seq_length
-from hf_prune.description import environment, zeros_of
+from hf_prune.description import described_options, environment, zeros_of
 from hf_prune.engine import distributed
 from hf_prune.engine.results import ViewResult
 from hf_prune.errors import BadInputError
@@ -163,8 +163,10 @@ def procedure(
     }
 
 
-def described(recipe: TrainRecipe, start: Start, model: Any, result: PruneResult) -> dict[str, Any]:
-    """What every report of a training says."""
+def described(
+    recipe: TrainRecipe, start: Start, model: Any, result: PruneResult, windows: Windows | None = None
+) -> dict[str, Any]:
+    """What every report of a training says; `windows` that were trained on, all of the text's unless given."""
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
     return {
         **environment(),
@@ -174,18 +176,17 @@ def described(recipe: TrainRecipe, start: Start, model: Any, result: PruneResult
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "method": _described_method(recipe.method),
-        "training": describe_training(start.text, start.windows, arguments),
+        "method": {
+            **asdict(recipe.method.info),
+            "pattern": "unstructured",
+            "options": described_options(recipe.method),
+        },
+        "training": describe_training(start.text, windows or start.windows, arguments),
         **zeros_of(model, result, sum(parameter.numel() for parameter in model.parameters())),
         "seed": recipe.text.seed,
         "hub_model_id": recipe.output.hub_model_id,
         "command": f"hf-prune train --config {RECIPE_FILE}",
     }
-
-
-def _described_method(config: Any) -> dict[str, Any]:
-    options = {key: own for key, own in asdict(config).items() if key not in ("method", "rounds_folder") and own != []}
-    return {**asdict(config.info), "pattern": "unstructured", "options": options}
 
 
 def as_pruned(model: nn.Module, views: Sequence[WeightView], found: Round, config: Any, allocation: str) -> PruneResult:

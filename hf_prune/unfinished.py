@@ -44,7 +44,7 @@ class Unfinished:
     """A run's working folder and its requests to stop; made by `opened`.
 
     Attributes:
-        seconds: that fingerprints, plan and dense scores took to make and keep in this session, beside the walk's own.
+        seconds: that fingerprints and keeping the plan took in this session.
     """
 
     def __init__(self, work: WorkFolder, stop: StopRequest, every: int) -> None:
@@ -113,8 +113,7 @@ class Unfinished:
         kept = self.work.entries.get("dense")
         if kept is None:
             kept = measure().to_dict()
-            with self._counted():
-                self.work.save({"dense": kept})
+            self.work.save({"dense": kept})
         return Quality.from_dict(kept)
 
     def plan(self, make: Callable[[], Plan], device: Any) -> tuple[Plan, float]:

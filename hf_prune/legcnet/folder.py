@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,20 @@ def write_causes(folder: Path, causes: Causes, label: Callable[[int], str], conf
     plot_p_values(causes.p, causes.tested, alpha, folder / "plots" / "p_values.png")
 
 
+def seconds_to_benchmark(
+    kind: str, reached: tuple[int, float, float] | None, seconds: dict[str, float]
+) -> float | None:
+    """Seconds to a look with what the choice rests on: the recorded training where it looks at its end, tests.
+
+    Args:
+        kind: of the round.
+        reached: (step, figure, seconds) of the look; None where there was none.
+        seconds: of recording, exponents and tests.
+    """
+    rests_on = {"legcnet": ("recording", "exponents", "granger"), "magnitude": ("recording",)}.get(kind, ())
+    return reached[2] + sum(seconds[part] for part in rests_on) if reached else None
+
+
 def describe_causes(causes: Causes, config: LEGCNetConfig, perplexities: dict[str, float]) -> dict[str, Any]:
     """Of a language model: what was watched, what it caused, and perplexity by what chose as many to keep."""
     return {
@@ -29,14 +42,8 @@ def describe_causes(causes: Causes, config: LEGCNetConfig, perplexities: dict[st
         "series": len(causes.keep),
         "kept": int(causes.keep.sum()),
         "untested": int((~causes.tested).sum()),
-        "causal": int((causes.p < config.alpha).sum()),
+        "causal": int(((causes.p < config.alpha) & causes.tested).sum()),
         "windows": causes.exponents.shape[1],
         "perplexities": perplexities,
         "seconds": causes.seconds,
     }
-
-
-def described_options(config: LEGCNetConfig) -> dict[str, Any]:
-    """Options as reports and cards show them."""
-    hidden = ("method", "rounds_folder")
-    return {key: value for key, value in asdict(config).items() if key not in hidden and value not in ([], None)}

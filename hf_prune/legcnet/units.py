@@ -15,12 +15,12 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_prune.checkpoint.folder import RECIPE_FILE
 from hf_prune.checkpoint.load import free_memory, load_model
-from hf_prune.description import environment, sizes_of
+from hf_prune.description import described_options, environment, sizes_of
 from hf_prune.engine import distributed
 from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.quality import Quality
 from hf_prune.finish import Stopwatch, efficiency, finish
-from hf_prune.legcnet.folder import describe_causes, described_options, write_causes
+from hf_prune.legcnet.folder import describe_causes, write_causes
 from hf_prune.legcnet.target import next_token_errors
 from hf_prune.legcnet.units_setup import Ready, prepare_units
 from hf_prune.pruning import PruneResult, prune

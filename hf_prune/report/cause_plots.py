@@ -58,11 +58,12 @@ def plot_p_values(p: Tensor, tested: Tensor, alpha: float | None, path: str | Pa
     return _save(figure, path)
 
 
-def plot_moved(rounds: Sequence[Round], path: str | Path) -> Figure:
-    """Draw how far each layer moved in every epoch, dense in full and pruned dashed, as a PNG at `path`.
+def plot_moved(rounds: Sequence[Round], path: str | Path, steps: int | None = None) -> Figure:
+    """Draw how far each layer moved from look to look, dense in full and pruned dashed, as a PNG at `path`.
 
     Args:
         rounds: the dense training and the one of what LEGCNet keeps.
+        steps: from one look to the next; an epoch unless given.
     """
     from matplotlib.figure import Figure
 
@@ -70,14 +71,16 @@ def plot_moved(rounds: Sequence[Round], path: str | Path) -> Figure:
     axes = figure.subplots()
     for found, line, name in zip(rounds, ("-", "--"), ("dense", "pruned"), strict=True):
         for place, layer in enumerate(found.layers):
-            norms = [(epoch, moved[layer]) for epoch, moved in enumerate(found.moved, 1) if layer in moved]
+            norms = [
+                (place * (steps or 1), moved[layer]) for place, moved in enumerate(found.moved, 1) if layer in moved
+            ]
             if norms:
-                epochs, values = zip(*norms, strict=True)
+                places, values = zip(*norms, strict=True)
                 marker, label = "o" if len(norms) == 1 else "", f"{layer}, {name}"
-                axes.plot(epochs, values, linestyle=line, marker=marker, color=f"C{place}", label=label)
+                axes.plot(places, values, linestyle=line, marker=marker, color=f"C{place}", label=label)
     axes.set_yscale("log")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("norm of what an epoch changes")
+    axes.set_xlabel("step" if steps else "epoch")
+    axes.set_ylabel(f"norm of what {f'{steps} steps' if steps else 'an epoch'} change" + ("" if steps else "s"))
     axes.set_title("How far the layers move")
     if axes.lines:
         axes.legend(frameon=False)

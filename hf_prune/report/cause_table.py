@@ -60,17 +60,23 @@ def watched_text(report: dict[str, Any]) -> str:
     """What was watched of a language model, and what as many series cost by LEGCNet, by magnitude and by chance."""
     own = report["legcnet"]
     costs, watched = own["perplexities"], own["watched"]
-    gone = "removed" if watched == "units" else "made zero"
-    largest = "by magnitude" if watched == "weights" else "by their norms"
-    sentence = (
-        f"{own['causal']:,} of {own['series']:,} {watched} cause errors in {own['windows']} windows, "
-        f"{own['series'] - own['kept']:,} go. With as many {gone}, perplexity is {costs['legcnet']:.2f} by LEGCNet, "
-        f"{costs['magnitude']:.2f} {largest} and {costs['random']:.2f} by chance."
-    )
-    steps = own.get("steps")
-    if steps:
-        sentence += (
-            f" A training ends where 99 % of the dense one's accuracy on the target's text is reached: after "
-            f"{steps['legcnet']:,}, {steps['magnitude']:,} and {steps['random']:,} of {steps['dense']:,} steps."
+    untested = f", {own['untested']:,} could not be tested" if own["untested"] else ""
+    names = {"legcnet": "LEGCNet", "magnitude": "magnitude" if watched == "weights" else "norm", "random": "chance"}
+    figures = [f"{costs[kind]:.2f} by {name}" for kind, name in names.items()]
+    sentences = [
+        f"{own['causal']:,} of {own['series']:,} {watched} cause errors in {own['windows']} windows{untested}; "
+        f"{own['series'] - own['kept']:,} go. With as many {'removed' if watched == 'units' else 'made zero'}, "
+        f"perplexity is {figures[0]}, {figures[1]} and {figures[2]}."
+    ]
+    rounds = {row["kind"]: row for row in own.get("rounds", ())}
+    trained = {kind: row for kind, row in rounds.items() if kind != "dense" and row["steps"]}
+    if rounds and not trained:
+        sentences.append("Nothing was trained behind that.")
+    elif trained:
+        ends = {kind: row["steps_to_benchmark"] for kind, row in trained.items()}
+        reached = [f"by {names[kind]} {'never' if end is None else f'after {end:,}'}" for kind, end in ends.items()]
+        sentences.append(
+            f"Of {rounds['dense']['steps']:,} steps, 99 % of the dense accuracy on the target's windows is reached "
+            f"{', '.join(reached)}."
         )
-    return sentence
+    return " ".join(sentences)

@@ -139,6 +139,9 @@ def budget_of_units(model: nn.Module, units: Sequence[str], share: float) -> tup
     shape, sizes = block_shape(model), _sizes(find_blocks(model)[1])
     unit, have = _parameters_of_units(model, shape, units), _units_of(shape)
     gone = {kind: round(share * have[kind]) * unit[kind] for kind in units}
+    for kind in units:
+        if round(share * have[kind]) >= have[kind]:
+            raise BadInputError(f"sparsity: {share} would take all {have[kind]} units of {kind}; lower it.")
     removed = sum(gone.values())
     if not removed:
         raise BadInputError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_prune.bench.summary import write_between_markers
-from hf_prune.checkpoint.folder import REPORT_FILE
+from hf_prune.checkpoint.folder import RECIPE_FILE, REPORT_FILE
 from hf_prune.cli.train import make_recipe
 from hf_prune.legcnet.units import run_units
 from hf_prune.recipe import read_recipe
@@ -49,9 +49,9 @@ def main() -> None:
             "eval_seq_length": 1024,
             "eval_max_windows": 32,
         }
-        if not folder.is_dir():
-            values, text = read_recipe(given.config, own)
-            run_units(make_recipe(values, text))
+        values, text = read_recipe(given.config, own)
+        if not folder.is_dir() or (folder / RECIPE_FILE).read_text(encoding="utf-8") != text:
+            run_units(make_recipe({**values, "overwrite_output_dir": True}, text))
         reports.append(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
     text = to_markdown(reports)
     print(text)

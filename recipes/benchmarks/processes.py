@@ -28,8 +28,8 @@ WAYS = ((1, 1), (2, 1), (1, 2))
 HEAD = """# Processes and threads
 
 `python recipes/benchmarks/processes.py --work_folder WORK --dataset_name C4_FOLDER` on two CPU cores:
-SmolLM2-135M-Instruct in float32, 50 %, 32 x 512 tokens of C4. Seconds to prune, medians; kept is what it took beside
-them that a run that is cut can be gone on with: fingerprints of all weights, the plan, and the state behind blocks.
+SmolLM2-135M-Instruct in float32, 50 %, 32 x 512 tokens of C4. Seconds to load and prune, medians; kept is the part of
+them that it takes to be able to go on behind a cut, of the rest: fingerprints of all weights, plan, state behind blocks.
 
 """
 
@@ -80,13 +80,18 @@ def to_markdown(reports: dict[tuple[str, int, int], list[dict[str, Any]]]) -> st
 
 def share_kept(report: dict[str, Any]) -> float:
     """Seconds of keeping, of loading and pruning without them."""
-    seconds, saving = report["seconds"], report["saving_seconds"]
-    return saving / (seconds["load"] + seconds["prune"] - saving)
+    keeping = report["saving_seconds"] + report["claiming_seconds"]
+    return keeping / (seconds_of(report) - keeping)
 
 
 def median_seconds(reports: list[dict[str, Any]]) -> float:
-    """Of the pruning itself."""
-    return statistics.median(report["seconds"]["prune"] for report in reports)
+    """To load and prune."""
+    return statistics.median(seconds_of(report) for report in reports)
+
+
+def seconds_of(report: dict[str, Any]) -> float:
+    """To load and prune."""
+    return report["seconds"]["load"] + report["seconds"]["prune"]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """Runs that are cut and go on: real processes, killed at seeded moments, are gone on with to the same bytes."""
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +162,23 @@ def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> Non
     assert codes == [STOPPED] and "stopped by SIGTERM" in log, log
     codes, log = prune({**values, "checkpoint_every": 1}, tmp_path, cut=Cut("open", "block_0001", 1, "term"))
     assert codes == [STOPPED] and "stopped by SIGTERM behind block 2" in log, log
+
+
+@pytest.mark.slow
+def test_a_launcher_hands_sigterm_to_its_processes(recipe: dict, tmp_path: Path) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out", "num_processes": 2, "num_calibration_samples": 400}
+    command = [sys.executable, "-m", "hf_prune", "prune", *[f"--{key}={value}" for key, value in values.items()]]
+    environment = {**os.environ, "HF_PRUNE_QUIET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **options) as launcher:
+        while launcher.poll() is None and not (tmp_path / "out.pruning" / "block_0000.safetensors").exists():
+            time.sleep(0.01)
+        launcher.send_signal(signal.SIGTERM)
+        log = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == STOPPED and "stopped by SIGTERM behind block" in log, log
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(command, **options, timeout=300)
+    assert done.returncode == 0 and "Going on with block" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
