@@ -9,6 +9,7 @@ from typing import Any
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.report.cause_plots import plot_exponents, plot_p_values
 from hf_prune.training.causes import SERIES_FILE, Causes, save_causes, write_series
+from hf_prune.training.rounds import Look
 
 
 def write_causes(folder: Path, causes: Causes, label: Callable[[int], str], config: LEGCNetConfig) -> None:
@@ -21,14 +22,12 @@ def write_causes(folder: Path, causes: Causes, label: Callable[[int], str], conf
     plot_p_values(causes.p, causes.tested, alpha, folder / "plots" / "p_values.png")
 
 
-def seconds_to_benchmark(
-    kind: str, reached: tuple[int, float, float] | None, seconds: dict[str, float]
-) -> float | None:
+def seconds_to_benchmark(kind: str, reached: Look | None, seconds: dict[str, float]) -> float | None:
     """Seconds to a look with what the choice rests on: the recorded training where it looks at its end, tests.
 
     Args:
         kind: of the round.
-        reached: (step, figure, seconds) of the look; None where there was none.
+        reached: the look; None where there was none.
         seconds: of recording, exponents and tests.
     """
     rests_on = {"legcnet": ("recording", "exponents", "granger"), "magnitude": ("recording",)}.get(kind, ())

@@ -22,7 +22,7 @@ from hf_prune.training.arguments import TrainRecipe, make_training_arguments, pl
 from hf_prune.training.causes import target_steps
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.legcnet import LEGCNetSearch
-from hf_prune.training.rounds import Measuring, Round
+from hf_prune.training.rounds import Look, Measuring, Round
 from hf_prune.training.series import RowSeries, Series, WeightSeries
 from hf_prune.training.tabular import Perceptron, PerceptronConfig, Rows, load_table
 from hf_prune.training.trainer import make_trainer
@@ -170,7 +170,7 @@ def _measuring(training: Rows, held_out: Rows, recipe: TrainRecipe) -> Measuring
 def _summary(
     found: Round,
     dense: Round,
-    reached: tuple[int, float, float] | None,
+    reached: Look | None,
     steps_an_epoch: int,
     unwatched: int,
     seconds: dict[str, float],

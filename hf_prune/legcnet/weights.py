@@ -28,7 +28,7 @@ from hf_prune.training.causes import target_steps
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.legcnet import LEGCNetSearch
 from hf_prune.training.recorder import VALUES
-from hf_prune.training.rounds import Measuring, Round
+from hf_prune.training.rounds import Look, Measuring, Round
 from hf_prune.training.series import RowSeries, Series, WeightSeries
 from hf_prune.training.text import Windows
 from hf_prune.weights import WeightView
@@ -151,7 +151,7 @@ def by_kind(found: Round) -> Round:
     return replace(found, layers=dict(layers), moved=moved)
 
 
-def _summary(found: Round, reached: tuple[int, float, float] | None, seconds: dict[str, float]) -> dict[str, Any]:
+def _summary(found: Round, reached: Look | None, seconds: dict[str, float]) -> dict[str, Any]:
     """What the report says of a round; accuracy is that on the target's windows behind the last look."""
     return {
         "kind": found.kind,

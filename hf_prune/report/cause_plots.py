@@ -71,9 +71,8 @@ def plot_moved(rounds: Sequence[Round], path: str | Path, steps: int | None = No
     axes = figure.subplots()
     for found, line, name in zip(rounds, ("-", "--"), ("dense", "pruned"), strict=True):
         for place, layer in enumerate(found.layers):
-            norms = [
-                (place * (steps or 1), moved[layer]) for place, moved in enumerate(found.moved, 1) if layer in moved
-            ]
+            looks = enumerate(found.moved, 1)
+            norms = [(look * (steps or 1), moved[layer]) for look, moved in looks if layer in moved]
             if norms:
                 places, values = zip(*norms, strict=True)
                 marker, label = "o" if len(norms) == 1 else "", f"{layer}, {name}"

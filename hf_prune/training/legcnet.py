@@ -30,6 +30,7 @@ from hf_prune.training.recorder import Recorder, read_record
 from hf_prune.training.rounds import (
     CHECKPOINTS,
     INITIAL,
+    Look,
     Measuring,
     Round,
     Trained,
@@ -135,7 +136,7 @@ class LEGCNetSearch:
             return self.benchmark
         return BENCHMARK_SHARE * dense.looks[-1][1]
 
-    def reached(self, found: Round, dense: Round) -> tuple[int, float, float] | None:
+    def reached(self, found: Round, dense: Round) -> Look | None:
         """The first look of a round at which the figure was that of the benchmark; None where it never was."""
         benchmark = self.benchmark_of(dense)
         return next((look for look in found.looks if benchmark is not None and look[1] >= benchmark), None)

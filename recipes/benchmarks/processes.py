@@ -28,8 +28,8 @@ WAYS = ((1, 1), (2, 1), (1, 2))
 HEAD = """# Processes and threads
 
 `python recipes/benchmarks/processes.py --work_folder WORK --dataset_name C4_FOLDER` on two CPU cores:
-SmolLM2-135M-Instruct in float32, 50 %, 32 x 512 tokens of C4. Seconds to load and prune, medians; kept is the part of
-them that it takes to be able to go on behind a cut, of the rest: fingerprints of all weights, plan, state behind blocks.
+SmolLM2-135M-Instruct in float32, 50 %, 32 x 512 tokens of C4. Seconds to load and prune, medians; kept is what being
+able to go on behind a cut adds to the rest of them: fingerprints of all weights, plan, state behind blocks.
 
 """
 
