@@ -12,17 +12,30 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import spearmanr
 
 from hf_prune.bench.summary import write_between_markers
 from hf_prune.checkpoint.folder import RECIPE_FILE, REPORT_FILE
 from hf_prune.cli.train import make_recipe
 from hf_prune.legcnet.units import run_units
+from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.recipe import read_recipe
 from hf_prune.report.findings import sizes
+from hf_prune.training.causes import find_causes
+from hf_prune.training.recorder import read_targets
 
 SIZES = (0.1, 0.2)
+TESTS: dict[str, dict[str, Any]] = {
+    "chi-square, smallest p of 14 lags, as published": {},
+    "F, smallest p of 14 lags": {"statistic": "F"},
+    "F, smallest p of 14 lags, Benjamini-Hochberg": {"statistic": "F", "correction": "benjamini_hochberg"},
+    "F, the lag of the lowest BIC": {"statistic": "F", "lag": "bic"},
+    "F, 1 lag": {"statistic": "F", "max_lag": 1},
+}
 HUB, CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 
 
@@ -53,7 +66,8 @@ def main() -> None:
         if not folder.is_dir() or (folder / RECIPE_FILE).read_text(encoding="utf-8") != text:
             run_units(make_recipe({**values, "overwrite_output_dir": True}, text))
         reports.append(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
-    text = to_markdown(reports)
+    config = make_recipe(*read_recipe(given.config, {})).method
+    text = "\n\n".join([to_markdown(reports), other_tests(given.work_folder / "units.rounds" / "recording", config)])
     print(text)
     if given.readme:
         write_between_markers(given.readme, "legcnet_units", text)
@@ -79,6 +93,19 @@ def to_markdown(reports: list[dict[str, Any]]) -> str:
         f"could not be tested. The recorded training took {seconds['recording']:.0f} s, exponents "
         f"{seconds['exponents']:.0f} s, tests {seconds['granger']:.0f} s.",
     ]
+    return "\n".join(lines)
+
+
+def other_tests(recording: Path, config: LEGCNetConfig) -> str:
+    """How many units each test calls causal, and how its ranking agrees with the published one's."""
+    lines = ["| test of the same recording | units with p < 0.05 | rank correlation with the first |", "|---|---|---|"]
+    steps = max(step for step, _ in read_targets(recording))
+    first = None
+    for name, own in TESTS.items():
+        causes = find_causes(recording, replace(config, sparsity=None, **own), steps)
+        first = causes.p if first is None else first
+        causal, every = int(((causes.p < config.alpha) & causes.tested).sum()), len(causes.p)
+        lines.append(f"| {name} | {causal:,} ({causal / every:.1%}) | {spearmanr(causes.p, first).statistic:.2f} |")
     return "\n".join(lines)
 
 
