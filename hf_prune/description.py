@@ -204,3 +204,9 @@ def add_displacement(report: dict[str, Any], ready: Preparation, folder: Path) -
     for row in report["views"]:
         row |= {key: by_view[row["name"]][key] for key in ("moved", "changed") if row["name"] in by_view}
     report["displacement"] = overall(by_view)
+
+
+def described_options(config: Any) -> dict[str, Any]:
+    """Options of a method that trains as reports and cards show them: what is set, and no folder."""
+    hidden = ("method", "rounds_folder")
+    return {key: value for key, value in asdict(config).items() if key not in hidden and value not in ([], None)}

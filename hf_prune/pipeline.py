@@ -102,9 +102,10 @@ def _run(ready: Preparation, unfinished: Unfinished, watch: Stopwatch, notes: Ma
     report = {
         **describe(ready, model, result, text, total),
         "seconds": watch.seconds,
-        # Parts of the seconds to prune.
         "allocation_seconds": allocation_seconds,
+        # What it takes that a run that is cut can be gone on with: the walk's state; fingerprints and plan.
         "saving_seconds": result.saving_seconds,
+        "claiming_seconds": unfinished.seconds,
         "peak_memory_bytes": memory.bytes,
         # The recipe beside the report holds the flags as well, and no path of the machine it ran on.
         "command": f"hf-prune prune --config {RECIPE_FILE}",

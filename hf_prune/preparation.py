@@ -111,8 +111,7 @@ def check_unpruned(path: str) -> None:
     """Raise BadInputError for a folder that hf_prune has written: its zeros or its sizes would not survive."""
     if (Path(path) / PLAN_FILE).is_file():
         raise BadInputError(
-            f"model_name_or_path: {path} has been pruned before, which removing units would undo; start from its base "
-            "model."
+            f"model_name_or_path: {path} has been pruned before, which this would undo; start from its base model."
         )
 
 

@@ -8,19 +8,15 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prune.arguments import PruneConfig
-from hf_prune.engine.results import ViewResult
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.finish import Stopwatch
 from hf_prune.methods.dynamic_sparse import DynamicSparseConfig
-from hf_prune.plan import make_plan, select_views
-from hf_prune.pruning import PruneResult
 from hf_prune.report.privacy import may_show_samples
-from hf_prune.trained import Start, described, hand_over, prepare, procedure, quality_of
+from hf_prune.trained import Start, as_pruned, described, hand_over, prepare, procedure, quality_of
 from hf_prune.training.arguments import TrainRecipe
 from hf_prune.training.dynamic import DynamicSparseTraining
-from hf_prune.training.rounds import Round
+from hf_prune.training.text import Windows
 from hf_prune.weights import WeightView
 
 # Of the training's windows, the last so many tell when averaging begins; they are not trained on.
@@ -38,14 +34,16 @@ def run_sparse(recipe: TrainRecipe, notes: dict[str, Any] | None = None) -> dict
     """
     watch = Stopwatch()
     with watch.phase("prepare"):
-        start, evaluation, views, training = prepare_sparse(recipe)
+        start, evaluation, views, training, windows = prepare_sparse(recipe)
     with watch.phase("train"):
         model, rounds = training.run()
     model.eval()
-    result = _result(model, views, rounds[-1], recipe.method)
+    method: DynamicSparseConfig = recipe.method
+    allocation = f"dynamic_sparse, {method.initialization}, {method.redistribution}"
+    result = as_pruned(model, views, rounds[-1], method, allocation)
     qualities = {"dense" if own.kind == "dense" else "pruned": quality_of(own) for own in rounds}
     report = {
-        **described(recipe, start, model, result),
+        **described(recipe, start, model, result, windows),
         "seconds": {**watch.seconds, "train": sum(own.seconds for own in rounds)},
         "evaluation": evaluation.report(**qualities),
         **(notes or {}),
@@ -58,7 +56,7 @@ def run_sparse(recipe: TrainRecipe, notes: dict[str, Any] | None = None) -> dict
 
 def prepare_sparse(
     recipe: TrainRecipe,
-) -> tuple[Start, QualityEvaluation, list[WeightView], DynamicSparseTraining]:
+) -> tuple[Start, QualityEvaluation, list[WeightView], DynamicSparseTraining, Windows]:
     """Everything of a run but the training.
 
     Raises:
@@ -81,14 +79,4 @@ def prepare_sparse(
         seed=recipe.text.seed,
         held_out_loss=held_out_loss,
     )
-    return start, evaluation, views, training
-
-
-def _result(model: nn.Module, views: list[WeightView], found: Round, config: DynamicSparseConfig) -> PruneResult:
-    """The training in the words of every other pruning."""
-    densities = {view.name: found.layers[view.parameter_name] / (view.shape[0] * view.shape[1]) for view in views}
-    named = PruneConfig(method=config.info.name, sparsity=found.sparsity)
-    plan = make_plan(model, named, views, densities)
-    plan.allocation = f"dynamic_sparse, {config.initialization}, {config.redistribution}"
-    live = {view.name: view for view in select_views(model, None, config.ignore, whole=True)[0]}
-    return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in densities], 0.0)
+    return start, evaluation, views, training, windows

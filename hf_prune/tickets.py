@@ -6,18 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from hf_prune.arguments import PruneConfig
-from hf_prune.engine.results import ViewResult
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.finish import Stopwatch
-from hf_prune.methods.lottery_ticket import LotteryTicketConfig
-from hf_prune.plan import make_plan, select_views
-from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_rounds
 from hf_prune.report.privacy import may_show_samples
-from hf_prune.trained import Start, described, hand_over, prepare, procedure, quality_of
+from hf_prune.trained import Start, as_pruned, described, hand_over, prepare, procedure, quality_of
 from hf_prune.training.arguments import TrainRecipe
 from hf_prune.training.rounds import Round
 from hf_prune.training.tickets import TicketSearch
@@ -42,7 +35,8 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
         model, rounds = search.run()
     model.eval()
     tickets = [found for found in rounds if found.kind == "ticket"]
-    result = _result(model, views, recipe.method, tickets[-1])
+    allocation = f"lottery_ticket, {recipe.method.importance}"
+    result = as_pruned(model, views, tickets[-1], recipe.method, allocation)
     report = {
         **described(recipe, start, model, result),
         "tickets": [_summary(found) for found in rounds],
@@ -54,10 +48,10 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
     if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
         report["samples"] = evaluation.samples(dense=quality_of(rounds[0]), pruned=quality_of(tickets[-1]))
 
-    def plot(folder: Path) -> None:
-        plot_rounds(report["tickets"], folder / "rounds.png")
+    def add(folder: Path) -> None:
+        plot_rounds(report["tickets"], folder / "plots" / "rounds.png")
 
-    hand_over(recipe, start, model, result, report, watch, plot)
+    hand_over(recipe, start, model, result, report, watch, add)
     return report
 
 
@@ -86,16 +80,3 @@ def _summary(found: Round) -> dict[str, Any]:
     """What the report says of a round."""
     entry = {key: value for key, value in asdict(found).items() if key not in ("metrics", "layers")}
     return {**entry, "sparsity": found.sparsity, "perplexity": found.metrics["perplexity"]}
-
-
-def _result(model: nn.Module, views: list[WeightView], config: LotteryTicketConfig, found: Round) -> PruneResult:
-    """The ticket in the words of every other pruning."""
-    sizes = {view.name: view.shape[0] * view.shape[1] for view in views}
-    densities = {view.name: found.layers[view.parameter_name] / sizes[view.name] for view in views}
-    named = PruneConfig(method="lottery_ticket", sparsity=min(found.sparsity, 1 - 1e-9))
-    by_parameter = {view.parameter_name: view.name for view in views}
-    held = frozenset(by_parameter[name] for name in found.held)
-    plan = make_plan(model, named, views, densities, held=held)
-    plan.allocation = f"lottery_ticket, {config.importance}"
-    live = {view.name: view for view in select_views(model, None, config.ignore, whole=True)[0]}
-    return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in sizes], 0.0)

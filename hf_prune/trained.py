@@ -1,4 +1,4 @@
-"""What lottery tickets and dynamic sparse training share: where they begin, how they are measured, what they leave."""
+"""What procedures that train a language model share: where they begin, how they are measured, what they leave."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 
+from hf_prune.arguments import PruneConfig
 from hf_prune.checkpoint.folder import RECIPE_FILE, beside
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
 from hf_prune.data.windows import default_seq_length
-from hf_prune.description import environment, zeros_of
+from hf_prune.description import described_options, environment, zeros_of
 from hf_prune.engine import distributed
+from hf_prune.engine.results import ViewResult
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.quality import Quality, QualityEvaluation
 from hf_prune.finish import Stopwatch, efficiency, finish
-from hf_prune.plan import select_views
+from hf_prune.plan import make_plan, select_views
 from hf_prune.preparation import check_output
 from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_sparsity_by_layer
@@ -161,8 +163,10 @@ def procedure(
     }
 
 
-def described(recipe: TrainRecipe, start: Start, model: Any, result: PruneResult) -> dict[str, Any]:
-    """What every report of a training says."""
+def described(
+    recipe: TrainRecipe, start: Start, model: Any, result: PruneResult, windows: Windows | None = None
+) -> dict[str, Any]:
+    """What every report of a training says; `windows` that were trained on, all of the text's unless given."""
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
     return {
         **environment(),
@@ -172,8 +176,12 @@ def described(recipe: TrainRecipe, start: Start, model: Any, result: PruneResult
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "method": _described_method(recipe.method),
-        "training": describe_training(start.text, start.windows, arguments),
+        "method": {
+            **asdict(recipe.method.info),
+            "pattern": "unstructured",
+            "options": described_options(recipe.method),
+        },
+        "training": describe_training(start.text, windows or start.windows, arguments),
         **zeros_of(model, result, sum(parameter.numel() for parameter in model.parameters())),
         "seed": recipe.text.seed,
         "hub_model_id": recipe.output.hub_model_id,
@@ -181,9 +189,15 @@ def described(recipe: TrainRecipe, start: Start, model: Any, result: PruneResult
     }
 
 
-def _described_method(config: Any) -> dict[str, Any]:
-    options = {key: own for key, own in asdict(config).items() if key not in ("method", "rounds_folder") and own != []}
-    return {**asdict(config.info), "pattern": "unstructured", "options": options}
+def as_pruned(model: nn.Module, views: Sequence[WeightView], found: Round, config: Any, allocation: str) -> PruneResult:
+    """A trained model in the words of every other pruning; `allocation` says what decided its densities."""
+    densities = {view.name: found.layers[view.parameter_name] / (view.shape[0] * view.shape[1]) for view in views}
+    by_parameter = {view.parameter_name: view.name for view in views}
+    named = PruneConfig(method=config.info.name, sparsity=min(found.sparsity, 1 - 1e-9))
+    plan = make_plan(model, named, views, densities, held=frozenset(by_parameter[name] for name in found.held))
+    plan.allocation = allocation
+    live = {view.name: view for view in select_views(model, None, config.ignore, whole=True)[0]}
+    return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in densities], 0.0)
 
 
 def hand_over(
@@ -193,9 +207,9 @@ def hand_over(
     result: PruneResult,
     report: dict[str, Any],
     watch: Stopwatch,
-    plot: Callable[[Path], None] = lambda plots: None,
+    add: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write the folder: efficiency, plots, verification, card; `plot` draws further pictures into it."""
+    """Write the folder: efficiency, plots, verification, card; `add` puts what is the method's own into it."""
     device = torch.device(pick_device(recipe.model.device, distributed.local_rank()).type)
 
     def complete(folder: Path) -> None:
@@ -205,7 +219,7 @@ def hand_over(
                 revisions = {"dense": start.revision} if start.revision else None
                 report.update(efficiency({**models, "pruned": folder}, recipe.model, device, revisions))
         plot_sparsity_by_layer(report["views"], folder / "plots" / "sparsity_by_layer.png")
-        plot(folder / "plots")
+        add(folder)
 
     if distributed.rank() == 0:
         finish(

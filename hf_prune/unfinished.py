@@ -41,12 +41,23 @@ def work_folder(output_dir: str) -> Path:
 
 
 class Unfinished:
-    """A run's working folder and its requests to stop; made by `opened`."""
+    """A run's working folder and its requests to stop; made by `opened`.
+
+    Attributes:
+        seconds: that fingerprints and keeping the plan took in this session.
+    """
 
     def __init__(self, work: WorkFolder, stop: StopRequest, every: int) -> None:
         self.work = work
         self.stop = stop
         self.walk = WalkCheckpoint(work, stop, every)
+        self.seconds = 0.0
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds += perf_counter() - start
 
     @classmethod
     @contextmanager
@@ -93,8 +104,9 @@ class Unfinished:
         identity |= {name: tensor_digest(ids) for name, ids in texts.items() if ids is not None}
         # The blocks kept under one of them are of no use to the other.
         identity["offload"] = recipe.model.offload
-        identity |= {f"weight {name}": tensor_digest(tensor) for name, tensor in tensors_of(model)}
-        self.work.claim(identity)
+        with self._counted():
+            identity |= {f"weight {name}": tensor_digest(tensor) for name, tensor in tensors_of(model)}
+            self.work.claim(identity)
 
     def dense(self, measure: Callable[[], Quality]) -> Quality:
         """The dense model's scores: kept ones, or those that `measure` finds, which are kept."""
@@ -117,7 +129,8 @@ class Unfinished:
                 for side in ("inputs", "outputs")
             }
             files = {_FISHER: partial(save_file, factors)} if factors and distributed.rank() == 0 else {}
-            self.work.save({"plan": plan.to_dict(), "plan_seconds": seconds}, files)
+            with self._counted():
+                self.work.save({"plan": plan.to_dict(), "plan_seconds": seconds}, files)
             reason = distributed.gather(self.stop.reason())[0]
             if reason:
                 raise Stopped(f"stopped by {reason} once the plan was made; start the same run again to go on.")

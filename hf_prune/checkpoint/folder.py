@@ -74,15 +74,23 @@ def _check_replaceable(target: Path, overwrite: bool, mark: str) -> None:
         )
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk of `folder`, which need not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
 def check_free_space(folder: Path, needed: int) -> None:
     """Raise RunError where the disk of `folder`, which need not exist yet, has fewer than `needed` bytes free."""
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < needed:
         raise RunError(
-            f"{existing}: the disk has {_size(free)} free and {_size(needed)} are needed; "
+            f"{_existing(folder)}: the disk has {_size(free)} free and {_size(needed)} are needed; "
             "free some space or choose another output_dir."
         )
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 @contextmanager
@@ -166,11 +174,9 @@ def _disk_error(error: Exception, partial: Path, target: Path) -> HfPruneError |
         match = re.search(r"\(os error (\d+)\)", str(error))
         code = int(match[1]) if match else None
     if code in FULL:
-        existing = next(place for place in (partial, *partial.parents) if place.exists())
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        free = shutil.disk_usage(existing).free
         return RunError(
-            f"{target}: the disk is full, {_size(free)} free after {_size(written)} written; "
+            f"{target}: the disk is full, {_size(free_space(partial))} free after {_size(written)} written; "
             "free some space or choose another output_dir (nothing was changed)."
         )
     if code in FORBIDDEN:

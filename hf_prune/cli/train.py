@@ -12,9 +12,12 @@ from hf_prune.recipe import parse_flags, read_recipe
 
 LOTTERY_TICKET, LEGCNET, DYNAMIC_SPARSE = "lottery_ticket", "legcnet", "dynamic_sparse"
 METHODS = (LOTTERY_TICKET, LEGCNET, DYNAMIC_SPARSE)
+# What LEGCNet is of a language model.
+UNITS, WEIGHTS = "legcnet of units", "legcnet of weights"
 
 
 def help_text() -> str:
+    from hf_prune.legcnet.weights import WatchedModelArguments
     from hf_prune.methods.dynamic_sparse import DynamicSparseConfig
     from hf_prune.methods.legcnet import LEGCNetConfig
     from hf_prune.methods.lottery_ticket import LotteryTicketConfig
@@ -23,12 +26,14 @@ def help_text() -> str:
 
     tickets = "Prune a model while it trains, round by round (method: lottery_ticket, the default)."
     moving = "Train a model that is sparse from its first step, with masks that move (method: dynamic_sparse)."
-    causes = "Prune what does not cause a training's errors (method: legcnet)."
+    causes = "Prune what does not cause the errors of a perceptron's training (method: legcnet)."
+    caused = "The same of a language model, which model_name_or_path or model_type names (method: legcnet)."
     return "\n".join(
         [
             training_help("train", tickets, LotteryTicketConfig, FreshModelArguments),
             training_help("train", moving, DynamicSparseConfig, FreshModelArguments),
             training_help("train", causes, LEGCNetConfig, PerceptronArguments, TableArguments),
+            training_help("train", caused, LEGCNetConfig, WatchedModelArguments),
         ]
     )
 
@@ -43,17 +48,16 @@ def main(arguments: list[str]) -> int:
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
         # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
         quiet_libraries()
-        _prepare(recipe, method)
+        _prepare(recipe, _kind(values))
         return relaunch(recipe.model.num_processes, ["train", *arguments])
     quiet_libraries()
-    if _of_units(recipe, method):
-        _show_units(recipe)
-    elif method == LEGCNET:
-        _show_causes(recipe)
-    elif method == DYNAMIC_SPARSE:
-        _show_sparse(recipe)
-    else:
-        _show_tickets(recipe)
+    {
+        UNITS: _show_units,
+        WEIGHTS: _show_weights,
+        LEGCNET: _show_causes,
+        DYNAMIC_SPARSE: _show_sparse,
+        LOTTERY_TICKET: _show_tickets,
+    }[_kind(values)](recipe)
     return 0
 
 
@@ -65,30 +69,44 @@ def make_recipe(values: dict[str, Any], text: str | None = None) -> Any:
     from hf_prune.training.arguments import make_train_recipe
     from hf_prune.training.tabular import PerceptronArguments, TableArguments
 
-    if values.get("method") == LEGCNET and values.get("series") == "units":
-        from hf_prune.legcnet_units_setup import TargetArguments
+    kind = _kind(values)
+    if kind == UNITS:
+        from hf_prune.legcnet.target import TargetArguments
 
         return make_train_recipe(values, LEGCNetConfig, text, TargetArguments)
-    if values.get("method") == LEGCNET:
+    if kind == WEIGHTS:
+        from hf_prune.legcnet.weights import WatchedModelArguments
+
+        return make_train_recipe(values, LEGCNetConfig, text, WatchedModelArguments)
+    if kind == LEGCNET:
         return make_train_recipe(values, LEGCNetConfig, text, PerceptronArguments, TableArguments)
-    method = DynamicSparseConfig if values.get("method") == DYNAMIC_SPARSE else LotteryTicketConfig
-    return make_train_recipe(values, method, text)
+    return make_train_recipe(values, DynamicSparseConfig if kind == DYNAMIC_SPARSE else LotteryTicketConfig, text)
 
 
-def _of_units(recipe: Any, method: str) -> bool:
-    return method == LEGCNET and recipe.method.series == "units"
+def _kind(values: dict[str, Any]) -> str:
+    """The method, and of LEGCNet what it watches: a perceptron, a language model's weights, or its units."""
+    method = str(values.get("method") or LOTTERY_TICKET)
+    if method == LEGCNET and values.get("series") == "units":
+        return UNITS
+    if method == LEGCNET and (values.get("model_name_or_path") or values.get("model_type")):
+        return WEIGHTS
+    return method
 
 
-def _prepare(recipe: Any, method: str) -> None:
-    if _of_units(recipe, method):
-        from hf_prune.legcnet_units_setup import prepare_units
+def _prepare(recipe: Any, kind: str) -> None:
+    if kind == UNITS:
+        from hf_prune.legcnet.units_setup import prepare_units
 
         prepare_units(recipe)
-    elif method == LEGCNET:
-        from hf_prune.legcnet import prepare_legcnet
+    elif kind == WEIGHTS:
+        from hf_prune.legcnet.weights import prepare_weights
+
+        prepare_weights(recipe)
+    elif kind == LEGCNET:
+        from hf_prune.legcnet.perceptron import prepare_legcnet
 
         prepare_legcnet(recipe)
-    elif method == DYNAMIC_SPARSE:
+    elif kind == DYNAMIC_SPARSE:
         from hf_prune.sparse_training import prepare_sparse
 
         prepare_sparse(recipe)
@@ -113,41 +131,41 @@ def _show_sparse(recipe: Any) -> None:
     _show_folder(recipe, run_sparse(recipe))
 
 
-def _show_folder(recipe: Any, report: dict[str, Any]) -> None:
-    from hf_prune.report import tables
-    from hf_prune.report.findings import next_step
+def _show_weights(recipe: Any) -> None:
+    from hf_prune.legcnet.weights import run_weights
 
-    out = console()
-    if report.get("verification"):
-        out.print(tables.verification_table(report))
-    out.print(tables.evaluation_table(report))
-    for sentence in next_step(report, str(recipe.output.output_dir)):
-        out.print(sentence, markup=False)
-
-
-def _show_causes(recipe: Any) -> None:
-    from hf_prune.legcnet import run_legcnet
-    from hf_prune.report.cause_table import causes_table, causes_text
-
-    report = run_legcnet(recipe)
-    out = console()
-    out.print(causes_table(report["rounds"]))
-    for sentence in [*causes_text(report), f"The model, its series and plots are in {recipe.output.output_dir}."]:
-        out.print(sentence, markup=False)
+    _show_folder(recipe, run_weights(recipe))
 
 
 def _show_units(recipe: Any) -> None:
-    from hf_prune.legcnet_units import run_units
+    from hf_prune.legcnet.units import run_units
+
+    _show_folder(recipe, run_units(recipe))
+
+
+def _show_folder(recipe: Any, report: dict[str, Any]) -> None:
     from hf_prune.report import tables
-    from hf_prune.report.cause_table import units_text
+    from hf_prune.report.cause_table import watched_text
     from hf_prune.report.findings import next_step
 
-    report = run_units(recipe)
     out = console()
     if report.get("verification"):
         out.print(tables.verification_table(report))
     out.print(tables.evaluation_table(report))
     if report.get("efficiency"):
         out.print(tables.efficiency_table(report))
-    for sentence in [units_text(report), *next_step(report, str(recipe.output.output_dir))]:
+    if report.get("legcnet"):
+        out.print(watched_text(report), markup=False)
+    for sentence in next_step(report, str(recipe.output.output_dir)):
+        out.print(sentence, markup=False)
+
+
+def _show_causes(recipe: Any) -> None:
+    from hf_prune.legcnet.perceptron import run_legcnet
+    from hf_prune.report.cause_table import causes_table, causes_text
+
+    report = run_legcnet(recipe)
+    out = console()
+    out.print(causes_table(report["rounds"]))
+    for sentence in [*causes_text(report), f"The model, its series and plots are in {recipe.output.output_dir}."]:
         out.print(sentence, markup=False)

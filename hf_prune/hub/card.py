@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from hf_prune.checkpoint.folder import RECOVERY_FILE
 from hf_prune.hub.card_metadata import card_data, eval_result_entries, hub_base_model
 from hf_prune.report import findings
-from hf_prune.report.cause_table import units_text
+from hf_prune.report.cause_table import watched_text
 from hf_prune.report.figures import dig, efficiency_rows, number, quality_rows, sparsity_rows
 from hf_prune.report.gains import gained
 from hf_prune.report.limitations import limitations
@@ -167,7 +167,7 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
         ("Calibration", findings.calibration(report)),
         ("Trained on", findings.training(report)),
         ("Tickets", findings.tickets(report)),
-        ("Compared with other choices", units_text(report) if report.get("legcnet") else ""),
+        ("Compared with other choices", watched_text(report) if report.get("legcnet") else ""),
         ("Weights that were kept", findings.displacement(report)),
         ("Fused", findings.fused(report)),
         ("Searched", searched(report.get("search"))),

@@ -27,8 +27,8 @@ class LEGCNetConfig:
     Series of a training whose Lyapunov exponents Granger-cause its errors are kept, the others pruned.
 
     Where paper and code disagree, the defaults are the code's: series that cause nothing are pruned, the weights' own
-    values are the series, and p is the smallest over all lags, uncorrected. `sensitive`, `sparsity`, `lag: bic` and
-    `correction` are our additions, and so are series of rows and units.
+    values are the series, and p is the smallest over all lags, uncorrected. `sensitive`, `sparsity`, `lag: bic`,
+    `correction` and `min_keep_ratio` are our additions, and so are series of rows and units.
 
     Args:
         variant: `ft`, the whole training is recorded; `pt`, its first `recorded_share`.
@@ -49,10 +49,12 @@ class LEGCNetConfig:
         alpha: series with a smaller p are causal.
         decision: what is kept: `causal`, `sensitive` (a positive mean exponent), or what is `both`.
         sparsity: share of the series that go, the least causal (or sensitive) first, instead of alpha.
+        min_keep_ratio: each matrix keeps at least this share of its weights (or rows), those that matter most, and the
+            report names those that it held.
         restart: survivors train once more from their initial values (`init`) or go on (`continue`).
         units: what goes with `series: units`, `mlp` neurons and whole key-value groups of `attention` or query `heads`;
-            `sparsity` is then the share of the blocks' parameters, 0.1 unless given, and what was trained is pruned,
-            whatever `restart` says.
+            `sparsity`, 0.1 unless given, is then the share of each kind in every block (and in every key-value group),
+            to the nearest unit, and what was trained is pruned, whatever `restart` says.
         ignore: layers that are never pruned, by name.
         rounds_folder: where the recording is kept, OUTPUT_DIR.rounds unless given; other decisions find it there.
     """
@@ -73,6 +75,7 @@ class LEGCNetConfig:
     alpha: float = 0.05
     decision: str = "causal"
     sparsity: float | None = None
+    min_keep_ratio: float = 0.001
     restart: str = "init"
     units: list[str] = field(default_factory=lambda: ["mlp"])
     ignore: list[str] = field(default_factory=list)
@@ -116,6 +119,8 @@ class LEGCNetConfig:
             value = getattr(self, key)
             if value is not None and not 0 < value < 1:
                 raise BadInputError(f"{key}: {value} is outside (0, 1).")
+        if not 0 <= self.min_keep_ratio < 1:
+            raise BadInputError(f"min_keep_ratio: {self.min_keep_ratio} is outside [0, 1).")
         unknown = [unit for unit in self.units if unit not in WATCHED]
         if unknown or not self.units:
             raise BadInputError(
@@ -129,6 +134,10 @@ class LEGCNetConfig:
                     raise BadInputError(f"{key}: units are watched as they are, all of them; leave the key out.")
         if self.stride is not None and self.stride < 1:
             raise BadInputError(f"stride: {self.stride} is too few; use 1 or more.")
+
+    def recorded(self, steps: int) -> int:
+        """Steps that are recorded, of so many of a whole training."""
+        return steps if self.variant == "ft" else round(self.recorded_share * steps)
 
     @property
     def step(self) -> int:

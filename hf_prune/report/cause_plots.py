@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 DPI = 150
 KEPT, PRUNED = "#4878a8", "#d1873c"
 BINS = 40
+# log10 of the smallest p that is drawn where it is.
+SMALLEST = -100
 
 
 def plot_exponents(exponents: Tensor, keep: Tensor, config: LEGCNetConfig, path: str | Path) -> Figure:
@@ -42,27 +45,28 @@ def plot_exponents(exponents: Tensor, keep: Tensor, config: LEGCNetConfig, path:
 
 
 def plot_p_values(p: Tensor, tested: Tensor, alpha: float | None, path: str | Path) -> Figure:
-    """Draw a histogram of p of the series that could be tested, as a PNG at `path`; `alpha` where it decided."""
+    """Draw a histogram of log10 p of the series that could be tested, as a PNG at `path`; `alpha` where it decided."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.hist(p[tested].numpy(), bins=BINS, range=(0, 1), color=KEPT)
+    axes.hist(p[tested].clamp(min=10**SMALLEST).log10().numpy(), bins=BINS, range=(SMALLEST, 0), color=KEPT)
     if alpha is not None:
-        axes.axvline(alpha, color="0.1", linewidth=1, label=f"alpha = {alpha:g}")
+        axes.axvline(math.log10(alpha), color="0.1", linewidth=1, label=f"alpha = {alpha:g}")
         axes.legend(frameon=False)
-    axes.set_xlabel("p of Granger's test: series against errors")
+    axes.set_xlabel(f"log10 of Granger's p, series against errors; what is smaller stands at {SMALLEST}")
     axes.set_ylabel("series")
     untested = int((~tested).sum())
     axes.set_title(f"{int(tested.sum()):,} series" + (f"; {untested:,} could not be tested" if untested else ""))
     return _save(figure, path)
 
 
-def plot_moved(rounds: Sequence[Round], path: str | Path) -> Figure:
-    """Draw how far each layer moved in every epoch, dense in full and pruned dashed, as a PNG at `path`.
+def plot_moved(rounds: Sequence[Round], path: str | Path, steps: int | None = None) -> Figure:
+    """Draw how far each layer moved from look to look, dense in full and pruned dashed, as a PNG at `path`.
 
     Args:
         rounds: the dense training and the one of what LEGCNet keeps.
+        steps: from one look to the next; an epoch unless given.
     """
     from matplotlib.figure import Figure
 
@@ -70,17 +74,18 @@ def plot_moved(rounds: Sequence[Round], path: str | Path) -> Figure:
     axes = figure.subplots()
     for found, line, name in zip(rounds, ("-", "--"), ("dense", "pruned"), strict=True):
         for place, layer in enumerate(found.layers):
-            norms = [(epoch, moved[layer]) for epoch, moved in enumerate(found.moved, 1) if layer in moved]
+            looks = enumerate(found.moved, 1)
+            norms = [(look * (steps or 1), moved[layer]) for look, moved in looks if layer in moved]
             if norms:
-                epochs, values = zip(*norms, strict=True)
+                places, values = zip(*norms, strict=True)
                 marker, label = "o" if len(norms) == 1 else "", f"{layer}, {name}"
-                axes.plot(epochs, values, linestyle=line, marker=marker, color=f"C{place}", label=label)
+                axes.plot(places, values, linestyle=line, marker=marker, color=f"C{place}", label=label)
     axes.set_yscale("log")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("norm of what an epoch changes")
+    axes.set_xlabel("step" if steps else "epoch")
+    axes.set_ylabel(f"norm of what {f'{steps} steps' if steps else 'an epoch'} change" + ("" if steps else "s"))
     axes.set_title("How far the layers move")
     if axes.lines:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize="small", ncols=1 + len(axes.lines) // 8)
     return _save(figure, path)
 
 

@@ -56,12 +56,27 @@ def causes_text(report: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def units_text(report: dict[str, Any]) -> str:
-    """What was watched of a language model, and what as many units cost by LEGCNet, by their norms and by chance."""
+def watched_text(report: dict[str, Any]) -> str:
+    """What was watched of a language model, and what as many series cost by LEGCNet, by magnitude and by chance."""
     own = report["legcnet"]
-    costs = own["perplexities"]
-    return (
-        f"{own['causal']:,} of {own['series']:,} units cause errors in {own['windows']} windows. With as many removed, "
-        f"perplexity is {costs['legcnet']:.2f} by LEGCNet, {costs['magnitude']:.2f} by their norms and "
-        f"{costs['random']:.2f} by chance."
-    )
+    costs, watched = own["perplexities"], own["watched"]
+    untested = f", {own['untested']:,} could not be tested" if own["untested"] else ""
+    names = {"legcnet": "LEGCNet", "magnitude": "magnitude" if watched == "weights" else "norm", "random": "chance"}
+    figures = [f"{costs[kind]:.2f} by {name}" for kind, name in names.items()]
+    sentences = [
+        f"{own['causal']:,} of {own['series']:,} {watched} cause errors in {own['windows']} windows{untested}; "
+        f"{own['series'] - own['kept']:,} go. With as many {'removed' if watched == 'units' else 'made zero'}, "
+        f"perplexity is {figures[0]}, {figures[1]} and {figures[2]}."
+    ]
+    rounds = {row["kind"]: row for row in own.get("rounds", ())}
+    trained = {kind: row for kind, row in rounds.items() if kind != "dense" and row["steps"]}
+    if rounds and not trained:
+        sentences.append("Nothing was trained behind that.")
+    elif trained:
+        ends = {kind: row["steps_to_benchmark"] for kind, row in trained.items()}
+        reached = [f"by {names[kind]} {'never' if end is None else f'after {end:,}'}" for kind, end in ends.items()]
+        sentences.append(
+            f"Of {rounds['dense']['steps']:,} steps, 99 % of the dense accuracy on the target's windows is reached "
+            f"{', '.join(reached)}."
+        )
+    return " ".join(sentences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -69,16 +70,9 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
     assert config.sparsity is not None and config.units is not None
     before = block_shape(model)
     blocks = find_blocks(model)[1]
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+    sizes = _sizes(blocks)
     size, total = sizes[0], sum(sizes)
-    unit = {
-        MLP: find_groups(model, 0, MLP, before)[0].parameters_of_a_unit(),
-        ATTENTION: find_groups(model, 0, ATTENTION, before)[0].parameters_of_a_unit(),
-        # One head of every key-value group.
-        HEADS: sum(group.parameters_of_a_unit() for group in find_groups(model, 0, HEADS, before))
-        if HEADS in config.units
-        else 0,
-    }
+    unit = _parameters_of_units(model, before, config.units)
     goal = config.sparsity * total
     shares = shares or _shares(config, before, unit)
     depth = round(shares.get(DEPTH, 0.0) * goal / size)
@@ -86,7 +80,8 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
         raise BadInputError(f"sparsity: {config.sparsity} by depth leaves no block; lower it or add other units.")
     left, rest = len(blocks) - depth, goal - depth * size
     after = before
-    for kind, have in ((ATTENTION, before.groups), (HEADS, before.heads // before.groups)):
+    for kind in (ATTENTION, HEADS):
+        have = _units_of(before)[kind]
         if not shares.get(kind):
             continue
         if have == 1:
@@ -129,14 +124,55 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
     return Structure(before, after, len(blocks), depth, total, left * (size - gone), unit[MLP])
 
 
+def budget_of_units(model: nn.Module, units: Sequence[str], share: float) -> tuple[float, list[str]]:
+    """`sparsity` and `budget` of a config that removes a share of the units, where a share of the parameters is meant.
+
+    Every block loses the same number of a kind, and every key-value group of its heads: the nearest to the share.
+
+    Args:
+        model: may live on the meta device.
+        units: kinds of units without `depth`.
+
+    Raises:
+        BadInputError: the nearest number is none, or the family is not described.
+    """
+    shape, sizes = block_shape(model), _sizes(find_blocks(model)[1])
+    unit, have = _parameters_of_units(model, shape, units), _units_of(shape)
+    gone = {kind: round(share * have[kind]) * unit[kind] for kind in units}
+    for kind in units:
+        if round(share * have[kind]) >= have[kind]:
+            raise BadInputError(f"sparsity: {share} would take all {have[kind]} units of {kind}; lower it.")
+    removed = sum(gone.values())
+    if not removed:
+        raise BadInputError(
+            f"sparsity: {share} of the units of {', '.join(units)} is less than half a unit, nothing would go; the "
+            f"smallest step is {1 / max(have[kind] for kind in units):.2g}."
+        )
+    return len(sizes) * removed / sum(sizes), [f"{kind}={own / removed!r}" for kind, own in gone.items()]
+
+
+def _units_of(shape: Shape) -> dict[str, int]:
+    """How many units of each kind can go one by one from a block."""
+    return {MLP: shape.width, ATTENTION: shape.groups, HEADS: shape.heads // shape.groups}
+
+
+def _parameters_of_units(model: nn.Module, shape: Shape, units: Sequence[str]) -> dict[str, int]:
+    """Kind -> what goes with one unit of a block; of heads, with one of every key-value group."""
+    groups = {kind: find_groups(model, 0, kind, shape) for kind in {MLP, ATTENTION, *units} - {DEPTH}}
+    return {kind: sum(group.parameters_of_a_unit() for group in own) for kind, own in groups.items()}
+
+
+def _sizes(blocks: nn.ModuleList) -> list[int]:
+    return [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+
+
 def _shares(config: StructuredConfig, shape: Shape, unit: dict[str, int]) -> dict[str, float]:
     """Unit -> its share of the parameters that are removed."""
     assert config.units is not None
     if config.budget and not config.searches_budget:
         return _given(config)
     depth = 1 / len(config.units) if DEPTH in config.units else 0.0
-    have = {MLP: shape.width, ATTENTION: shape.groups, HEADS: shape.heads // shape.groups}
-    weights = {kind: unit[kind] * have[kind] for kind in config.units if kind != DEPTH}
+    weights = {kind: unit[kind] * _units_of(shape)[kind] for kind in config.units if kind != DEPTH}
     shares = {kind: (1 - depth) * weight / sum(weights.values()) for kind, weight in weights.items()}
     return {**shares, DEPTH: depth} if depth else shares
 

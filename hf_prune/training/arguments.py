@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -233,6 +234,20 @@ def make_training_arguments(
         # Otherwise a machine with several GPUs would get torch's DataParallel, which masks know nothing of.
         arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def planned_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps that a Trainer takes over so many rows of training text."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    return math.ceil(arguments.num_train_epochs * steps_of_an_epoch(arguments, rows))
+
+
+def steps_of_an_epoch(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of one pass over so many rows."""
+    together = arguments.train_batch_size * arguments.world_size
+    batches = rows // together if arguments.dataloader_drop_last else math.ceil(rows / together)
+    return max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
 
 
 def training_help(

@@ -62,11 +62,14 @@ def target_steps(config: LEGCNetConfig, steps: int) -> list[int]:
     return [end * config.record_every for end in ends]
 
 
-def find_causes(recording: Path, config: LEGCNetConfig, steps: int, twin: Path | None = None) -> Causes:
+def find_causes(
+    recording: Path, config: LEGCNetConfig, steps: int, twin: Path | None = None, chosen: Tensor | None = None
+) -> Causes:
     """Read the first `steps` steps of a recording and decide.
 
     Args:
         twin: the recording of a second training; the series are then the differences, the target is the first one's.
+        chosen: int64, ascending places of the series to look at; all of them unless given.
 
     Raises:
         BadInputError: too few windows, a window whose target is missing, a target that never changes.
@@ -92,6 +95,8 @@ def find_causes(recording: Path, config: LEGCNetConfig, steps: int, twin: Path |
         series = read_series(recording, first, first + SERIES_AT_ONCE)[:, :records]
         if twin is not None:
             series = series - read_series(twin, first, first + SERIES_AT_ONCE)[:, :records]
+        if chosen is not None:
+            series = series[chosen[(chosen >= first) & (chosen < first + SERIES_AT_ONCE)] - first]
         if not bool(series.isfinite().all()):
             raise BadInputError(f"{recording}: a series holds numbers that are not finite; lower learning_rate.")
         parts.append(windowed_exponents(series, config.window, config.step))

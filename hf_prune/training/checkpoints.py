@@ -78,6 +78,17 @@ def _is_whole(checkpoint: Path) -> bool:
     return "global_step" in state and all((checkpoint / name).is_file() for name in random)
 
 
+class StopBehind(TrainerCallback):
+    """Ends a training behind a step; the schedule stays that of the whole."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= self.step:
+            control.should_training_stop = True
+
+
 class StopAtNaN(TrainerCallback):
     """Raises RunError at the first logged loss that is not finite, and before a checkpoint of such weights is written.
 

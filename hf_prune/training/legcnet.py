@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,12 +24,13 @@ from transformers import TrainerCallback
 from hf_prune.engine import distributed
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.training.causes import Causes, find_causes, load_causes, save_causes, target_steps
-from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, StopBehind, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
 from hf_prune.training.recorder import Recorder, read_record
 from hf_prune.training.rounds import (
     CHECKPOINTS,
     INITIAL,
+    Look,
     Measuring,
     Round,
     Trained,
@@ -58,7 +59,8 @@ class LEGCNetSearch:
         target: what the series may cause, measured on the module: the share of errors, as published.
         figure: what is watched, higher is better: accuracy on the training rows, as published.
         look_every: steps from one look to the next, an epoch as published.
-        benchmark: a pruned module's training ends where the figure reaches it; None, 99 % of the dense module's last.
+        benchmark: what the figure has to reach; None, 99 % of the dense module's last.
+        stop_there: a pruned module's training ends where it reaches the benchmark, as published; all of it otherwise.
         measuring: of trained modules.
         config: recording, test, decision, restart.
         steps: of a whole training.
@@ -79,17 +81,19 @@ class LEGCNetSearch:
     folder: Path
     fingerprint: str = ""
     seed: int = 0
+    stop_there: bool = True
 
     @property
     def recorded(self) -> int:
         """Steps that are recorded."""
-        return self.steps if self.config.variant == "ft" else round(self.config.recorded_share * self.steps)
+        return self.config.recorded(self.steps)
 
     @property
     def decision_folder(self) -> Path:
         """Where this decision and what follows from it are."""
         own = {key: value for key, value in asdict(self.config).items() if key not in (*RECORDED, "rounds_folder")}
-        return self.folder / f"{self.config.variant}-{fingerprint([own, self.benchmark], {})[:8]}"
+        end = [self.benchmark] if self.stop_there else ["all steps"]
+        return self.folder / f"{self.config.variant}-{fingerprint([own, *end], {})[:8]}"
 
     def run(self) -> tuple[nn.Module, Causes, list[Round]]:
         """The module that LEGCNet leaves, what was found, and the rounds: dense, LEGCNet, magnitude, random.
@@ -119,8 +123,10 @@ class LEGCNetSearch:
                 self.decision_folder.mkdir(parents=True, exist_ok=True)
                 save_causes(self.decision_folder, causes)
             distributed.barrier()
-        benchmark = self.benchmark_of(dense)
-        rounds = [dense, *(self._pruned(kind, model, causes, benchmark) for kind in KINDS)]
+        keep, held = self.with_floor(causes.keep, causes.scores, int(causes.keep.sum()))
+        causes = replace(causes, keep=keep)
+        benchmark = self.benchmark_of(dense) if self.stop_there else None
+        rounds = [dense, *(self._pruned(kind, model, causes, held, benchmark) for kind in KINDS)]
         load_weights(model, self.decision_folder / KINDS[0] / "model.safetensors")
         return model, causes, rounds
 
@@ -130,6 +136,11 @@ class LEGCNetSearch:
             return self.benchmark
         return BENCHMARK_SHARE * dense.looks[-1][1]
 
+    def reached(self, found: Round, dense: Round) -> Look | None:
+        """The first look of a round at which the figure was that of the benchmark; None where it never was."""
+        benchmark = self.benchmark_of(dense)
+        return next((look for look in found.looks if benchmark is not None and look[1] >= benchmark), None)
+
     def keep(self, kind: str, causes: Causes) -> Tensor:
         """Which series stay, bool [series]: those that LEGCNet keeps, or as many others, the largest or any."""
         if kind == "legcnet":
@@ -138,9 +149,20 @@ class LEGCNetSearch:
             score = read_record(self.folder / "recording", self.recorded // self.config.record_every - 1).abs()
         else:
             score = torch.rand(len(causes.keep), generator=torch.Generator().manual_seed(self.seed))
-        keep = torch.zeros_like(causes.keep)
-        keep[score.argsort(descending=True, stable=True)[: int(causes.keep.sum())]] = True
-        return keep
+        return self.with_floor(torch.zeros_like(causes.keep), score, int(causes.keep.sum()))[0]
+
+    def with_floor(self, keep: Tensor, score: Tensor, count: int) -> tuple[Tensor, list[str]]:
+        """`keep` with what each matrix needs to have left, and the highest scores up to `count`; and who needed it."""
+        keep, held, start = keep.clone(), [], 0
+        for name, (series, least) in self.series.least(self.config.min_keep_ratio).items():
+            own = keep[start : start + series]
+            missing = least - int(own.sum())
+            if missing > 0:
+                held.append(name)
+                own[_highest(score[start : start + series], ~own, missing)] = True
+            start += series
+        keep[_highest(score, ~keep, count - int(keep.sum()))] = True
+        return keep, held
 
     def _claim(self, model: nn.Module) -> None:
         identity = {
@@ -189,7 +211,8 @@ class LEGCNetSearch:
                 self.series.observe, folder / "recording", self.config.record_every, until=self.recorded
             )
             watch = self._watch(None, everything)
-            return self._train("the perturbed training", model, [recorder], watch, checkpoints, checkpoint)
+            callbacks = [recorder, StopBehind(self.recorded)]
+            return self._train("the perturbed training", model, callbacks, watch, checkpoints, checkpoint)
 
         make_round(folder / "dense", Round(0, "dense"), model, everything, train_it, Measuring(lambda model: {}))
         return folder / "recording"
@@ -208,7 +231,7 @@ class LEGCNetSearch:
     def _goes_on(self) -> bool:
         return self.config.restart == "continue" and self.recorded < self.steps
 
-    def _pruned(self, kind: str, model: nn.Module, causes: Causes, benchmark: float | None) -> Round:
+    def _pruned(self, kind: str, model: nn.Module, causes: Causes, held: list[str], benchmark: float | None) -> Round:
         masks = self.series.masks(self.keep(kind, causes))
 
         def train_it(checkpoints: Path) -> Trained:
@@ -227,7 +250,8 @@ class LEGCNetSearch:
             where = f"the training of what {kind} keeps"
             return self._train(where, model, [MaskCallback(masks)], watch, checkpoints, checkpoint)
 
-        return make_round(self.decision_folder / kind, Round(1, kind), model, masks, train_it, self.measuring)
+        begun = Round(1, kind, held=held if kind == KINDS[0] else [])
+        return make_round(self.decision_folder / kind, begun, model, masks, train_it, self.measuring)
 
     def _train(
         self,
@@ -244,3 +268,9 @@ class LEGCNetSearch:
             train(trainer, checkpoint)
             stop.check(model, "after the training")
         return watch.seen(trainer.state)
+
+
+def _highest(score: Tensor, where: Tensor, count: int) -> Tensor:
+    """int64, places of the `count` highest scores among those that `where` marks; the earlier one where they tie."""
+    places = where.nonzero().flatten()
+    return places[score[places].argsort(descending=True, stable=True)[: max(count, 0)]]

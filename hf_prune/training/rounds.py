@@ -19,6 +19,8 @@ from hf_prune.engine import distributed
 from hf_prune.training.checkpoints import IDENTITY, last_checkpoint
 
 INITIAL = "initial.safetensors"
+# Step, figure, and seconds since the training was last gone on with.
+Look = tuple[int, float, float]
 WEIGHTS, MASKS, RESULT, CHECKPOINTS = "model.safetensors", "masks.safetensors", "round.json", "checkpoints"
 
 
@@ -36,7 +38,7 @@ class Round:
         metrics: what the evaluation said of the trained model.
         evaluation: fingerprint of that evaluation.
         steps: that the training took.
-        looks: (step, figure, seconds since the training was last gone on with), where a figure was watched.
+        looks: where a figure was watched.
         moved: by layer, the norm of what it has moved up to each look since the one before; empty where that was cut.
         seconds: of the training and evaluation, since it was last gone on with.
     """
@@ -51,7 +53,7 @@ class Round:
     metrics: dict[str, Any] = field(default_factory=dict)
     evaluation: str = ""
     steps: int = 0
-    looks: list[tuple[int, float, float]] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
     moved: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -66,7 +68,7 @@ class Trained:
     """What a training says of itself; see `Round`."""
 
     steps: int
-    looks: list[tuple[int, float, float]] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
     moved: list[dict[str, float]] = field(default_factory=list)
 
 

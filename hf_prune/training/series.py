@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from hf_prune.structure.groups import block_shape, find_groups
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.weights import find_blocks
+
+# 0.1 of 30 is 3, whatever floats say.
+ROUNDING = 1e-9
 
 
 class Series(Protocol):
@@ -26,6 +30,10 @@ class Series(Protocol):
 
     def label(self, place: int) -> str:
         """What a series is, for people."""
+        ...
+
+    def least(self, ratio: float) -> dict[str, tuple[int, int]]:
+        """For each parameter, in order: how many series it has, and how many stay so that `ratio` of its weights do."""
         ...
 
     @property
@@ -81,6 +89,14 @@ class WeightSeries:
             place -= len(places)
         raise IndexError(place)
 
+    def least(self, ratio: float) -> dict[str, tuple[int, int]]:
+        """Weights that are not watched stay, and count."""
+        sizes = {name: (len(places), self.shapes[name].numel()) for name, places in self.places.items()}
+        return {
+            name: (own, max(math.ceil(ratio * every - ROUNDING) - (every - own), 0))
+            for name, (own, every) in sizes.items()
+        }
+
     @property
     def identity(self) -> str:
         """Of names and places."""
@@ -115,8 +131,16 @@ class UnitSeries:
         shape = block_shape(model)
         norms = []
         for kind, block, _ in self.units:
+            # The groups of heads share their layers: each is read once.
+            squares: dict[tuple[str, bool], Tensor] = {}
             for group in find_groups(model, block, kind, shape):
-                parts = [stretch.read().square().sum(dim=(1, 2)) for stretch in (*group.producers, group.consumer)]
+                parts = []
+                for stretch in (*group.producers, group.consumer):
+                    layer = (stretch.view.name, stretch.rows)
+                    if layer not in squares:
+                        squares[layer] = stretch.view.read().square().sum(dim=int(stretch.rows))
+                    own = squares[layer][stretch.offset : stretch.stop]
+                    parts.append(own.reshape(stretch.units, stretch.size).sum(dim=1))
                 norms.append(torch.stack(parts).sum(dim=0).sqrt())
         return torch.cat(norms)
 
@@ -174,6 +198,11 @@ class RowSeries:
                 return f"{name}, output {place}"
             place -= outputs
         raise IndexError(place)
+
+    def least(self, ratio: float) -> dict[str, tuple[int, int]]:
+        """Of whole rows."""
+        outputs = {name: shape[1 - self._inputs(name)] for name, shape in self.shapes.items()}
+        return {name: (count, math.ceil(ratio * count - ROUNDING)) for name, count in outputs.items()}
 
     @property
     def identity(self) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from hf_prune.bench.summary import write_between_markers
 from hf_prune.checkpoint.folder import RECIPE_FILE
 from hf_prune.cli.train import make_recipe
-from hf_prune.legcnet import LEGCNET_REPORT, run_legcnet
+from hf_prune.legcnet.perceptron import LEGCNET_REPORT, run_legcnet
 from hf_prune.recipe import read_recipe
 
 TABLES: dict[str, dict[str, Any]] = {

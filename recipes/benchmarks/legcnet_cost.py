@@ -21,9 +21,8 @@ from statsmodels.tsa.stattools import grangercausalitytests
 from hf_prune.bench.summary import write_between_markers
 from hf_prune.dynamics.exponents import windowed_exponents
 from hf_prune.dynamics.granger import granger_test, largest_lag
-from hf_prune.methods.legcnet import LEGCNetConfig, causal_log_p, decide, scores
+from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.training.causes import Causes, find_causes, target_steps
-from hf_prune.training.recorder import read_series, read_targets
 
 STEPS = 2250
 FULL = LEGCNetConfig(sparsity=0.3)
@@ -108,18 +107,7 @@ def sampled(share: float, recording: Path, whole: Causes) -> str:
     """A sample of the weights, of which 30 % go; the others stay."""
     count = len(whole.keep)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: round(share * count)].sort().values
-    series = read_series(recording)[chosen, :STEPS]
-    measured = dict(read_targets(recording))
-    target = torch.tensor([measured[end] for end in target_steps(FULL, STEPS)], dtype=torch.float64)
-    start = time.perf_counter()
-    exponents = windowed_exponents(series, FULL.window, FULL.step)
-    test = granger_test(exponents, target, FULL.max_lag, FULL.statistic)
-    keep = decide(test, exponents.numpy(), FULL)
-    seconds = {"exponents": time.perf_counter() - start, "granger": 0.0}
-    p, tested = torch.from_numpy(np.exp(causal_log_p(test, FULL))), torch.from_numpy(test.tested)
-    own = Causes(
-        exponents, p, torch.from_numpy(scores(test, exponents.numpy(), FULL)), tested, torch.from_numpy(keep), seconds
-    )
+    own = find_causes(recording, FULL, STEPS, chosen=chosen)
     beside = Causes(*(getattr(whole, name)[chosen] for name in ("exponents", "p", "scores", "tested", "keep")), {})
     return line(f"{share:.0%} of the weights, compared with the same ones", FULL, own, beside)
 

@@ -222,6 +222,28 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_named() -> None:
         assert all(0.2 < density < 0.8 for density in densities)
 
 
+@pytest.mark.parametrize(("tokens", "scarce"), [(1, True), (31, True), (32, False)])
+def test_an_expert_with_too_few_tokens_is_pruned_by_magnitude(tokens: int, scarce: bool) -> None:
+    model = tiny_model("mixtral")
+    starved(model)
+
+    def some_choose_the_last(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        # The others' logits are below its 0 there.
+        states = args[0].abs()
+        states[:, :tokens] *= -1
+        return (states,)
+
+    model.model.layers[0].mlp.register_forward_pre_hook(some_choose_the_last)
+    name = "model.layers.0.mlp.experts.3.down_proj"
+    view = next(view for view in find_views(model) if view.name == name)
+    dense = view.read()
+    result = prune(model, make_config({"method": "wanda", "sparsity": 0.5}), input_ids=tiny_ids(1, 128))
+    assert next(found for found in result.views if found.name == name).scarce == scarce
+    half = dense.shape[1] // 2
+    kept = torch.zeros_like(dense, dtype=torch.bool).scatter_(1, dense.abs().topk(half).indices, True)
+    assert torch.equal(view.read(), dense * kept) == scarce
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pruned_mixture_is_verified_inspected_and_reloaded_stock(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()

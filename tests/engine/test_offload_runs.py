@@ -116,3 +116,21 @@ def test_a_full_disk_is_said_in_a_sentence(recipe: dict, in_memory: Path, small_
         codes, log = prune(values, tmp_path)
         assert codes == [0] and "Going on with block 1" in log, log
         check_same(disk / "out", in_memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llama"], indirect=True)
+def test_a_disk_that_fills_under_hidden_states_is_said_in_a_sentence(
+    recipe: dict, in_memory: Path, small_disk, tmp_path: Path
+) -> None:
+    with small_disk("20m") as disk:
+        values = {**recipe, "output_dir": disk / "out", "offload": "disk"}
+        # With the plan kept, what is written next are the inputs of the first block.
+        codes, log = prune(values, tmp_path, cut=Cut("os.rename", "manifest.json", 3, "fill"))
+        assert codes == [1] and "out.pruning: the disk is full" in log and "Traceback" not in log, log
+        kept = json.loads((disk / "out.pruning" / "manifest.json").read_text())["entries"]
+        assert "plan" in kept and "walk" not in kept
+        (disk / "filler").unlink()
+        codes, log = prune(values, tmp_path)
+        assert codes == [0], log
+        check_same(disk / "out", in_memory)

@@ -1,9 +1,14 @@
 """Runs that are cut and go on: real processes, killed at seeded moments, are gone on with to the same bytes."""
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,8 +130,11 @@ def test_two_processes_are_killed_and_go_on(recipe: dict, tmp_path: Path) -> Non
         # The one that is left says so, in a sentence, and goes as well.
         assert codes[cut.rank] in (KILLED, TOO_LARGE) and codes[1 - cut.rank] == 1, (codes, log)
         assert "another process of this run is gone" in log and "Traceback" not in log, log
+    # A signal may come to any of them: both stop behind the same block.
+    codes, log = prune(cut_values, tmp_path, world=2, cut=Cut("open", "inputs_0002", 1, "term", rank=1))
+    assert codes == [STOPPED, STOPPED] and "stopped by SIGTERM behind block 2" in log, log
     codes, log = prune(cut_values, tmp_path, world=2)
-    assert codes == [0, 0] and "Going on with block" in log, log
+    assert codes == [0, 0] and "Going on with block 3" in log, log
     assert made(tmp_path / "out") == made(tmp_path / "whole" / "out")
 
 
@@ -154,6 +162,23 @@ def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> Non
     assert codes == [STOPPED] and "stopped by SIGTERM" in log, log
     codes, log = prune({**values, "checkpoint_every": 1}, tmp_path, cut=Cut("open", "block_0001", 1, "term"))
     assert codes == [STOPPED] and "stopped by SIGTERM behind block 2" in log, log
+
+
+@pytest.mark.slow
+def test_a_launcher_hands_sigterm_to_its_processes(recipe: dict, tmp_path: Path) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out", "num_processes": 2, "num_calibration_samples": 400}
+    command = [sys.executable, "-m", "hf_prune", "prune", *[f"--{key}={value}" for key, value in values.items()]]
+    environment = {**os.environ, "HF_PRUNE_QUIET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **options) as launcher:
+        while launcher.poll() is None and not (tmp_path / "out.pruning" / "block_0000.safetensors").exists():
+            time.sleep(0.01)
+        launcher.send_signal(signal.SIGTERM)
+        log = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == STOPPED and "stopped by SIGTERM behind block" in log, log
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(command, **options, timeout=300)
+    assert done.returncode == 0 and "Going on with block" in done.stdout, done.stdout
 
 
 @pytest.mark.slow

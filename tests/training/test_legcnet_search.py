@@ -1,5 +1,6 @@
 """LEGCNet's procedure on a network of 144 weights, its parts taken from elsewhere: a plain loop and statsmodels."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_prune.dynamics.exponents import FLAT, changes_abruptly
 from hf_prune.errors import BadInputError
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.structure.groups import block_shape, find_groups
+from hf_prune.training.causes import find_causes
 from hf_prune.training.legcnet import LEGCNetSearch
 from hf_prune.training.recorder import read_series, read_targets
 from hf_prune.training.rounds import Measuring
@@ -270,10 +272,25 @@ def test_differences_to_a_perturbed_training_are_the_series_where_asked(tmp_path
     assert causes.keep.tolist() == expected_keep(tmp_path / "recording", 8, 2, 0.4, twin)
     assert causes.keep.tolist() != search(tmp_path, own={"alpha": 0.4}).run()[1].keep.tolist()
     assert [found.kind for found in rounds] == ["dense", "legcnet", "magnitude", "random"]
+    series, means = read_series(twin), causes.exponents
+    assert series.shape[1] == STEPS
+    # Some of the series alone are decided on as they were among all.
+    config = LEGCNetConfig(window=8, max_lag=2, alpha=0.4)
+    chosen = torch.tensor([3, 50, 143])
+    some = find_causes(tmp_path / "recording", config, STEPS, twin, chosen)
+    assert torch.equal(some.exponents, means[chosen]) and torch.equal(some.keep, causes.keep[chosen])
     # A second run finds the twin where it is.
     again: list[dict[str, Any]] = []
     search(tmp_path, again, {**own, "alpha": 0.3}).run()
     assert len(again) == 3
+
+
+def test_a_twin_ends_where_the_recorded_part_does(tmp_path: Path) -> None:
+    own = {"perturbation": 0.01, "variant": "pt", "recorded_share": 0.8, "sparsity": 0.2, "window": 6}
+    search(tmp_path, own=own).run()
+    recorded = round(0.8 * STEPS)
+    assert json.loads((tmp_path / "twin-0.01" / "dense" / "round.json").read_text())["steps"] == recorded < STEPS
+    assert read_series(tmp_path / "twin-0.01" / "recording").shape[1] == recorded
 
 
 def test_rows_go_as_a_whole(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,18 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_prune.checkpoint.folder import RECIPE_FILE, beside, check_output_folder, output_folder
-from hf_prune.description import environment
+from hf_prune.description import described_options, environment
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.explanation import alphas, mean_shap, rank_correlation, require_explanations
+from hf_prune.legcnet.folder import seconds_to_benchmark, write_causes
 from hf_prune.methods.legcnet import LEGCNetConfig
-from hf_prune.report.cause_plots import plot_exponents, plot_moved, plot_p_values
-from hf_prune.training.arguments import TrainRecipe, make_training_arguments
-from hf_prune.training.causes import SERIES_FILE, save_causes, target_steps, write_series
+from hf_prune.report.cause_plots import plot_moved
+from hf_prune.training.arguments import TrainRecipe, make_training_arguments, planned_steps, steps_of_an_epoch
+from hf_prune.training.causes import target_steps
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.legcnet import LEGCNetSearch
-from hf_prune.training.rounds import Measuring, Round
+from hf_prune.training.rounds import Look, Measuring, Round
 from hf_prune.training.series import RowSeries, Series, WeightSeries
 from hf_prune.training.tabular import Perceptron, PerceptronConfig, Rows, load_table
 from hf_prune.training.trainer import make_trainer
@@ -48,7 +48,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
     unwatched = sum(own.numel() for own in model.parameters() if own.ndim == 2) - dense.total
     report = {
         **environment(),
-        "method": {**asdict(recipe.method.info), "options": _options(recipe.method)},
+        "method": {**asdict(recipe.method.info), "options": described_options(recipe.method)},
         "dataset": recipe.text.dataset_name,
         "sizes": _perceptron(model).config.sizes,
         "seed": recipe.text.seed,
@@ -63,7 +63,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
         },
         "seconds": {**causes.seconds, **{found.kind: found.seconds for found in rounds}},
         "rounds": [
-            _summary(found, dense, search.benchmark_of(dense), steps_an_epoch, unwatched, causes.seconds)
+            _summary(found, dense, search.reached(found, dense), steps_an_epoch, unwatched, causes.seconds)
             for found in rounds
         ],
         "command": f"hf-prune train --config {RECIPE_FILE}",
@@ -72,11 +72,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
         assert output.output_dir is not None
         with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
             _perceptron(model).save_pretrained(folder)
-            save_causes(folder, causes)
-            write_series(folder / SERIES_FILE, search.series.label, causes)
-            plot_exponents(causes.exponents, causes.keep, search.config, folder / "plots" / "exponents.png")
-            alpha = None if search.config.sparsity else search.config.alpha
-            plot_p_values(causes.p, causes.tested, alpha, folder / "plots" / "p_values.png")
+            write_causes(folder, causes, search.series.label, search.config)
             plot_moved(rounds[:2], folder / "plots" / "moved.png")
             (folder / RECIPE_FILE).write_text(recipe.text_as_run, encoding="utf-8")
             (folder / LEGCNET_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -105,9 +101,7 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
     distributed.initialise(recipe.model.device)
     training, held_out = load_table(recipe.text)
-    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    steps_an_epoch = math.ceil(len(training) / batch)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
+    steps_an_epoch = steps_of_an_epoch(arguments, len(training))
     sizes = [
         training.inputs.shape[1], *(int(size) for size in recipe.fresh.hidden_sizes), int(training.labels.max()) + 1
     ]  # fmt: skip
@@ -130,7 +124,7 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
         benchmark=recipe.fresh.benchmark_accuracy,
         measuring=_measuring(training, held_out, recipe),
         config=config,
-        steps=steps,
+        steps=planned_steps(arguments, len(training)),
         folder=beside(config.rounds_folder, "") if config.rounds_folder else beside(output_dir, ".rounds"),
         fingerprint=fingerprint(
             [recipe.decisive, sizes, recipe.fresh.activation], {"inputs": training.inputs, "labels": training.labels}
@@ -176,18 +170,12 @@ def _measuring(training: Rows, held_out: Rows, recipe: TrainRecipe) -> Measuring
 def _summary(
     found: Round,
     dense: Round,
-    benchmark: float | None,
+    reached: Look | None,
     steps_an_epoch: int,
     unwatched: int,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached.
-
-    The seconds hold what a choice rests on as well: the recorded training where it looks at its end, exponents and
-    tests where it looks at these.
-    """
-    rests_on = {"legcnet": ("recording", "exponents", "granger"), "magnitude": ("recording",)}.get(found.kind, ())
-    reached = next((look for look in found.looks if benchmark is not None and look[1] >= benchmark), None)
+    """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached."""
     features: list[list[float]] = [own.metrics.get("mean_shap", []) for own in (dense, found)]
     return {
         "kind": found.kind,
@@ -199,11 +187,7 @@ def _summary(
         **({"shap_rank_correlation": rank_correlation(*features)} if all(features) else {}),
         "steps": found.steps,
         "epochs_to_benchmark": reached[0] / steps_an_epoch if reached else None,
-        "seconds_to_benchmark": reached[2] + sum(seconds[part] for part in rests_on) if reached else None,
+        "seconds_to_benchmark": seconds_to_benchmark(found.kind, reached, seconds),
         "moved": found.moved,
         "seconds": found.seconds,
     }
-
-
-def _options(config: LEGCNetConfig) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if key != "method" and value not in ([], None)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,12 @@ from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.plan import Plan
 from hf_prune.preparation import check_output, check_unpruned
 from hf_prune.pruning import plan_pruning
-from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.structure.budget import budget_of_units
+from hf_prune.training.arguments import TrainRecipe, make_training_arguments, planned_steps
 from hf_prune.training.causes import target_steps
 from hf_prune.training.text import Windows, open_text, training_windows
 
 SPARSITY = 0.1
-
-
-@dataclass
-class TargetArguments:
-    """What the units may cause."""
-
-    target_windows: int = field(
-        default=8,
-        metadata={"help": "last windows of the text, not trained on: errors on them are the target"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.target_windows < 1:
-            raise BadInputError(f"target_windows: {self.target_windows} is too few; use 1 or more.")
 
 
 @dataclass
@@ -69,8 +55,7 @@ class Ready:
     @property
     def recorded(self) -> int:
         """Steps that are recorded."""
-        method = self.recipe.method
-        return self.steps if method.variant == "ft" else round(method.recorded_share * self.steps)
+        return int(self.recipe.method.recorded(self.steps))
 
 
 def prepare_units(recipe: TrainRecipe) -> Ready:
@@ -100,11 +85,11 @@ def prepare_units(recipe: TrainRecipe) -> Ready:
         raise BadInputError(
             f"target_windows: {held_out} of {len(every)} windows leave nothing to train on; lower it or seq_length."
         )
-    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    an_epoch = math.ceil((len(every) - held_out) / batch)
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * an_epoch)
-    config = IntraFusionConfig(fusion="none", sparsity=method.sparsity or SPARSITY, units=list(method.units))
-    plan = plan_pruning(skeleton(model_config, model), config, source.base_model)
+    bare = skeleton(model_config, model)
+    config = IntraFusionConfig(fusion="none", units=list(method.units))
+    sparsity, budget = budget_of_units(bare, method.units, method.sparsity or SPARSITY)
+    config = replace(config, sparsity=sparsity, budget=budget)
+    plan = plan_pruning(bare, config, source.base_model)
     ready = Ready(
         recipe,
         source,
@@ -117,7 +102,7 @@ def prepare_units(recipe: TrainRecipe) -> Ready:
         text,
         arguments,
         pick_device(model.device, distributed.local_rank()),
-        steps,
+        planned_steps(arguments, len(every) - held_out),
     )
     target_steps(method, ready.recorded)
     return ready

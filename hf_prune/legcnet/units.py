@@ -10,31 +10,29 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_prune.checkpoint.folder import RECIPE_FILE
 from hf_prune.checkpoint.load import free_memory, load_model
-from hf_prune.description import environment, sizes_of
+from hf_prune.description import described_options, environment, sizes_of
 from hf_prune.engine import distributed
 from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.quality import Quality
 from hf_prune.finish import Stopwatch, efficiency, finish
-from hf_prune.legcnet_units_setup import Ready, prepare_units
-from hf_prune.methods.legcnet import LEGCNetConfig
+from hf_prune.legcnet.folder import describe_causes, write_causes
+from hf_prune.legcnet.target import next_token_errors
+from hf_prune.legcnet.units_setup import Ready, prepare_units
 from hf_prune.pruning import PruneResult, prune
-from hf_prune.report.cause_plots import plot_exponents, plot_p_values
 from hf_prune.report.plots import plot_widths
 from hf_prune.report.privacy import may_show_samples
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
 from hf_prune.training.causes import (
-    SERIES_FILE,
     Causes,
     find_causes,
     load_causes,
     save_causes,
     target_steps,
-    write_series,
 )
 from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.legcnet import KINDS, RECORDED
@@ -96,18 +94,13 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
         "architecture": type(smaller).__name__,
         "dtype": "float32",
         "device": str(ready.device),
-        "method": {**asdict(recipe.method.info), "pattern": "structured", "options": _options(recipe.method)},
+        "method": {**asdict(recipe.method.info), "pattern": "structured", "options": described_options(recipe.method)},
         "training": describe_training(ready.text, ready.windows, ready.arguments, dense.steps),
         **sizes_of(smaller, result, total),
         "forward_passes": 0.0,
-        "legcnet": {
-            "series": len(causes.keep),
-            "untested": int((~causes.tested).sum()),
-            "causal": int((causes.p < recipe.method.alpha).sum()),
-            "windows": causes.exponents.shape[1],
-            "perplexities": {kind: perplexity(quality.nll) for kind, (quality, _) in found.items()},
-            "seconds": causes.seconds,
-        },
+        "legcnet": describe_causes(
+            causes, recipe.method, {kind: perplexity(quality.nll) for kind, (quality, _) in found.items()}
+        ),
         "seed": recipe.text.seed,
         "hub_model_id": recipe.output.hub_model_id,
         "seconds": watch.seconds,
@@ -122,10 +115,7 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
             with watch.phase("efficiency"):
                 models: dict[str, str | Path] = {"dense": ready.source.path, "pruned": folder}
                 report.update(efficiency(models, own, ready.device, {"dense": revision} if revision else None))
-        save_causes(folder, causes)
-        write_series(folder / SERIES_FILE, series.label, causes)
-        plot_exponents(causes.exponents, causes.keep, recipe.method, folder / "plots" / "exponents.png")
-        plot_p_values(causes.p, causes.tested, None, folder / "plots" / "p_values.png")
+        write_causes(folder, causes, series.label, recipe.method)
         if ready.plan.structure and ready.plan.structure["widths"]:
             plot_widths(report["structure"], folder / "plots" / "widths.png")
 
@@ -155,7 +145,7 @@ def _train(ready: Ready, model: Any, series: UnitSeries, checkpoints: Path) -> T
         series.observe,
         ready.folder / "recording",
         method.record_every,
-        partial(_errors, ready.target),
+        partial(next_token_errors, ready.target),
         lambda step: step in ends,
         until=ready.recorded,
     )
@@ -168,21 +158,6 @@ def _train(ready: Ready, model: Any, series: UnitSeries, checkpoints: Path) -> T
         train(trainer, last_checkpoint(checkpoints))
         stop.check(model, "after the training")
     return Trained(int(trainer.state.global_step))
-
-
-@torch.no_grad()
-def _errors(windows: Tensor, model: Any) -> float:
-    """Share of the next tokens that a model does not predict."""
-    training = model.training
-    model.eval()
-    hits = total = 0
-    for row in windows.split(1):
-        own = row.to(next(model.parameters()).device)
-        guesses = model(input_ids=own, use_cache=False).logits[:, :-1].argmax(-1)
-        hits += int((guesses == own[:, 1:]).sum())
-        total += guesses.numel()
-    model.train(training)
-    return 1 - hits / total
 
 
 def _measuring(ready: Ready) -> Measuring:
@@ -234,8 +209,3 @@ def _scores(ready: Ready, series: UnitSeries, causes: Causes, kind: str) -> str:
         save_file(series.scores(scores.float()), file)
     distributed.barrier()
     return str(file)
-
-
-def _options(config: LEGCNetConfig) -> dict[str, Any]:
-    hidden = ("method", "rounds_folder")
-    return {key: value for key, value in asdict(config).items() if key not in hidden and value not in ([], None)}

@@ -1,0 +1,1 @@
+"""LEGCNet from a recipe to a folder: perceptrons, weights and rows of a language model, units of one."""
