@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ class Cut:
         event: `os.rename` (to the name), `open`, `os.remove`.
         name: how the file's name begins.
         count: the how-manieth of these events, from 1.
-        action: `kill`; `term`, SIGTERM; `half`, the kernel ends the process inside the next write past `HALF` bytes;
-            `fill`, a file `filler` beside the file's folder takes all that the disk has left.
+        action: `kill`; `term`, SIGTERM; `dawn`, nothing until the clock on the wall shows 06; `half`, the kernel ends
+            the process inside the next write past `HALF` bytes; `fill`, a file `filler` beside the file's folder takes
+            all that the disk has left.
         rank: of the process that it happens to.
     """
 
@@ -74,6 +76,9 @@ class Cut:
                 # Python ignores it otherwise, and write() says that the file is too large.
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, resource.RLIM_INFINITY))
+            elif self.action == "dawn":
+                while time.localtime().tm_hour != 6:
+                    time.sleep(0.1)
             else:
                 os.kill(os.getpid(), signal.SIGTERM if self.action == "term" else signal.SIGKILL)
 
@@ -88,6 +93,11 @@ def _child(values: dict, rank: int, world: int, port: int, cut: Cut | None, log:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if cut is not None and cut.action == "dawn":
+        # A place on earth where it is 05:59:40.
+        west = (time.time() - (6 * 3600 - 20)) % 86400
+        os.environ["TZ"] = f"XXX{int(west // 3600)}:{int(west // 60 % 60):02}:{int(west % 60):02}"
+        time.tzset()
     if cut is not None and cut.rank == rank:
         cut.install()
     sys.exit(cli.main(["prune", *[f"--{key}={json.dumps(value) if isinstance(value, bool) else value}"

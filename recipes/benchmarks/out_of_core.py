@@ -195,7 +195,7 @@ def measure(row: Row, work: Path) -> dict[str, str]:
 ROWS = [
     # 25 MB a block, then 89 MB.
     *(Row(blocks, 1024, "wanda", offload, None) for offload in ("none", "disk") for blocks in (8, 16, 32)),
-    *(Row(blocks, 1024, "balanced", "disk", None) for blocks in (8, 16)),
+    *(Row(blocks, 1024, "balanced", "disk", None) for blocks in (8, 16, 32)),
     Row(90, 2048, "wanda", "disk", 3 * 10**9),
 ]
 

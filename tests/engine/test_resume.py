@@ -155,6 +155,16 @@ def test_a_run_stops_between_blocks_and_goes_on_the_next_night(
 
 
 @pytest.mark.slow
+def test_a_run_stops_at_a_time_of_day(recipe: dict, uncut: dict[str, bytes], tmp_path: Path) -> None:
+    values = {**recipe, "output_dir": tmp_path / "out", "deadline": "06:00"}
+    codes, log = prune(values, tmp_path, cut=Cut("os.rename", "fisher_factors", 1, "dawn"))
+    assert codes == [STOPPED] and "stopped by deadline 06:00 once the plan was made" in log, log
+    del values["deadline"]
+    codes, log = prune(values, tmp_path)
+    assert codes == [0] and made(tmp_path / "out") == uncut, log
+
+
+@pytest.mark.slow
 def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> None:
     values = {**recipe, "output_dir": tmp_path / "out", "checkpoint_every": 100}
     # While the plan is kept: the signal is seen there. While the first block would not have been saved: it is.
