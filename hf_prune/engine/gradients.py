@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from hf_prune.engine.capture import least_tokens, patched
 from hf_prune.engine.experts import computed_by, members_of, run_experts
 from hf_prune.engine.masked import recomputed
 from hf_prune.engine.offload import device_of
+from hf_prune.engine.stream import HiddenStates
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
 from hf_prune.weights import WeightView, find_blocks, find_views
@@ -98,7 +100,8 @@ def fisher_factors(
 
     One forward and one backward pass over the first `FISHER_WINDOWS` windows, without labels: the next token of
     every position is drawn from the model's own distribution, with a seed of the window's own, so that any number of
-    processes finds the same. Blocks are computed again in the backward pass; only their inputs are kept.
+    processes finds the same. Blocks are computed again in the backward pass; only their inputs are kept, in files where
+    the weights are in some.
 
     An expert's factors are means over all tokens, those that went elsewhere count as zeros; one that saw too few tokens
     gets the mean of the others of its block (ours), so that its weights alone decide.
@@ -152,7 +155,7 @@ def fisher_factors(
     try:
         with ExitStack() as stack:
             for block in find_blocks(model)[1]:
-                stack.enter_context(patched(block, recomputed(block.forward)))
+                stack.enter_context(patched(block, _spilling(recomputed(block.forward), HiddenStates(model))))
             # Something has to ask for gradients, and no weight does.
             handles = [embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))]
             handles += [view.module.register_forward_hook(observer(view)) for view in views if view.expert is None]
@@ -190,6 +193,20 @@ def fisher_factors(
             ]
             found[view.name] = _mean(others or [found[view.name]])
     return found
+
+
+def _spilling(forward: Callable[..., Any], states: HiddenStates) -> Callable[..., Any]:
+    """A block's forward behind which its input, which the backward pass wants once more, lies where `states` says."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if states.folder is not None and hidden.device.type == "cpu":
+            # The same tensor in the graph: only its memory is another.
+            hidden.data = states.keep(hidden.data)
+        return output
+
+    return run
 
 
 def _mean(factors: Sequence[FisherFactors]) -> FisherFactors:

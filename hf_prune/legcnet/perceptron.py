@@ -181,6 +181,7 @@ def _summary(
         "kind": found.kind,
         "connections": found.kept + unwatched,
         "all_connections": found.total + unwatched,
+        "held": found.held,
         # A multiplication and an addition for each connection and row.
         "flops": 2 * (found.kept + unwatched),
         **found.metrics,

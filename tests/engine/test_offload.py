@@ -20,13 +20,16 @@ from hf_prune.checkpoint.offloaded import open_model
 from hf_prune.checkpoint.save import save_model
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.compose import make_config
+from hf_prune.engine import gradients
 from hf_prune.engine.capture import BlockRunner
+from hf_prune.engine.gradients import fisher_factors
 from hf_prune.engine.offload import HostMemory, Offload, at_work, keep, offload_of
 from hf_prune.engine.stream import Stream
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.preparation import check_offload
 from hf_prune.pruning import PruneResult, plan_pruning, prune
+from hf_prune.weights import find_views
 
 CPU = torch.device("cpu")
 EVERY = [*FAMILIES, *MORE_FAMILIES, *MIXTURES]
@@ -196,6 +199,38 @@ def test_weights_in_host_memory(tmp_path: Path) -> None:
     Offload(model, HostMemory(model), CPU)
     result = pruned(model, tmp_path / "parts", CASES["balanced"])
     assert result.views == expected.views and same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_the_backward_pass_wants_of_each_block_lies_in_a_file(
+    dense: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs: list[torch.Tensor] = []
+    files: set[str] = set()
+
+    def look(logits: torch.Tensor, seed: int) -> torch.Tensor:
+        """Between the passes: which files are mapped where the blocks' inputs are."""
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, *rest = line.split(maxsplit=5)
+            low, high = (int(end, 16) for end in span.split("-"))
+            if any(low <= hidden.data_ptr() < high for hidden in inputs):
+                files.add(rest[-1] if len(rest) == 5 else "anonymous")
+        inputs.clear()
+        return torch.zeros(len(logits), dtype=torch.int64)
+
+    monkeypatch.setattr(gradients, "_drawn", look)
+    found = {}
+    with WorkFolder.opened(tmp_path / "work") as work:
+        for name, model in (("memory", AutoModelForCausalLM.from_pretrained(dense("llama"))),
+                            ("disk", opened(dense("llama"), work))):  # fmt: skip
+            for block in model.model.layers:
+                block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+            files.clear()
+            views = [view for view in find_views(model) if view.block < 3]
+            found[name] = fisher_factors(model, views, tiny_ids(2, 24))
+            assert files and all((str(tmp_path / "work") in file) == (name == "disk") for file in files), files
+    for name, own in found["memory"].items():
+        assert torch.equal(own.inputs, found["disk"][name].inputs)
+        assert torch.equal(own.outputs, found["disk"][name].outputs)
 
 
 def test_what_cannot_be_offloaded_is_refused(dense: Callable[[str], Path], tmp_path: Path) -> None:

@@ -247,3 +247,23 @@ def test_a_disk_that_is_full_for_a_while(recipe: dict, uncut: dict[str, bytes], 
         codes, log = prune(values, tmp_path)
         assert codes == [0] and "Going on with block 1" in log, log
         assert made(disk / "out") == uncut
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_read_only_for_a_while(
+    recipe: dict, uncut: dict[str, bytes], small_disk, tmp_path: Path
+) -> None:
+    with small_disk("20m") as disk:
+        values = {**recipe, "output_dir": disk / "out"}
+        for _ in range(2):
+            codes, log = prune({**values, "time_limit": "0.001"}, tmp_path)
+            assert codes == [STOPPED], log
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        before = {file.name: file.read_bytes() for file in (disk / "out.pruning").iterdir()}
+        codes, log = prune(values, tmp_path)
+        assert codes == [2] and "Read-only file system" in log and len(log.strip().splitlines()) == 1, log
+        assert {file.name: file.read_bytes() for file in (disk / "out.pruning").iterdir()} == before
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        codes, log = prune(values, tmp_path)
+        assert codes == [0] and "Going on with block 1" in log, log
+        assert made(disk / "out") == uncut
