@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -206,7 +207,7 @@ def add_displacement(report: dict[str, Any], ready: Preparation, folder: Path) -
     report["displacement"] = overall(by_view)
 
 
-def described_options(config: Any) -> dict[str, Any]:
-    """Options of a method that trains as reports and cards show them: what is set, and no folder."""
-    hidden = ("method", "rounds_folder")
+def described_options(config: Any, unused: Sequence[str] = ()) -> dict[str, Any]:
+    """Options of a method that trains as reports and cards show them: what is set and used, and no folder."""
+    hidden = ("method", "rounds_folder", *unused)
     return {key: value for key, value in asdict(config).items() if key not in hidden and value not in ([], None)}

@@ -195,7 +195,7 @@ def as_pruned(model: nn.Module, views: Sequence[WeightView], found: Round, confi
     by_parameter = {view.parameter_name: view.name for view in views}
     named = PruneConfig(method=config.info.name, sparsity=min(found.sparsity, 1 - 1e-9))
     plan = make_plan(model, named, views, densities, held=frozenset(by_parameter[name] for name in found.held))
-    plan.allocation = allocation
+    plan.allocation, plan.min_keep_ratio = allocation, getattr(config, "min_keep_ratio", 0.0)
     live = {view.name: view for view in select_views(model, None, config.ignore, whole=True)[0]}
     return PruneResult(plan, [ViewResult(name, live[name].count_nonzero(), 0, None) for name in densities], 0.0)
 

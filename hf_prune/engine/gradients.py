@@ -100,8 +100,8 @@ def fisher_factors(
 
     One forward and one backward pass over the first `FISHER_WINDOWS` windows, without labels: the next token of
     every position is drawn from the model's own distribution, with a seed of the window's own, so that any number of
-    processes finds the same. Blocks are computed again in the backward pass; only their inputs are kept, in files where
-    the weights are in some.
+    processes finds the same. Blocks are computed again in the backward pass; only their inputs are kept, on a CPU in
+    files where the weights are in some.
 
     An expert's factors are means over all tokens, those that went elsewhere count as zeros; one that saw too few tokens
     gets the mean of the others of its block (ours), so that its weights alone decide.

@@ -22,16 +22,19 @@ def write_causes(folder: Path, causes: Causes, label: Callable[[int], str], conf
     plot_p_values(causes.p, causes.tested, alpha, folder / "plots" / "p_values.png")
 
 
-def seconds_to_benchmark(kind: str, reached: Look | None, seconds: dict[str, float]) -> float | None:
+def seconds_to_benchmark(kind: str, reached: Look | None, seconds: dict[str, float], restart: str) -> float | None:
     """Seconds to a look with what the choice rests on: the recorded training where it looks at its end, tests.
 
     Args:
         kind: of the round.
         reached: the look; None where there was none.
         seconds: of recording, exponents and tests.
+        restart: with `continue`, the recorded training is the beginning of every one behind it.
     """
-    rests_on = {"legcnet": ("recording", "exponents", "granger"), "magnitude": ("recording",)}.get(kind, ())
-    return reached[2] + sum(seconds[part] for part in rests_on) if reached else None
+    tests = ("exponents", "granger") if kind == "legcnet" else ()
+    begins = kind != "dense" and restart == "continue"
+    recording = ("recording",) if begins or kind in ("legcnet", "magnitude") else ()
+    return reached[2] + sum(seconds[part] for part in (*recording, *tests)) if reached else None
 
 
 def describe_causes(causes: Causes, config: LEGCNetConfig, perplexities: dict[str, float]) -> dict[str, Any]:

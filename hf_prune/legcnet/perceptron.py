@@ -63,8 +63,14 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
         },
         "seconds": {**causes.seconds, **{found.kind: found.seconds for found in rounds}},
         "rounds": [
-            _summary(found, dense, search.reached(found, dense), steps_an_epoch, unwatched, causes.seconds)
+            {
+                **_summary(found, dense, reached, steps_an_epoch, unwatched),
+                "seconds_to_benchmark": seconds_to_benchmark(
+                    found.kind, reached, causes.seconds, recipe.method.restart
+                ),
+            }
             for found in rounds
+            for reached in [search.reached(found, dense)]
         ],
         "command": f"hf-prune train --config {RECIPE_FILE}",
     }
@@ -73,7 +79,7 @@ def run_legcnet(recipe: TrainRecipe) -> dict[str, Any]:
         with output_folder(output.output_dir, output.overwrite_output_dir) as folder:
             _perceptron(model).save_pretrained(folder)
             write_causes(folder, causes, search.series.label, search.config)
-            plot_moved(rounds[:2], folder / "plots" / "moved.png")
+            plot_moved(rounds[:2], folder / "plots" / "moved.png", steps_an_epoch)
             (folder / RECIPE_FILE).write_text(recipe.text_as_run, encoding="utf-8")
             (folder / LEGCNET_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
@@ -173,9 +179,8 @@ def _summary(
     reached: Look | None,
     steps_an_epoch: int,
     unwatched: int,
-    seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """What the report says of a round; `epochs` and `seconds_to_benchmark` are None where it was never reached."""
+    """What the report says of a round; `epochs_to_benchmark` is None where it was never reached."""
     features: list[list[float]] = [own.metrics.get("mean_shap", []) for own in (dense, found)]
     return {
         "kind": found.kind,
@@ -188,7 +193,6 @@ def _summary(
         **({"shap_rank_correlation": rank_correlation(*features)} if all(features) else {}),
         "steps": found.steps,
         "epochs_to_benchmark": reached[0] / steps_an_epoch if reached else None,
-        "seconds_to_benchmark": seconds_to_benchmark(found.kind, reached, seconds),
         "moved": found.moved,
         "seconds": found.seconds,
     }

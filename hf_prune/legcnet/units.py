@@ -23,15 +23,15 @@ from hf_prune.finish import Stopwatch, efficiency, finish
 from hf_prune.legcnet.folder import describe_causes, write_causes
 from hf_prune.legcnet.target import next_token_errors
 from hf_prune.legcnet.units_setup import Ready, prepare_units
+from hf_prune.methods.legcnet import UNUSED_BY_UNITS
 from hf_prune.pruning import PruneResult, prune
 from hf_prune.report.plots import plot_widths
 from hf_prune.report.privacy import may_show_samples
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
 from hf_prune.training.causes import (
     Causes,
+    causes_of,
     find_causes,
-    load_causes,
-    save_causes,
     target_steps,
 )
 from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
@@ -94,7 +94,11 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
         "architecture": type(smaller).__name__,
         "dtype": "float32",
         "device": str(ready.device),
-        "method": {**asdict(recipe.method.info), "pattern": "structured", "options": described_options(recipe.method)},
+        "method": {
+            **asdict(recipe.method.info),
+            "pattern": "structured",
+            "options": described_options(recipe.method, UNUSED_BY_UNITS),
+        },
         "training": describe_training(ready.text, ready.windows, ready.arguments, dense.steps),
         **sizes_of(smaller, result, total),
         "forward_passes": 0.0,
@@ -175,24 +179,15 @@ def _quality(found: Round) -> Quality:
 
 
 def _decision(ready: Ready) -> Path:
-    hidden = (*RECORDED, "rounds_folder", "sparsity", "restart")
+    hidden = (*RECORDED, "rounds_folder", "sparsity", "restart", *UNUSED_BY_UNITS)
     own = {key: value for key, value in asdict(ready.recipe.method).items() if key not in hidden}
     return ready.folder / f"{ready.recipe.method.variant}-{fingerprint(own, {})[:8]}"
 
 
 def _causes(ready: Ready) -> Causes:
-    """What the recording says, read where it is known."""
-    folder = _decision(ready)
-    causes = load_causes(folder)
-    if causes is None:
-        # Which of the units go follows from the sizes: here only how much each of them matters is decided.
-        causes = find_causes(ready.folder / "recording", replace(ready.recipe.method, sparsity=None), ready.recorded)
-        distributed.barrier()
-        if distributed.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_causes(folder, causes)
-        distributed.barrier()
-    return causes
+    """What the recording says; which of the units go follows from the sizes, here only how much each matters."""
+    config = replace(ready.recipe.method, sparsity=None)
+    return causes_of(_decision(ready), lambda: find_causes(ready.folder / "recording", config, ready.recorded))
 
 
 def _scores(ready: Ready, series: UnitSeries, causes: Causes, kind: str) -> str:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import psutil
 from torch import nn
 
 from hf_prune.checkpoint.folder import free_space
+from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.finish import Stopwatch
@@ -80,7 +82,7 @@ def run_weights(recipe: TrainRecipe) -> dict[str, Any]:
         **described(recipe, start, model, result, ready.windows),
         "legcnet": {
             **describe_causes(causes, method, perplexities),
-            "rounds": [_summary(found, search.reached(found, dense), causes.seconds) for found in rounds],
+            "rounds": [_summary(found, search.reached(found, dense), causes.seconds, method) for found in rounds],
         },
         "seconds": {**watch.seconds, "train": sum(found.seconds for found in rounds)},
         "evaluation": evaluation.report(dense=quality_of(dense), pruned=quality_of(own)),
@@ -90,7 +92,7 @@ def run_weights(recipe: TrainRecipe) -> dict[str, Any]:
 
     def add(folder: Path) -> None:
         write_causes(folder, causes, search.series.label, method)
-        plot_moved([by_kind(found) for found in rounds[:2]], folder / "plots" / "moved.png", search.look_every)
+        plot_moved([by_kind(found) for found in rounds[:2]], folder / "plots" / "moved.png")
 
     hand_over(recipe, start, model, result, report, watch, add)
     return report
@@ -112,7 +114,8 @@ def prepare_weights(recipe: TrainRecipe) -> Prepared:
     shared = procedure(recipe, start, evaluation, views, windows)
     recorded = config.recorded(steps)
     ends = target_steps(config, recorded)
-    _check_room(config, views, recorded // config.record_every, len(ends), shared["folder"])
+    room = partial(_check_room, config, views, recorded // config.record_every, len(ends), shared["folder"])
+    distributed.all_or_none(lambda: room() if distributed.rank() == 0 else None)
     search = LEGCNetSearch(
         make_model=lambda: start.make_model(None),
         series=_series(start.make_model(None), views, config, recipe.text.seed),
@@ -151,7 +154,7 @@ def by_kind(found: Round) -> Round:
     return replace(found, layers=dict(layers), moved=moved)
 
 
-def _summary(found: Round, reached: Look | None, seconds: dict[str, float]) -> dict[str, Any]:
+def _summary(found: Round, reached: Look | None, seconds: dict[str, float], method: LEGCNetConfig) -> dict[str, Any]:
     """What the report says of a round; accuracy is that on the target's windows behind the last look."""
     return {
         "kind": found.kind,
@@ -161,7 +164,7 @@ def _summary(found: Round, reached: Look | None, seconds: dict[str, float]) -> d
         "accuracy": found.looks[-1][1] if found.looks else None,
         "steps": found.steps,
         "steps_to_benchmark": reached[0] if reached else None,
-        "seconds_to_benchmark": seconds_to_benchmark(found.kind, reached, seconds),
+        "seconds_to_benchmark": seconds_to_benchmark(found.kind, reached, seconds, method.restart),
         "seconds": found.seconds,
     }
 
@@ -176,8 +179,8 @@ def _check_room(config: LEGCNetConfig, views: list[WeightView], records: int, wi
     }[config.series]
     there = sum(file.stat().st_size for file in folder.rglob(VALUES))
     disk = 4 * count * records * (2 if config.perturbation else 1) - there
-    # Exponents in float32, twice while they are put together, and in float64 for the test.
-    memory = 16 * count * windows
+    # Exponents in float32, twice while they are put together, and in float64 for the test, with p and BIC of each lag.
+    memory = 16 * count * (windows + config.max_lag)
     for needed, free, where in (
         (disk, free_space(folder), "disk"),
         (memory, psutil.virtual_memory().available, "memory"),

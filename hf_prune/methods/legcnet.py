@@ -17,6 +17,8 @@ LAGS = ("min", "bic")
 CORRECTIONS = ("none", "benjamini_hochberg")
 RESTARTS = ("init", "continue")
 SERIES = ("weights", "sample", "rows", "units")
+# What decides nothing where units are watched.
+UNUSED_BY_UNITS = ("perturbation", "ignore", "min_keep_ratio")
 WATCHED = ("mlp", "attention", "heads")
 
 
@@ -129,8 +131,8 @@ class LEGCNetConfig:
         if self.perturbation < 0:
             raise BadInputError(f"perturbation: {self.perturbation} is no share; use 0 or a small positive number.")
         if self.series == "units":
-            for key in ("perturbation", "ignore"):
-                if getattr(self, key):
+            for key in UNUSED_BY_UNITS:
+                if getattr(self, key) != type(self).__dataclass_fields__[key].default and getattr(self, key) != []:
                     raise BadInputError(f"{key}: units are watched as they are, all of them; leave the key out.")
         if self.stride is not None and self.stride < 1:
             raise BadInputError(f"stride: {self.stride} is too few; use 1 or more.")

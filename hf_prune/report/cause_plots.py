@@ -61,12 +61,12 @@ def plot_p_values(p: Tensor, tested: Tensor, alpha: float | None, path: str | Pa
     return _save(figure, path)
 
 
-def plot_moved(rounds: Sequence[Round], path: str | Path, steps: int | None = None) -> Figure:
+def plot_moved(rounds: Sequence[Round], path: str | Path, steps_an_epoch: int = 1) -> Figure:
     """Draw how far each layer moved from look to look, dense in full and pruned dashed, as a PNG at `path`.
 
     Args:
         rounds: the dense training and the one of what LEGCNet keeps.
-        steps: from one look to the next; an epoch unless given.
+        steps_an_epoch: 1, to draw over steps.
     """
     from matplotlib.figure import Figure
 
@@ -74,15 +74,16 @@ def plot_moved(rounds: Sequence[Round], path: str | Path, steps: int | None = No
     axes = figure.subplots()
     for found, line, name in zip(rounds, ("-", "--"), ("dense", "pruned"), strict=True):
         for place, layer in enumerate(found.layers):
-            looks = enumerate(found.moved, 1)
-            norms = [(look * (steps or 1), moved[layer]) for look, moved in looks if layer in moved]
+            # Where nothing was trained there is a look, and nothing that has moved.
+            looks = zip(found.looks, found.moved, strict=False)
+            norms = [(step / steps_an_epoch, moved[layer]) for (step, *_), moved in looks if layer in moved]
             if norms:
                 places, values = zip(*norms, strict=True)
                 marker, label = "o" if len(norms) == 1 else "", f"{layer}, {name}"
                 axes.plot(places, values, linestyle=line, marker=marker, color=f"C{place}", label=label)
     axes.set_yscale("log")
-    axes.set_xlabel("step" if steps else "epoch")
-    axes.set_ylabel(f"norm of what {f'{steps} steps' if steps else 'an epoch'} change" + ("" if steps else "s"))
+    axes.set_xlabel("epoch" if steps_an_epoch > 1 else "step")
+    axes.set_ylabel("norm of what changed since the look before")
     axes.set_title("How far the layers move")
     if axes.lines:
         axes.legend(frameon=False, fontsize="small", ncols=1 + len(axes.lines) // 8)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_prune.dynamics.exponents import window_starts, windowed_exponents
 from hf_prune.dynamics.granger import granger_test
+from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.methods.legcnet import LEGCNetConfig, causal_log_p, decide, scores
 from hf_prune.progress import progress
@@ -117,6 +118,25 @@ def find_causes(
         torch.from_numpy(np.ascontiguousarray(keep)),
         seconds,
     )
+
+
+def causes_of(folder: Path, find: Callable[[], Causes]) -> Causes:
+    """What a decision's folder keeps; the main process finds it where there is nothing yet.
+
+    Raises:
+        BadInputError: on every process, where `find` does.
+    """
+
+    def found() -> None:
+        if distributed.rank() == 0 and load_causes(folder) is None:
+            causes = find()
+            folder.mkdir(parents=True, exist_ok=True)
+            save_causes(folder, causes)
+
+    distributed.all_or_none(found)
+    kept = load_causes(folder)
+    assert kept is not None
+    return kept
 
 
 def save_causes(folder: Path, causes: Causes) -> None:

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from hf_prune.engine import distributed
 from hf_prune.methods.legcnet import LEGCNetConfig
-from hf_prune.training.causes import Causes, find_causes, load_causes, save_causes, target_steps
+from hf_prune.training.causes import Causes, causes_of, find_causes, target_steps
 from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, StopBehind, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
 from hf_prune.training.recorder import Recorder, read_record
@@ -115,14 +115,8 @@ class LEGCNetSearch:
             self.measuring,
         )
         twin = self._record_twin(model, everything) if self.config.perturbation else None
-        causes = load_causes(self.decision_folder)
-        if causes is None:
-            causes = find_causes(self.folder / "recording", self.config, self.recorded, twin)
-            distributed.barrier()
-            if distributed.rank() == 0:
-                self.decision_folder.mkdir(parents=True, exist_ok=True)
-                save_causes(self.decision_folder, causes)
-            distributed.barrier()
+        recording = self.folder / "recording"
+        causes = causes_of(self.decision_folder, lambda: find_causes(recording, self.config, self.recorded, twin))
         keep, held = self.with_floor(causes.keep, causes.scores, int(causes.keep.sum()))
         causes = replace(causes, keep=keep)
         benchmark = self.benchmark_of(dense) if self.stop_there else None

@@ -36,6 +36,7 @@ from hf_prune.structure.budget import budget_of_units, plan_structure
         ({"units": ["attention", "heads"]}, "units: attention removes key-value groups, heads thins them"),
         ({"ignore": ["layers.0"]}, "ignore: units are watched as they are"),
         ({"perturbation": 0.1}, "perturbation: units are watched as they are"),
+        ({"min_keep_ratio": 0.1}, "min_keep_ratio: units are watched as they are"),
         ({"max_lag": 14}, "max_lag: 14 lags need 44 windows"),
         ({"sparsity": 0.8}, "sparsity: 0.8 would take all 2 units of heads; lower it"),
     ],

@@ -133,6 +133,10 @@ def test_the_beginning_of_a_training_decides_and_survivors_go_on(tmp_path: Path)
     assert read_series(tmp_path / "rounds" / "recording").shape[1] == recorded
     rows = {row["kind"]: row for row in report["legcnet"]["rounds"]}
     assert all(row["steps"] == 78 for row in rows.values())
+    # Survivors began behind what was recorded: nothing of theirs was looked at before.
+    for file in (tmp_path / "rounds").rglob("round.json"):
+        first = json.loads(file.read_text())["looks"][0][0]
+        assert (first > recorded) == (file.parent.name != "dense")
     # With nothing left of the training, nothing is trained.
     ft = {"restart": "continue", "rounds_folder": str(tmp_path / "ft"), "output_dir": str(tmp_path / "out-ft")}
     report = run_weights(make_recipe({**values(tmp_path), **ft}))
@@ -151,6 +155,7 @@ def test_a_floor_keeps_a_matrix_from_going_whole(tmp_path: Path) -> None:
     for view in report["views"]:
         rows = (saved[f"{view['name']}.weight"] != 0).any(1)
         assert int(rows.sum()) >= math.ceil(0.1 * len(rows) - 1e-9) and view["floor"]
+    assert json.loads((tmp_path / "out" / "prune_plan.json").read_text())["min_keep_ratio"] == 0.1
     assert "`min_keep_ratio` kept more weights" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -169,14 +174,21 @@ def test_two_processes_are_killed_and_go_on(tmp_path: Path) -> None:
     whole = start("whole")
     assert whole.wait(300) == 0, whole.stdout.read()
     cut = start("cut")
-    while cut.poll() is None and not list((tmp_path / "cut.rounds").rglob("magnitude.unfinished/checkpoints/*20")):
+    begun = "*/magnitude.unfinished/checkpoints/checkpoint-20/trainer_state.json"
+    while cut.poll() is None and not list((tmp_path / "cut.rounds").glob(begun)):
         time.sleep(0.02)
     for process in [*psutil.Process(cut.pid).children(recursive=True), cut]:
         process.kill()
     cut.wait(60)
     assert not (tmp_path / "cut").exists()
+    places = ("dense/model.safetensors", "*/causes.safetensors", "*/legcnet/model.safetensors")
+    done = [file for place in places for file in (tmp_path / "cut.rounds").glob(place)]
+    written = [file.stat().st_mtime_ns for file in done]
+    assert len(written) == 3
     again = start("cut")
     assert again.wait(300) == 0, again.stdout.read()
+    # What was finished was not made again.
+    assert [file.stat().st_mtime_ns for file in done] == written
     for name in ("model.safetensors", "series.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
