@@ -31,11 +31,11 @@ def fill(section: type[Arguments], values: Mapping[str, Any]) -> Arguments:
     return section(**{key: coerce(key, value, annotations[key]) for key, value in values.items()})
 
 
-def unknown_key(key: str, known: typing.Iterable[str]) -> BadInputError:
-    """The error for a key that nobody declares, with the nearest known one."""
+def unknown_key(key: str, known: typing.Iterable[str], verb: str = "prune") -> BadInputError:
+    """The error for a key that nobody declares, with the nearest known one, or the verb's help."""
     everything = sorted({*known, *(name for section in SECTIONS.values() for name in field_types(section))})
     near = difflib.get_close_matches(key, everything, n=1)
-    hint = f"did you mean {near[0]}?" if near else "`hf-prune prune --help` lists the keys."
+    hint = f"did you mean {near[0]}?" if near else f"`hf-prune {verb} --help` lists the keys."
     return BadInputError(f"{key}: unknown recipe key; {hint}")
 
 

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     from hf_prune.training.arguments import make_train_recipe
     from hf_prune.training.recovery import RecoveryConfig
 
-    recipe = make_train_recipe(values, RecoveryConfig, text)
+    recipe = make_train_recipe(values, RecoveryConfig, text, verb="recover")
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
         from hf_prune.recovery import prepare_recovery
 

@@ -17,7 +17,7 @@ UNITS, WEIGHTS = "legcnet of units", "legcnet of weights"
 
 
 def help_text() -> str:
-    from hf_prune.legcnet.weights import WatchedModelArguments
+    from hf_prune.legcnet.target import WatchedModelArguments
     from hf_prune.methods.dynamic_sparse import DynamicSparseConfig
     from hf_prune.methods.legcnet import LEGCNetConfig
     from hf_prune.methods.lottery_ticket import LotteryTicketConfig
@@ -70,12 +70,8 @@ def make_recipe(values: dict[str, Any], text: str | None = None) -> Any:
     from hf_prune.training.tabular import PerceptronArguments, TableArguments
 
     kind = _kind(values)
-    if kind == UNITS:
-        from hf_prune.legcnet.target import TargetArguments
-
-        return make_train_recipe(values, LEGCNetConfig, text, TargetArguments)
-    if kind == WEIGHTS:
-        from hf_prune.legcnet.weights import WatchedModelArguments
+    if kind in (UNITS, WEIGHTS):
+        from hf_prune.legcnet.target import WatchedModelArguments
 
         return make_train_recipe(values, LEGCNetConfig, text, WatchedModelArguments)
     if kind == LEGCNET:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.errors import BadInputError
+from hf_prune.training.arguments import FreshModelArguments
 
 
 @dataclass
@@ -23,6 +24,15 @@ class TargetArguments:
     def __post_init__(self) -> None:
         if self.target_windows < 1:
             raise BadInputError(f"target_windows: {self.target_windows} is too few; use 1 or more.")
+
+
+@dataclass
+class WatchedModelArguments(FreshModelArguments, TargetArguments):
+    """A language model to watch: where it begins, and what its series may cause."""
+
+    def __post_init__(self) -> None:
+        FreshModelArguments.__post_init__(self)
+        TargetArguments.__post_init__(self)
 
 
 @torch.no_grad()

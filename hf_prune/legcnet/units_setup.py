@@ -64,6 +64,7 @@ def prepare_units(recipe: TrainRecipe) -> Ready:
     Raises:
         BadInputError: something handed over cannot be used; nothing has been written.
     """
+    recipe.refuse("units are those of a model that has been trained", "model_type", "tokenizer_name", "vocab_size")
     recipe.require("output_dir", "model_name_or_path", "dataset_name", "eval_dataset_name")
     if recipe.model.dtype not in ("auto", "float32"):
         raise BadInputError("dtype: weights train in float32; leave the key out, or write bf16: true.")

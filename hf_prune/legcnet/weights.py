@@ -19,13 +19,13 @@ from hf_prune.errors import BadInputError
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.finish import Stopwatch
 from hf_prune.legcnet.folder import describe_causes, seconds_to_benchmark, write_causes
-from hf_prune.legcnet.target import TargetArguments, next_token_errors
+from hf_prune.legcnet.target import next_token_errors
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.preparation import check_unpruned
 from hf_prune.report.cause_plots import plot_moved
 from hf_prune.report.privacy import may_show_samples
 from hf_prune.trained import Start, as_pruned, described, hand_over, prepare, procedure, quality_of
-from hf_prune.training.arguments import FreshModelArguments, TrainRecipe, make_training_arguments, planned_steps
+from hf_prune.training.arguments import TrainRecipe, make_training_arguments, planned_steps
 from hf_prune.training.causes import target_steps
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.legcnet import LEGCNetSearch
@@ -34,15 +34,6 @@ from hf_prune.training.rounds import Look, Measuring, Round
 from hf_prune.training.series import RowSeries, Series, WeightSeries
 from hf_prune.training.text import Windows
 from hf_prune.weights import WeightView
-
-
-@dataclass
-class WatchedModelArguments(FreshModelArguments, TargetArguments):
-    """A language model to watch: where it begins, and what its series may cause."""
-
-    def __post_init__(self) -> None:
-        FreshModelArguments.__post_init__(self)
-        TargetArguments.__post_init__(self)
 
 
 @dataclass

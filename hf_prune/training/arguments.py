@@ -149,6 +149,7 @@ def make_train_recipe(
     text: str | None = None,
     fresh: type = FreshModelArguments,
     trained_on: type = TrainingTextArguments,
+    verb: str = "train",
 ) -> TrainRecipe:
     """Sort a flat mapping into its sections; keys of no section are those of TrainingArguments.
 
@@ -156,6 +157,7 @@ def make_train_recipe(
         method: the config dataclass that holds the method's own keys.
         text: the recipe as it was written.
         fresh, trained_on: dataclasses of the keys for a fresh model and for what it is trained on.
+        verb: of the command line, whose help an error names.
 
     Raises:
         BadInputError: an unknown key, a value of the wrong type or out of range.
@@ -176,7 +178,8 @@ def make_train_recipe(
         if key in _REFUSED and value not in (False, "no"):
             raise BadInputError(f"{key}: {_REFUSED[key]}.")
         if key not in known:
-            raise unknown_key(key, [*known, *(name for section in sections.values() for name in field_types(section))])
+            every = (name for section in sections.values() for name in field_types(section))
+            raise unknown_key(key, [*known, *every], verb)
         options[key] = _coerced(key, value, known[key])
     return TrainRecipe(**parts, training=options, text_as_run=text if text is not None else dump_yaml(values))
 

@@ -31,6 +31,7 @@ from hf_prune.structure.budget import budget_of_units, plan_structure
         ({"target_windows": 10_000}, "target_windows: 10000 of .* windows leave nothing to train on"),
         ({"target_windows": 0}, "target_windows: 0 is too few"),
         ({"dtype": "bfloat16"}, "dtype: weights train in float32"),
+        ({"model_type": "llama"}, "model_type: units are those of a model that has been trained; leave the key out"),
         ({"units": ["depth"]}, "units: depth cannot be watched; choose of mlp, attention, heads"),
         ({"units": []}, "units: none cannot be watched"),
         ({"units": ["attention", "heads"]}, "units: attention removes key-value groups, heads thins them"),

@@ -233,7 +233,7 @@ def test_a_fresh_model_is_watched_as_well(tmp_path: Path) -> None:
         ({"max_lag": 14}, "max_lag: 14 lags need 44 windows"),
         ({"dtype": "bfloat16"}, "dtype: weights train in float32"),
         ({"model_type": "llama"}, "model_name_or_path: name a model to go on with, or a model_type to begin anew"),
-        ({"hidden_sizes": ["6"]}, "hidden_sizes: unknown recipe key"),
+        ({"hidden_sizes": ["6"]}, "hidden_sizes: unknown recipe key; `hf-prune train --help` lists"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_trained(
