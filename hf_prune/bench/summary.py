@@ -227,23 +227,22 @@ def write_between_markers(path: Path, name: str, table: str) -> None:
 
 
 def plot(path: Path, grid: Grid, lines: list[dict[str, Any]]) -> None:
-    """Excess log-perplexity against seconds, a panel for each setting, a point for each row, as a PNG."""
+    """Excess log-perplexity against seconds, a panel for each setting, a numbered point for each row, as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     settings = [setting for setting in grid.settings if any(line["setting"] == setting for line in lines)]
-    figure = Figure(figsize=(4.2 * max(len(settings), 1), 3.8), layout="constrained")
+    figure = Figure(figsize=(3.4 * max(len(settings), 2), 4.6), layout="constrained")
     panels = figure.subplots(1, max(len(settings), 1), squeeze=False)[0]
+    points = {}
     for axes, setting in zip(panels, settings, strict=False):
-        for number, row in enumerate(grid.rows):
+        for number, row in enumerate(grid.rows, 1):
             for line in lines:
                 if (line["row"], line["setting"]) == (row["name"], setting):
-                    marker = "s" if row.get("command") else "o"
-                    axes.plot(line["seconds"], line["excess"], marker, color=f"C{number % 10}", label=row["name"])
-                    axes.annotate(
-                        row["name"], (line["seconds"], line["excess"]), xytext=(5, 4), textcoords="offset points",
-                        fontsize=7,
-                    )  # fmt: skip
+                    marker, name = "s" if row.get("command") else "o", f"{number} {row['name']}"
+                    (points[name],) = axes.plot(line["seconds"], line["excess"], marker, color=f"C{(number - 1) % 10}")
+                    place = (line["seconds"], line["excess"])
+                    axes.annotate(str(number), place, xytext=(5, 3), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -253,4 +252,8 @@ def plot(path: Path, grid: Grid, lines: list[dict[str, Any]]) -> None:
         axes.set_xlabel("seconds to prune", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("rise of log-perplexity (nats a token)", fontsize=9)
+    named = [name for number, row in enumerate(grid.rows, 1) if (name := f"{number} {row['name']}") in points]
+    columns = max(len(settings), 2)
+    handles = [points[name] for name in named]
+    figure.legend(handles, named, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
