@@ -104,9 +104,9 @@ def prepare_weights(recipe: TrainRecipe) -> Prepared:
     steps = planned_steps(arguments, len(windows))
     shared = procedure(recipe, start, evaluation, views, windows)
     recorded = config.recorded(steps)
-    ends = target_steps(config, recorded)
-    room = partial(_check_room, config, views, recorded // config.record_every, len(ends), shared["folder"])
+    room = partial(_check_room, config, views, recorded // config.record_every, shared["folder"])
     distributed.all_or_none(lambda: room() if distributed.rank() == 0 else None)
+    target_steps(config, recorded)
     search = LEGCNetSearch(
         make_model=lambda: start.make_model(None),
         series=_series(start.make_model(None), views, config, recipe.text.seed),
@@ -160,7 +160,7 @@ def _summary(found: Round, reached: Look | None, seconds: dict[str, float], meth
     }
 
 
-def _check_room(config: LEGCNetConfig, views: list[WeightView], records: int, windows: int, folder: Path) -> None:
+def _check_room(config: LEGCNetConfig, views: list[WeightView], records: int, folder: Path) -> None:
     """Raise BadInputError where a recording would not fit the disk, or its test the memory."""
     sizes = [view.shape[0] * view.shape[1] for view in views]
     count = {
@@ -171,6 +171,7 @@ def _check_room(config: LEGCNetConfig, views: list[WeightView], records: int, wi
     there = sum(file.stat().st_size for file in folder.rglob(VALUES))
     disk = 4 * count * records * (2 if config.perturbation else 1) - there
     # Exponents in float32, twice while they are put together, and in float64 for the test, with p and BIC of each lag.
+    windows = max((records - config.window) // config.step + 1, 0)
     memory = 16 * count * (windows + config.max_lag)
     for needed, free, where in (
         (disk, free_space(folder), "disk"),
