@@ -13,8 +13,8 @@ from hf_prune.training.arguments import FreshModelArguments
 
 
 @dataclass
-class TargetArguments:
-    """What the series may cause."""
+class WatchedModelArguments(FreshModelArguments):
+    """A language model to watch: where it begins, and what its series may cause."""
 
     target_windows: int = field(
         default=8,
@@ -22,17 +22,9 @@ class TargetArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.target_windows < 1:
             raise BadInputError(f"target_windows: {self.target_windows} is too few; use 1 or more.")
-
-
-@dataclass
-class WatchedModelArguments(FreshModelArguments, TargetArguments):
-    """A language model to watch: where it begins, and what its series may cause."""
-
-    def __post_init__(self) -> None:
-        FreshModelArguments.__post_init__(self)
-        TargetArguments.__post_init__(self)
 
 
 @torch.no_grad()

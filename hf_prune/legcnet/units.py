@@ -27,6 +27,7 @@ from hf_prune.methods.legcnet import UNUSED_BY_UNITS
 from hf_prune.pruning import PruneResult, prune
 from hf_prune.report.plots import plot_widths
 from hf_prune.report.privacy import may_show_samples
+from hf_prune.trained import quality_of
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
 from hf_prune.training.causes import (
     Causes,
@@ -85,7 +86,7 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
     assert result.reduction is not None
     # What went is up to the sizes, not to alpha.
     causes = replace(causes, keep=series.kept(result.reduction.kept))
-    before = _quality(dense)
+    before = quality_of(dense)
     report = {
         **environment(),
         "base_model": ready.source.base_model,
@@ -171,11 +172,6 @@ def _measuring(ready: Ready) -> Measuring:
 
     prompts = ready.recipe.evaluation.sample_prompts
     return Measuring(evaluate, fingerprint(prompts, {"windows": ready.evaluation.windows.input_ids}))
-
-
-def _quality(found: Round) -> Quality:
-    metrics = found.metrics
-    return Quality(torch.tensor(metrics["nll"], dtype=torch.float64), metrics["continuations"], metrics["seconds"])
 
 
 def _decision(ready: Ready) -> Path:

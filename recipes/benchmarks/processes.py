@@ -28,8 +28,9 @@ WAYS = ((1, 1), (2, 1), (1, 2))
 HEAD = """# Processes and threads
 
 `python recipes/benchmarks/processes.py --work_folder WORK --dataset_name C4_FOLDER` on two CPU cores:
-SmolLM2-135M-Instruct in float32, 50 %, 32 x 512 tokens of C4. Seconds to load and prune, medians; kept is what being
-able to go on behind a cut adds to the rest of them: fingerprints of all weights, plan, state behind blocks.
+SmolLM2-135M-Instruct in float32, 50 %, 32 x 512 tokens of C4. Seconds to load and prune, medians over --repeats
+({repeats} here); kept is what being able to go on behind a cut adds to the rest of them: fingerprints of all weights,
+plan, state behind blocks.
 
 """
 
@@ -50,7 +51,7 @@ def main() -> None:
                     prune(folder, {**RECIPE, "method": method, "dataset_name": given.dataset_name}, processes, threads)
                 report = json.loads((folder / "prune_report.json").read_text(encoding="utf-8"))
                 reports.setdefault((method, processes, threads), []).append(report)
-    text = HEAD + to_markdown(reports)
+    text = HEAD.format(repeats=given.repeats) + to_markdown(reports)
     print(text)
     Path(__file__).with_name("PROCESSES.md").write_text(text, encoding="utf-8")
 
