@@ -17,7 +17,7 @@ from hf_prune.recipe import RecipeLoader, make_recipe
 
 # Pruning keys that are younger than results that are kept, with the values that those had in effect.
 LATER = {"channel_permutation": False}
-KEYS = {"name", "title", "common", "settings", "rows", "reference", "allocation_reference", "repeats"}
+KEYS = {"name", "title", "common", "settings", "rows", "reference", "allocation_reference", "repeats", "share_learning"}
 # Keys of a row that are not recipe keys.
 ROW_KEYS = {"name", "seeds", "settings", "command"}
 # What a benchmark decides for all rows alike, so that they can be compared.
@@ -52,7 +52,8 @@ class Grid:
     """A parsed benchmark file. Rows and settings keep the file's order.
 
     Other rows' excess and seconds are also given as multiples of those of row `reference`, and their allocations are
-    compared with that of row `allocation_reference`.
+    compared with that of row `allocation_reference`. With `share_learning` rows with the same learned allocation learn
+    it once: the seconds of those that come later hold no learning.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Grid:
     reference: str | None = None
     allocation_reference: str | None = None
     repeats: int = 1
+    share_learning: bool = False
     cells: list[Cell] = field(default_factory=list)
 
     @property
@@ -108,6 +110,7 @@ def make_grid(content: dict[str, Any]) -> Grid:
         reference=content.get("reference"),
         allocation_reference=content.get("allocation_reference"),
         repeats=int(content.get("repeats") or 1),
+        share_learning=bool(content.get("share_learning")),
     )
     make_recipe(common).require(*EVALUATED_ALIKE)
     names = [row.get("name") for row in grid.rows]

@@ -98,7 +98,6 @@ class Bench:
         variables: dict[str, str],
         *,
         results: Path | None = None,
-        share_learning: bool = False,
         look: Callable[[Cell, Path], dict[str, Any]] | None = None,
     ) -> None:
         """Read what the work folder holds.
@@ -106,13 +105,11 @@ class Bench:
         Args:
             variables: what a peer's command may name in braces.
             results: the file that keeps what is finished; `results.json` of the work folder unless given.
-            share_learning: rows with the same learned allocation learn it once; their seconds are then not comparable.
             look: what else is noted of a pruned folder before its weights are deleted.
         """
         self.grid = grid
         self.folder = work_folder
         self.variables = variables
-        self.share_learning = share_learning
         self.look = look
         self._places: list[dict[str, str]] = []
         self._at_once = 1
@@ -262,7 +259,7 @@ class Bench:
             values |= {"seed": cell.seed, "output_dir": str(output), "eval_efficiency": False, "restart": True}
             if token_ids is not None:
                 values["dataset_name"] = str(token_ids)
-            if values.get("propagate") is False or self.share_learning:
+            if values.get("propagate") is False or self.grid.share_learning:
                 values["statistics_folder"] = str(self.folder / "statistics")
             recipe = output.with_suffix(".yaml")
             recipe.write_text(dump_yaml(values))

@@ -64,7 +64,8 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
             rows.append({"name": label, **own, **extra, "settings": names, "seeds": axes.get("seed")})
     if not rows:
         raise BadInputError(f"{next(iter(axes))}: no combination can be run; the first: {refused[0]}")
-    return make_grid({"name": name, "common": common, "settings": settings, "rows": rows}), refused
+    content = {"name": name, "common": common, "settings": settings, "rows": rows, "share_learning": True}
+    return make_grid(content), refused
 
 
 def split_axes(values: Mapping[str, Any]) -> tuple[dict[str, list[Any]], dict[str, Any]]:

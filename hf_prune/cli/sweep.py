@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     name = Path(config).stem if config else "sweep"
     grid, refused = sweep.make_sweep(read_values(config, flags), name)
     folder = Path(work_folder)
-    bench = Bench(grid, folder, {}, share_learning=True)
+    bench = Bench(grid, folder, {})
     model, evaluation = bench.recipe.model, bench.recipe.evaluation
     if not evaluation.eval_efficiency and any(name == "speed" for name, _, _ in wanted):
         raise BadInputError("constraint: speed is not measured; set eval_efficiency to true.")
