@@ -10,14 +10,15 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import hf_prune
 from hf_prune.checkpoint.files import file_digest, tensor_digest, text_digest
 from hf_prune.checkpoint.folder import beside
+from hf_prune.checkpoint.offloaded import shards_of
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.engine import distributed
 from hf_prune.engine.gradients import FisherFactors
@@ -30,6 +31,9 @@ from hf_prune.plan import Plan
 from hf_prune.preparation import Preparation
 from hf_prune.recipe import Recipe
 from hf_prune.structure.importance import is_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SUFFIX = ".pruning"
 _FISHER = "fisher_factors.safetensors"
@@ -72,7 +76,7 @@ class Unfinished:
         with WorkFolder.opened(work_folder(recipe.output.output_dir), recipe.run.restart) as work, stop.listening():
             yield cls(work, stop, recipe.run.checkpoint_every)
 
-    def claim(self, ready: Preparation, model: nn.Module, texts: dict[str, Tensor | None]) -> None:
+    def claim(self, ready: Preparation, model: PreTrainedModel, texts: dict[str, Tensor | None]) -> None:
         """Say what the run is made of: recipe, model, texts, plan, versions, processes.
 
         Args:
@@ -105,8 +109,10 @@ class Unfinished:
         # The blocks kept under one of them are of no use to the other.
         identity["offload"] = recipe.model.offload
         with self._counted():
-            identity |= {f"weight {name}": tensor_digest(tensor) for name, tensor in tensors_of(model)}
-            self.work.claim(identity)
+            weights = {name: tensor_digest(tensor) for name, tensor in tensors_of(model)}
+            self.work.claim(identity | {f"weight {name}": digest for name, digest in weights.items()})
+        if (shards := shards_of(model)) is not None:
+            shards.expect(weights)
 
     def dense(self, measure: Callable[[], Quality]) -> Quality:
         """The dense model's scores: kept ones, or those that `measure` finds, which are kept."""

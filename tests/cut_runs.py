@@ -38,13 +38,14 @@ class Cut:
     """The moment before an event of Python's audit hooks, and what happens then.
 
     Attributes:
-        event: `os.rename` (to the name), `open`, `os.remove`.
+        event: `os.rename` (to the name), `open`, `os.remove`, `os.link` (of the name).
         name: how the file's name begins.
         count: the how-manieth of these events, from 1.
         action: `kill`; `term`, SIGTERM; `dawn`, nothing until the clock on the wall shows 06; `half`, the kernel ends
             the process inside the next write past `HALF` bytes; `fill`, a file `filler` beside the file's folder takes
-            all that the disk has left.
+            all that the disk has left; `flip`, one bit of `victim` is another.
         rank: of the process that it happens to.
+        victim: a file and the place of a byte in it.
     """
 
     event: str
@@ -52,6 +53,7 @@ class Cut:
     count: int = 1
     action: str = "kill"
     rank: int = 0
+    victim: tuple[Path, int] | None = None
 
     def install(self) -> None:
         """From now on in this process."""
@@ -72,6 +74,8 @@ class Cut:
                 with suppress(OSError), filler.open("wb", buffering=0) as stream:
                     while True:
                         stream.write(bytes(4096))
+            elif self.action == "flip":
+                flip(*self.victim)
             elif self.action == "half":
                 # Python ignores it otherwise, and write() says that the file is too large.
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -83,6 +87,22 @@ class Cut:
                 os.kill(os.getpid(), signal.SIGTERM if self.action == "term" else signal.SIGKILL)
 
         sys.addaudithook(look)
+
+
+def flip(file: Path, place: int) -> None:
+    """Turn one bit of a byte into its opposite, in place; twice is not at all."""
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 1]))
+
+
+def place_of(file: Path, name: str) -> int:
+    """Where the first byte of a tensor is in a safetensors file."""
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+        return 8 + header + json.loads(stream.read(header))[name]["data_offsets"][0]
 
 
 def _child(values: dict, rank: int, world: int, port: int, cut: Cut | None, log: str) -> None:

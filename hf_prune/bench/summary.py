@@ -192,7 +192,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
     if len(quiet) < len(lines):
         note += " At `~` the machine was not idle or its processors were shared out: these seconds are a sketch."
     if grid.share_learning:
-        note += " Rows with the same learned allocation learned it once: the seconds of the later ones lack the learning."
+        note += " Rows with the same learned allocation learned it once: seconds of the later ones lack the learning."
     if correlated and grid.allocation_reference:
         note += (
             f" Rank correlations of densities: over a row's own seeds, or with those of {grid.allocation_reference}."

@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_prune.arguments import ModelArguments
+from hf_prune.checkpoint.files import tensor_digest
 from hf_prune.checkpoint.inspect import check_safetensors, local_folder
 from hf_prune.checkpoint.load import check_finite, explained, load_model
 from hf_prune.checkpoint.source import WeightFiles, stored_names
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.engine import distributed
 from hf_prune.engine.offload import HostMemory, Offload, offload_of, units_of
+from hf_prune.errors import BadInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,13 +53,29 @@ class Shards:
         self._units = units_of(model)
         self.count = len(self._units) - 1
         self._sources = dict.fromkeys(range(len(self._units)), WeightFiles(model, files))
+        self._expected: dict[str, str] = {}
 
     @property
     def spill_folder(self) -> Path:
         return self.work.path if self.work is not None else Path(tempfile.gettempdir())
 
+    def expect(self, digests: dict[str, str]) -> None:
+        """From now on the weights of the model's own files are these, by name and digest, whenever they are read.
+
+        A run takes hours, reads each block several times, and could make two models into one.
+        """
+        self._expected = digests
+
     def read(self, unit: int) -> dict[str, Tensor]:
-        return self._sources[unit].read(self._units[unit].__contains__)
+        tensors = self._sources[unit].read(self._units[unit].__contains__)
+        if unit not in self.finished:
+            for name in tensors.keys() & self._expected.keys():
+                if tensor_digest(tensors[name]) != self._expected[name]:
+                    raise BadInputError(
+                        f"model_name_or_path: the file of {name} is not what it was when the run began; get it again, "
+                        "then start the same run again to go on."
+                    )
+        return tensors
 
     def write(self, unit: int, tensors: dict[str, Tensor]) -> None:
         assert self.work is not None
@@ -74,11 +92,13 @@ class Shards:
         if unit not in self.finished:
             self._put(self.read(unit), file)
             return
+        assert self.work is not None
+        whole = self.work.file(_shard(unit))
         try:
-            os.link(self.finished[unit], file)
+            os.link(whole, file)
         except OSError:
             # Not every file system has links.
-            shutil.copyfile(self.finished[unit], file)
+            shutil.copyfile(whole, file)
 
     def _put(self, tensors: dict[str, Tensor], file: Path) -> None:
         save_file(stored_names(self._model, tensors), file, metadata=_METADATA)

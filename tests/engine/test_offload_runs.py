@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cut_runs import KILLED, RECIPE, TOO_LARGE, Cut, prune, stopped_twice
+from cut_runs import KILLED, RECIPE, TOO_LARGE, Cut, flip, place_of, prune, stopped_twice
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 
@@ -103,6 +103,28 @@ def test_what_was_damaged_between_two_sessions_is_named(recipe: dict, tmp_path: 
     assert codes == [2] and 'offload was "disk" and is "none"' in log, log
     codes, log = prune({**values, "time_limit": "1h"}, tmp_path)
     assert codes == [0] and "Going on with block 1" in log, log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["llama"], indirect=True)
+def test_what_is_damaged_while_a_run_is_under_way_is_named(recipe: dict, in_memory: Path, tmp_path: Path) -> None:
+    shutil.copytree(recipe["model_name_or_path"], tmp_path / "model")
+    (tmp_path / "runs").mkdir()
+    output = tmp_path / "runs" / "out"
+    values = {**recipe, "model_name_or_path": tmp_path / "model", "output_dir": output, "offload": "disk"}
+    weights, name = tmp_path / "model" / "model.safetensors", "model.layers.2.mlp.up_proj.weight"
+    victim = (weights, place_of(weights, name))
+    # The first block is pruned, the third one is still to be read.
+    codes, log = prune(values, tmp_path, cut=Cut("os.rename", "shard_0000", 1, "flip", victim=victim))
+    assert codes == [2] and f"the file of {name} is not what it was" in log and "Traceback" not in log, log
+    assert not output.exists()
+    flip(*victim)
+    shard = output.with_name("out.pruning") / "shard_0001.safetensors"
+    # A finished block, when the one before it goes into the output folder.
+    cut = Cut("os.link", "shard_0000", 1, "flip", victim=(shard, 10_000))
+    codes, log = prune(values, tmp_path, cut=cut)
+    assert codes == [2] and "shard_0001.safetensors is damaged" in log and "Traceback" not in log, log
+    assert not output.exists()
 
 
 @pytest.mark.slow
