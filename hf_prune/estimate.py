@@ -206,8 +206,8 @@ def check_fits(predicted: Estimate, device: torch.device, output_dir: str | None
     if predicted.memory_bytes > free:
         raise BadInputError(
             f"model_name_or_path: pruning needs about {predicted.memory_bytes / 1e9:.1f} GB on {device} and "
-            f"{free / 1e9:.1f} GB are free; use offload disk, a smaller model, dtype bfloat16, fewer "
-            "num_calibration_samples, or, where thresholds are learned, gradient_checkpointing."
+            f"{free / 1e9:.1f} GB are free; use a smaller model, dtype bfloat16, fewer num_calibration_samples, "
+            "offload disk, or, where thresholds are learned on the whole model, gradient_checkpointing."
         )
     if output_dir is not None:
         parent = next(place for place in Path(output_dir).expanduser().absolute().parents if place.exists())

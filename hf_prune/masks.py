@@ -68,7 +68,12 @@ class MaskRule:
         return weights - round(weights * (1 - self.density))
 
     def _floor(self, columns: int) -> int:
-        return math.ceil(columns * self.min_keep_ratio - _ROUNDING)
+        return row_floor(columns, self.min_keep_ratio)
+
+
+def row_floor(columns: int, min_keep_ratio: float) -> int:
+    """Weights that every row of so many inputs keeps at least: whole ones."""
+    return math.ceil(columns * min_keep_ratio - _ROUNDING)
 
 
 def select_largest(scores: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from hf_prune.checkpoint.folder import RECIPE_FILE
 from hf_prune.checkpoint.load import free_memory, load_config, load_tokenizer, pick_device
 from hf_prune.checkpoint.offloaded import open_model
-from hf_prune.compose import needs_text
+from hf_prune.compose import make_allocation, needs_text
 from hf_prune.data.builtin import resolve_model
 from hf_prune.description import add_displacement, describe
 from hf_prune.engine import distributed
@@ -85,7 +85,9 @@ def _run(ready: Preparation, unfinished: Unfinished, watch: Stopwatch, notes: Ma
                     made = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
                 return with_importance(model, ready.config, made, input_ids)
 
-            final, allocation_seconds = unfinished.plan(plan, ready.device)
+            rule = make_allocation(ready.config)
+            trained = model if rule is not None and rule.train_weights else None
+            final, allocation_seconds = unfinished.plan(plan, ready.device, trained)
             ready = replace(ready, plan=final, plan_is_final=True)
             result = prune(
                 model,

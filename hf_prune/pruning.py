@@ -21,6 +21,7 @@ from hf_prune.engine.walk import walk
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
 from hf_prune.families import find_family
+from hf_prune.masks import row_floor
 from hf_prune.methods.wanda import Wanda
 from hf_prune.patterns import Pattern
 from hf_prune.plan import Plan, make_plan, select_views
@@ -126,9 +127,12 @@ def _densities(
     folder = Path(statistics_folder) if statistics_folder else None
     wanted = rule.decide(model, views, measures, config.sparsity, input_ids, folder)
     sizes = [view.shape[0] * view.shape[1] for view in views]
-    met = meet_budget(wanted, sizes, 1 - config.sparsity, config.min_keep_ratio)
+    # Rows keep whole weights: a little more than the ratio says, which the others make up for.
+    kept = [row_floor(view.shape[1], config.min_keep_ratio) / view.shape[1] for view in views]
+    floors = [min(floor, 1 - config.sparsity) for floor in kept]
+    met = meet_budget(wanted, sizes, 1 - config.sparsity, floors)
     densities = {view.name: density for view, density in zip(views, met, strict=True)}
-    held = frozenset(name for name, density in densities.items() if 0 < density <= config.min_keep_ratio)
+    held = frozenset(view.name for view, own, floor in zip(views, met, floors, strict=True) if 0 < own <= floor)
     return densities, held, measures if rule.needs_fisher else None
 
 
@@ -205,7 +209,7 @@ def prune(
         input_ids: int64 [samples, tokens], calibration windows without padding; or leave it out and give
         tokenizer: the model's tokenizer, together with the calibration keys of a recipe as keywords
             (`dataset_name="allenai/c4", dataset_config="en", num_calibration_samples=128, seq_length=2048`).
-        plan: a plan made before; made here otherwise.
+        plan: a plan made before, of this very model where making it trains weights; made here otherwise.
         statistics_folder: keeps the activations' statistics for further runs (with `propagate=False`), and the state
             of an allocation that learns.
         checkpoint: where the walk is kept between blocks, and gone on with.

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import hf_prune
 from hf_prune.checkpoint.files import file_digest, tensor_digest, text_digest
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 
 SUFFIX = ".pruning"
 _FISHER = "fisher_factors.safetensors"
+_TRAINED = "trained_weights.safetensors"
+
+
+def _planned(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The parameters that a plan is about, sharing their memory."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {view.parameter: parameters[view.parameter].detach() for view in plan.views}
 
 
 def work_folder(output_dir: str) -> Path:
@@ -122,8 +129,12 @@ class Unfinished:
             self.work.save({"dense": kept})
         return Quality.from_dict(kept)
 
-    def plan(self, make: Callable[[], Plan], device: Any) -> tuple[Plan, float]:
-        """The plan with what it knows of the dense model, and the seconds it took: a kept one, or what `make` makes."""
+    def plan(self, make: Callable[[], Plan], device: Any, trained: nn.Module | None = None) -> tuple[Plan, float]:
+        """The plan with what it knows of the dense model, and the seconds it took: a kept one, or what `make` makes.
+
+        Args:
+            trained: a model whose planned weights move while the plan is made; they are kept along.
+        """
         kept = self.work.entries.get("plan")
         if kept is None:
             start = perf_counter()
@@ -134,7 +145,10 @@ class Unfinished:
                 for name, own in (plan.fisher_factors or {}).items()
                 for side in ("inputs", "outputs")
             }
-            files = {_FISHER: partial(save_file, factors)} if factors and distributed.rank() == 0 else {}
+            kept_along = {_FISHER: factors, _TRAINED: _planned(trained, plan) if trained is not None else {}}
+            files = {name: partial(save_file, own) for name, own in kept_along.items() if own}
+            if distributed.rank():
+                files = {}
             with self._counted():
                 self.work.save({"plan": plan.to_dict(), "plan_seconds": seconds}, files)
             reason = distributed.gather(self.stop.reason())[0]
@@ -147,6 +161,10 @@ class Unfinished:
             names = [view.name for view in plan.views if f"inputs.{view.name}" in factors]
             found = {name: FisherFactors(factors[f"inputs.{name}"], factors[f"outputs.{name}"]) for name in names}
             plan = replace(plan, fisher_factors=found)
+        if _TRAINED in self.work.files and trained is not None:
+            weights = load_file(self.work.file(_TRAINED), device=str(device))
+            for name, parameter in _planned(trained, plan).items():
+                parameter.copy_(weights[name])
         return plan, self.work.entries["plan_seconds"]
 
     def finished(self) -> None:

@@ -40,12 +40,13 @@ class Allocation:
     `measure` looks at one dense matrix at a time and keeps something small of it; `densities` sees what it kept of all.
     A rule with `needs_weights = False` works on shapes alone, a model on the meta device included; one with
     `needs_fisher = True` is handed the dense model's Fisher factors instead of what `measure` returns; one with
-    `learns = True` takes many passes over calibration windows.
+    `learns = True` takes many passes over calibration windows; one with `train_weights = True` moves weights meanwhile.
     """
 
     needs_weights: ClassVar[bool] = False
     needs_fisher: ClassVar[bool] = False
     learns: ClassVar[bool] = False
+    train_weights = False
     statistics: ClassVar[frozenset[str]] = frozenset()
     summary: ClassVar[str] = ""
     paper: ClassVar[str | None] = None
@@ -106,7 +107,9 @@ class Uniform(Allocation):
         return [1 - sparsity] * len(views)
 
 
-def meet_budget(wanted: Sequence[float], sizes: Sequence[int], density: float, floor: float) -> list[float]:
+def meet_budget(
+    wanted: Sequence[float], sizes: Sequence[int], density: float, floor: float | Sequence[float]
+) -> list[float]:
     """The densities nearest in proportion to `wanted` that lie in [floor, 1] and keep `density` of all weights.
 
     Every layer that is neither held by the floor nor full keeps its proportion to the others.
@@ -115,6 +118,7 @@ def meet_budget(wanted: Sequence[float], sizes: Sequence[int], density: float, f
         wanted: non-negative, one for each layer.
         sizes: weights of each layer.
         density: share of all weights that is kept, at least `floor`.
+        floor: of all layers, or of each.
     """
     shape, numel = numpy.maximum(numpy.asarray(wanted, dtype=float), 1e-12), numpy.asarray(sizes, dtype=float)
     budget = density * numel.sum()

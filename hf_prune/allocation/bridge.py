@@ -31,7 +31,7 @@ class Layer:
 
     @cached_property
     def distribution(self) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """(edges of the histogram's bins, share of scores below each), both increasing."""
+        """(edges of the histogram's bins, share of scores below each), neither ever falling."""
         below = numpy.concatenate([[0], numpy.cumsum(self.counts.counts)]) / self.counts.numel
         return self.counts.edges(), below
 

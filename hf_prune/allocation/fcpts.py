@@ -68,7 +68,7 @@ class Fcpts(Allocation):
         fcpts_seed: of the order of the windows.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         train_weights: learn the surviving weights together with the thresholds, as the released code does; for
-            `method: fcpts` alone.
+            `method: fcpts` alone. In float32 and with Adam's moments it takes 20 bytes a weight.
         weight_learning_rate: Adam's, for `train_weights`.
     """
 
@@ -150,7 +150,8 @@ class Fcpts(Allocation):
         held_out = max(round(samples * self.fcpts_held_out), 1)
         learned = self.fcpts_steps * self.fcpts_batch_size
         taught = min(learned, samples - held_out) + held_out
-        return MEASURED_WINDOWS + taught + 3 * learned + (LOOKS + 1) * held_out
+        measured = MEASURED_WINDOWS if self.fcpts_score == "wanda" else 0
+        return measured + taught + (3 + self.gradient_checkpointing) * learned + (LOOKS + 1) * held_out
 
     def memory_bytes(self, work: Work) -> int:
         """Of a step: masked weights and activations for the backward pass, logits, the teacher, trained weights."""

@@ -32,7 +32,8 @@ class Learning:
         """Keep sparsities and weights if the loss is the lowest so far; one that is not a number never is."""
         self.looks_without_gain += 1
         if loss < self.best or not len(self.best_sparsities):
-            self.best, self.best_sparsities, self.best_weights = loss, sparsities, self._weights()
+            self.best = math.inf if math.isnan(loss) else loss
+            self.best_sparsities, self.best_weights = sparsities, self._weights()
             self.looks_without_gain = 0
 
     def is_stuck(self, patience: int) -> bool:

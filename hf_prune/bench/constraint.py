@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Mapping
@@ -41,6 +42,17 @@ def parse_constraint(text: str) -> list[tuple[str, str, float]]:
     return parsed
 
 
+def _distance(line: Mapping[str, Any], constraint: list[tuple[str, str, float]]) -> float:
+    """How far a line is from its limits, as shares of them, added up; infinite where something was not measured."""
+    away = 0.0
+    for name, sign, limit in constraint:
+        if line[name] is None:
+            return math.inf
+        if not COMPARISONS[sign](line[name], limit):
+            away += abs(line[name] - limit) / max(abs(limit), 1e-9)
+    return away
+
+
 def choose(lines: list[dict[str, Any]], constraint: list[tuple[str, str, float]]) -> tuple[dict[str, Any] | None, str]:
     """The line with the lowest perplexity among those that fit, and a sentence; None where none fits."""
 
@@ -58,5 +70,5 @@ def choose(lines: list[dict[str, Any]], constraint: list[tuple[str, str, float]]
             f"Chosen: {best['row']} at {best['setting']}: perplexity {best['perplexity']:.2f} "
             f"({best['ppl_ratio']:.3f} of dense), size {best['size']:.3f}; {len(fitting)} of {len(lines)} fit."
         )
-    nearest = min(lines, key=lambda line: (len(misses(line)), line["ppl_ratio"]))
+    nearest = min(lines, key=lambda line: (_distance(line, constraint), line["ppl_ratio"]))
     return None, f"None fits. Nearest: {nearest['row']} at {nearest['setting']}: {'; '.join(misses(nearest))}."

@@ -53,7 +53,7 @@ class Grid:
 
     Other rows' excess and seconds are also given as multiples of those of row `reference`, and their allocations are
     compared with that of row `allocation_reference`. With `share_learning` rows with the same learned allocation learn
-    it once: the seconds of those that come later hold no learning.
+    it once (side by side they may learn at the same time, to the same end): seconds of later ones hold no learning.
     """
 
     name: str

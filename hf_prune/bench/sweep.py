@@ -6,7 +6,7 @@ import itertools
 import logging
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_prune.arguments import SECTIONS, StructuredConfig
+from hf_prune.arguments import SECTIONS, EvaluationArguments, ModelArguments, StructuredConfig
 from hf_prune.bench.grid import Grid, make_grid
 from hf_prune.bench.runner import Results
 from hf_prune.bench.summary import correlations, summarise
 from hf_prune.checkpoint.folder import PLAN_FILE
+from hf_prune.checkpoint.load import load_config, skeleton
+from hf_prune.checkpoint.source import WeightFiles
 from hf_prune.compose import belongs_to_a_part, known_keys, make_config
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.evaluation.efficiency import measure_efficiency
@@ -42,28 +44,42 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
         BadInputError: no key holds a list, or no combination makes sense.
     """
     axes, common = split_axes(values)
-    inside = [key for key in axes if key not in (*SETTING_KEYS, "seed")]
     settings = {_label(own) or "the recipe": own for own in _products(axes, [k for k in SETTING_KEYS if k in axes])}
-    rows, refused = [], []
     # A key of a part is for the combinations that choose the part.
-    optional = {key: common.pop(key) for key in list(common) if belongs_to_a_part(key)}
+    optional = {key: axes.get(key, [value]) for key, value in values.items() if belongs_to_a_part(key)}
+    common = {key: value for key, value in common.items() if key not in optional}
+    inside = [key for key in axes if key not in (*SETTING_KEYS, "seed", *optional)]
+    # Each row's values, and the settings under which it chooses the same parts.
+    fitting: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    refused = []
     for own in _products(axes, inside):
-        # Settings under which the combination chooses the same parts make one row.
-        fitting: dict[tuple[str, ...], list[str]] = {}
         for setting, fixed in settings.items():
+            chosen = {**common, **fixed, **own}
             try:
-                extra = fitting_keys({**common, **fixed, **own}, optional)
-                make_config(make_recipe({**common, **fixed, **own, **extra}).prune_options)
-                fitting.setdefault(tuple(extra), []).append(setting)
+                understood = fitting_keys(chosen, optional)
             except BadInputError as error:
                 refused.append(f"{_label({**own, **fixed})}: {error}")
-        for extra_keys, names in fitting.items():
-            label = _label(own) or "the recipe"
-            label += f" ({', '.join(names)})" if len(fitting) > 1 else ""
-            extra = {key: optional[key] for key in extra_keys}
-            rows.append({"name": label, **own, **extra, "settings": names, "seeds": axes.get("seed")})
-    if not rows:
+                continue
+            for extra in _products(optional, understood):
+                try:
+                    make_config(make_recipe({**chosen, **extra}).prune_options)
+                    fitting.setdefault(str({**own, **extra}), ({**own, **extra}, []))[1].append(setting)
+                except BadInputError as error:
+                    refused.append(f"{_label({**own, **_tried(extra, axes), **fixed})}: {error}")
+    if not fitting:
         raise BadInputError(f"{next(iter(axes))}: no combination can be run; the first: {refused[0]}")
+    used = {key for row, _ in fitting.values() for key in row}
+    refused += [f"{key}: no combination chooses what it belongs to." for key in optional if key not in used]
+    labels = [_label(_tried(row, axes)) or "the recipe" for row, _ in fitting.values()]
+    rows = [
+        {
+            "name": label + (f" ({', '.join(names)})" if labels.count(label) > 1 else ""),
+            **row,
+            "settings": names,
+            "seeds": axes.get("seed"),
+        }
+        for label, (row, names) in zip(labels, fitting.values(), strict=True)
+    ]
     content = {"name": name, "common": common, "settings": settings, "rows": rows, "share_learning": True}
     return make_grid(content), refused
 
@@ -80,13 +96,20 @@ def split_axes(values: Mapping[str, Any]) -> tuple[dict[str, list[Any]], dict[st
     for key, choices in axes.items():
         if not choices:
             raise BadInputError(f"{key}: an empty list leaves nothing to try; name some values.")
+        if key in field_types(EvaluationArguments):
+            raise BadInputError(f"{key}: all that is tried is scored alike; give this key one value.")
     return axes, {key: value for key, value in values.items() if key not in axes}
 
 
-def fitting_keys(values: Mapping[str, Any], optional: Mapping[str, Any]) -> dict[str, Any]:
+def fitting_keys(values: Mapping[str, Any], optional: Iterable[str]) -> list[str]:
     """Those of `optional`, keys of methods and their parts, that the parts chosen by a flat recipe understand."""
     known = known_keys(make_recipe(values).prune_options)
-    return {key: value for key, value in optional.items() if key in known}
+    return [key for key in optional if key in known]
+
+
+def _tried(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those values that differ from row to row."""
+    return {key: value for key, value in values.items() if key in axes}
 
 
 def _is_list(key: str) -> bool:
@@ -117,7 +140,8 @@ class Look:
         self.speed = speed
 
     def __call__(self, cell: Any, output: Path) -> dict[str, Any]:
-        save_file(kept_bits(output), self.folder / f"mask-{cell.key}.safetensors")
+        bits = kept_bits(output, trust_remote_code=bool(self.options["trust_remote_code"]))
+        save_file(bits, self.folder / f"mask-{cell.key}.safetensors")
         noted: dict[str, Any] = {"mask": cell.key}
         if self.speed:
             try:
@@ -130,16 +154,17 @@ class Look:
         return noted
 
 
-def kept_bits(folder: Path) -> dict[str, torch.Tensor]:
+def kept_bits(folder: Path, trust_remote_code: bool = False) -> dict[str, torch.Tensor]:
     """Which weights of a folder's planned matrices are not zero: uint8, eight a byte, by parameter name."""
+    arguments = ModelArguments(trust_remote_code=trust_remote_code)
+    model = skeleton(load_config(str(folder), arguments), arguments)
+    files = WeightFiles(model, sorted(folder.glob("*.safetensors")))
     planned = {view.parameter for view in Plan.load(folder / PLAN_FILE).views}
-    bits = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            for name in planned.intersection(file.keys()):
-                kept = (file.get_tensor(name) != 0).numpy()
-                bits[name] = torch.from_numpy(numpy.packbits(kept))
-    return bits
+    return {
+        name: torch.from_numpy(numpy.packbits((tensor != 0).numpy()))
+        for wanted in sorted(planned)
+        for name, tensor in files.read({wanted}.__contains__).items()
+    }
 
 
 def overlap(left: Path, right: Path) -> float | None:
@@ -172,8 +197,9 @@ def table(grid: Grid, results: Results, folder: Path) -> list[dict[str, Any]]:
         line["speed"] = run.get("speed")
         line["decode_tokens_per_second"] = run.get("decode_tokens_per_second")
         best = min((own for own in lines if own["setting"] == line["setting"]), key=lambda own: own["perplexity"])
-        masks = [folder / f"mask-{runs[own['setting'], own['row']]['mask']}.safetensors" for own in (line, best)]
-        line["overlap"] = overlap(*masks)
+        masks = [folder / f"mask-{runs[own['setting'], own['row']].get('mask')}.safetensors" for own in (line, best)]
+        # Results may have been taken along without the masks.
+        line["overlap"] = overlap(*masks) if all(mask.is_file() for mask in masks) else None
     for line in lines:
         line["pareto"] = not any(_beats(other, line) for other in lines)
     return lines
@@ -229,7 +255,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
             spread,
             f"{line['size']:.3f}",
             f"{line['speed']:.2f}" if line["speed"] is not None else "not measured",
-            f"{line['overlap']:.2f}" if line["overlap"] is not None else "other shapes",
+            f"{line['overlap']:.2f}" if line["overlap"] is not None else "none to compare",
             correlations(line),
         ]
         out.append("| " + " | ".join(cells) + " |")
@@ -237,6 +263,6 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
     note = (
         f"Dense perplexity {dense['perplexity']:.2f} on {len(dense['nll'])} windows. Size: parameters that are not "
         "zero; speed: decoded tokens a second; both over the dense model's. Overlap: weights that both masks keep over "
-        "those that either keeps. In bold: nothing else is both smaller and better."
+        "those that either keeps. In bold: nothing else is as small and as good, and smaller or better."
     )
     return "\n".join([*out, "", note])

@@ -17,7 +17,8 @@ _CHUNK = 1 << 22
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
     """Yield a path beside `file` to write to; once the body has succeeded it is on the disk and takes the name."""
-    part = file.with_name(f"{file.name}.part")
+    # A name of its own: another process may be writing the same file.
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         yield part
         _to_disk(part)

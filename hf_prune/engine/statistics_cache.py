@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_prune.checkpoint.files import replaced
 from hf_prune.engine import distributed
 from hf_prune.engine.capture import least_tokens
 from hf_prune.engine.offload import tensors_of
@@ -59,7 +60,9 @@ class StatisticsCache:
             for kind, total in statistics.totals().items()
         }
         described = [{"count": own.count, "members": [view.name for view in members]} for own, members in groups]
-        save_file(tensors, self.folder / f"block_{index}.safetensors", {"groups": json.dumps(described)})
+        # Other runs may be writing, or already reading, the same one.
+        with replaced(self.folder / f"block_{index}.safetensors") as part:
+            save_file(tensors, part, {"groups": json.dumps(described)})
 
     def finish(self) -> None:
         """All blocks are there: from now on they are read instead of gathered."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hf_prune.checkpoint.files import replaced, tensor_digest, text_digest
 from hf_prune.engine import distributed
 from hf_prune.engine.masked import ThresholdedView, thresholded
+from hf_prune.engine.offload import tensors_of
 from hf_prune.engine.teacher import TeacherLogits
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
 from hf_prune.weights import WeightView, find_blocks
 
@@ -24,7 +25,8 @@ from hf_prune.weights import WeightView, find_blocks
 class ThresholdTask:
     """A dense model whose layers are about to get thresholds.
 
-    The same windows make the same steps whatever the number of processes; each computes its share of every step.
+    The same windows make the same steps whatever the number of processes; each computes its share of every step, so
+    that steps of fewer windows than there are processes leave some idle.
 
     Attributes:
         views: the weight matrices, with scales and windows.
@@ -47,17 +49,22 @@ class ThresholdTask:
 
     def teach(self) -> None:
         """Cache the dense model's distributions of this process's windows, as far as any step wants them."""
-        wanted = {"windows": sorted({number for step in self.steps for number in step})}
-        wanted["held_out"] = list(range(len(self.held_out)))
+        wanted = {"windows": sorted({number for step in self.steps for number in self._own(step)})}
+        wanted["held_out"] = list(self._own(range(len(self.held_out))))
         with torch.no_grad():
             for name, windows in (("windows", self.windows), ("held_out", self.held_out)):
-                own = [number for number in wanted[name] if number % distributed.world_size() == distributed.rank()]
+                own = wanted[name]
                 self._teacher[name] = {
                     number: TeacherLogits.of(
                         self._logits(windows[number : number + 1]), self.temperature, self.teacher_tokens
                     )
                     for number in progress(own, f"teacher, {name.replace('_', ' ')}", total=len(own))
                 }
+
+    @staticmethod
+    def _own(numbers: Sequence[int]) -> Sequence[int]:
+        """This process's share of some windows: all have as many, or one more."""
+        return numbers[distributed.rank() :: distributed.world_size()]
 
     def _logits(self, window: Tensor) -> Tensor:
         output: Tensor = self.model(input_ids=window.to(self.device), use_cache=False).logits
@@ -72,6 +79,9 @@ class ThresholdTask:
         """Gradient of `factor` times the mean KL divergence a token by each threshold, float32 [views].
 
         Gradients of trained weights, where any ask for them, are left in `.grad`, summed over processes.
+
+        Raises:
+            RunError: it is not finite.
         """
         leaf = thresholds.detach().to(self.device).requires_grad_(True)
         leaf.grad = torch.zeros_like(leaf)
@@ -80,13 +90,17 @@ class ThresholdTask:
             parameter.grad = torch.zeros_like(parameter)
         # The backward pass is inside as well: it may compute blocks again.
         with self._under(leaf, recompute=self.recompute):
-            for number in batch:
-                teacher = self._teacher["windows"].get(number)
-                if teacher is not None:
-                    loss = self._divergence(teacher, self.windows[number : number + 1]) * factor / len(batch)
-                    loss.backward()
+            for number in self._own(batch):
+                teacher = self._teacher["windows"][number]
+                loss = self._divergence(teacher, self.windows[number : number + 1]) * factor / len(batch)
+                loss.backward()
         gradient = leaf.grad.detach().cpu()
         distributed.sum_everywhere(gradient)
+        if not gradient.isfinite().all():
+            raise RunError(
+                "allocation fcpts: the gradient of the thresholds is not finite, so the model overflows; set dtype to "
+                "bfloat16 or float32."
+            )
         for parameter in trained:
             assert parameter.grad is not None
             distributed.sum_everywhere(parameter.grad)
@@ -113,16 +127,10 @@ class ThresholdTask:
 
     def _fingerprint(self) -> str:
         """Of everything that decides how the learning goes, but the learner's own settings."""
-        digest = hashlib.sha256()
-        for tensor in (self.windows, self.held_out):
-            digest.update(tensor.numpy().tobytes())
-        for own in self.views:
-            weight = own.view.stored
-            # A few numbers of each matrix tell one model from another.
-            digest.update(f"{own.view.name} {tuple(weight.shape)} {own.window}".encode())
-            digest.update(weight.reshape(-1)[:: max(weight.numel() // 64, 1)].float().cpu().numpy().tobytes())
-        digest.update(f"{self.temperature} {self.teacher_tokens} {self.steps}".encode())
-        return digest.hexdigest()
+        said = [torch.__version__, self.temperature, self.teacher_tokens, self.steps]
+        said += [(own.view.name, own.window) for own in self.views]
+        tensors = (self.windows, self.held_out, *(tensor for _, tensor in tensors_of(self.model)))
+        return text_digest(json.dumps(said) + "".join(map(tensor_digest, tensors)))
 
     def save_state(self, state: dict[str, Tensor], settings: str) -> None:
         """Keep the learner's state, if there is a folder for it; the file is replaced whole."""
@@ -131,21 +139,18 @@ class ThresholdTask:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self._state_file(settings)
-        # A name of its own: another run on the same folder may be writing as well.
-        part = file.with_suffix(f".{os.getpid()}.part")
-        save_file(state, part)
-        part.replace(file)
+        with replaced(self._state_file(settings)) as part:
+            save_file(state, part)
 
     def _state_file(self, settings: str) -> Path:
         """Named after all that decides how the learning goes, so that different ones do not meet."""
         assert self.folder is not None
-        digest = hashlib.sha256(f"{self._identity} {settings}".encode()).hexdigest()[:16]
-        return self.folder / f"thresholds-{digest}.safetensors"
+        return self.folder / f"thresholds-{text_digest(self._identity + settings)[:16]}.safetensors"
 
     def load_state(self, settings: str) -> dict[str, Tensor] | None:
         """The state of an unfinished or finished run of the very same learning; None where there is none."""
-        if self.folder is None or not self._state_file(settings).is_file():
+        # Processes that do not see the same folder all begin anew.
+        if self.folder is None or not all(distributed.gather(self._state_file(settings).is_file())):
             return None
         from safetensors.torch import load_file
 

@@ -132,7 +132,7 @@ class OneShotCandidates:
     def values(self, choice: Choice) -> dict[str, Any]:
         """The flat recipe of one candidate."""
         values = {**self.common, **choice}
-        return {**values, **fitting_keys(values, self.optional)}
+        return {**values, **{key: self.optional[key] for key in fitting_keys(values, self.optional)}}
 
     def _config(self, choice: Choice) -> Any:
         return make_config(make_recipe(self.values(choice)).prune_options)

@@ -52,6 +52,15 @@ def test_a_key_of_a_part_goes_to_the_combinations_that_choose_the_part() -> None
     }
 
 
+def test_a_list_over_a_key_of_a_part_is_tried_where_the_part_is_chosen() -> None:
+    axes = {"allocation": ["uniform", "fcpts"], "fcpts_steps": [8, 32], "sparsity": [0.5, 0.6]}
+    grid, refused = sweep.make_sweep({**COMMON, "method": "wanda", **axes, "outlier_multiple": 7}, "mine")
+    found = {(cell.row, cell.setting): cell.values.get("fcpts_steps") for cell in grid.cells}
+    rows = {"uniform": None, "fcpts, 8": 8, "fcpts, 32": 32}
+    assert found == {(row, setting): steps for row, steps in rows.items() for setting in ("0.5", "0.6")}
+    assert refused == ["outlier_multiple: no combination chooses what it belongs to."]
+
+
 def test_keys_that_are_lists_by_nature_are_no_axes() -> None:
     grid, _ = sweep.make_sweep({**COMMON, "method": "wanda", "ignore": ["q_proj"], "pattern": ["2:4", "4:8"]}, "mine")
     assert [cell.values["ignore"] for cell in grid.cells] == [["q_proj"]] * 2
@@ -65,6 +74,7 @@ def test_keys_that_are_lists_by_nature_are_no_axes() -> None:
         ({"method": "wanda", "sparsity": []}, "sparsity: an empty list"),
         ({"method": ["admm"], "reconstruct": "linear"}, "no combination can be run"),
         ({"method": ["wonda"]}, "no combination can be run.*unknown"),
+        ({"method": ["wanda"], "eval_seq_length": [64, 128]}, "eval_seq_length: all that is tried is scored alike"),
     ],
 )
 def test_nothing_to_sweep_is_an_error(values: dict, message: str) -> None:
@@ -100,7 +110,10 @@ def test_the_constraint_chooses_the_lowest_perplexity_that_fits() -> None:
     best, sentence = choose(lines, wanted)
     assert best is lines[2] and "c at 0.5" in sentence and "1 of 4 fit" in sentence
     none, sentence = choose(lines, parse_constraint("ppl_ratio<1.05,size<0.5"))
-    assert none is None and sentence.startswith("None fits. Nearest: d at 0.5: size is 0.9, not <0.5")
+    # b is 0.01 of one limit and 0.1 of the other away; c, with the same size missed by 0.16, nothing and 0.16.
+    assert none is None and sentence.startswith("None fits. Nearest: b at 0.5: ppl_ratio is 1.06, not <1.05; size is")
+    none, sentence = choose(lines[1:], parse_constraint("ppl_ratio<=1.05, size<=0.57"))
+    assert none is None and sentence == "None fits. Nearest: b at 0.5: ppl_ratio is 1.06, not <=1.05."
     none, sentence = choose([line("a", 1.0, 1.0, None)], parse_constraint("speed>=1"))
     assert none is None and sentence.endswith("a at 0.5: speed was not measured.")
 
