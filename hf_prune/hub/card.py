@@ -33,6 +33,7 @@ from hf_prune.report.privacy import (
     recovery_report,
 )
 from hf_prune.report.search_report import COLUMNS, candidate_rows, searched
+from hf_prune.report.shares import share_rows
 
 PLOTS = {
     "plots/sparsity_by_layer.png": "Sparsity of every pruned weight matrix, by block and kind of module",
@@ -78,6 +79,7 @@ def _body(folder: Path, report: dict[str, Any], recipe_text: str) -> dict[str, A
         "rows": [*quality_rows(report), *sparsity_rows(report), *efficiency_rows(report)],
         "measured": [text for text in (findings.protocol(report), _conditions(report)) if text],
         "plots": [(plot, caption) for plot, caption in PLOTS.items() if (folder / plot).is_file()],
+        "shares": share_rows(report),
         "gained": gained(report),
         "loading": fence(_loading(report.get("hub_model_id"), bool(report.get("own_code"))), "python"),
         "needs": _needs(report),

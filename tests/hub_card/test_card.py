@@ -117,6 +117,20 @@ def test_eval_results_folder_parses(tmp_path: Path, report: dict[str, Any]) -> N
         assert "seq_length=1024, windows=32" in entry.notes
 
 
+def test_the_zeros_of_each_kind_are_listed_where_they_differ(tmp_path: Path, report: dict[str, Any]) -> None:
+    assert not [table for table in tables_of(card_of(tmp_path, report).text) if table[0][0] == "weight matrix"]
+    # q_proj of 576 x 576 twice, k_proj of 192 x 576 twice, down_proj of 576 x 1,536 once.
+    for place, density in enumerate((0.4, 0.9, 0.25, 0.2, 0.7)):
+        report["views"][place]["density"] = density
+    del report["views"][5]
+    found = [table for table in tables_of(card_of(tmp_path, report).text) if table[0][0] == "weight matrix"]
+    assert found[0][1:] == [
+        ["self_attn.q_proj", "70.0 %", "60.0 % (block 0)", "80.0 % (block 1)"],
+        ["self_attn.k_proj", "20.0 %", "10.0 % (block 0)", "30.0 % (block 1)"],
+        ["mlp.down_proj", "75.0 %", "75.0 % (block 0)", "75.0 % (block 0)"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("dataset", "private"), [("builtin:python-docs", False), ("notes.jsonl", True), ("allenai/c4", None)]
 )
