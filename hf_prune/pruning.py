@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hf_prune.allocation.base import meet_budget
+from hf_prune.allocation.base import meet_budget, whole_rows
 from hf_prune.allocation.saved import saved_plan
 from hf_prune.arguments import DataArguments, PruneConfig, StructuredConfig
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_solver, needs_text
@@ -131,6 +131,9 @@ def _densities(
     kept = [row_floor(view.shape[1], config.min_keep_ratio) / view.shape[1] for view in views]
     floors = [min(floor, 1 - config.sparsity) for floor in kept]
     met = meet_budget(wanted, sizes, 1 - config.sparsity, floors)
+    criterion = make_solver(config).criterion
+    if config.allocation != "uniform" and criterion is not None and criterion.by_row:
+        met = whole_rows(met, [view.shape for view in views], 1 - config.sparsity, floors)
     densities = {view.name: density for view, density in zip(views, met, strict=True)}
     held = frozenset(view.name for view, own, floor in zip(views, met, floors, strict=True) if 0 < own <= floor)
     return densities, held, measures if rule.needs_fisher else None

@@ -136,6 +136,29 @@ def meet_budget(
     return [float(value) for value in kept(high)]
 
 
+def whole_rows(
+    densities: Sequence[float], shapes: Sequence[tuple[int, int]], density: float, floors: Sequence[float]
+) -> list[float]:
+    """The nearest densities that keep a whole number of weights in every row, and `density` of all weights.
+
+    Each layer keeps what it may at least; those that lose most by that keep one weight a row more, as far as it goes.
+
+    Args:
+        shapes: (out, in) of each layer.
+        density: share of all weights, met to half a weight a row of one layer.
+        floors: densities that no layer may fall below, of whole weights a row.
+    """
+    rows, columns = numpy.asarray(shapes, dtype=float).T
+    wanted = numpy.maximum(numpy.asarray(densities), floors) * columns
+    kept = numpy.floor(wanted + 1e-9)
+    missing = density * (rows * columns).sum() - (kept * rows).sum()
+    for place in numpy.argsort(kept - wanted, kind="stable"):
+        if rows[place] / 2 <= missing and kept[place] < columns[place]:
+            kept[place] += 1
+            missing -= rows[place]
+    return [float(value) for value in kept / columns]
+
+
 def by_block(views: Sequence[WeightView], values: Mapping[int, float]) -> list[float]:
     """A value of each block handed to all of its views."""
     return [values[view.block] for view in views]

@@ -13,7 +13,7 @@ from tiny import FAMILIES, tiny_ids, tiny_model
 from torch import nn
 
 from hf_prune.allocation import ALLOCATIONS
-from hf_prune.allocation.base import meet_budget
+from hf_prune.allocation.base import meet_budget, whole_rows
 from hf_prune.allocation.histogram import Histogram, shares_above
 from hf_prune.compose import make_config
 from hf_prune.errors import BadInputError
@@ -171,6 +171,22 @@ def test_the_budget_is_met_whatever_was_wished(wishes: list[tuple[float, int]], 
     # The order of the wishes survives.
     ranked = [value for _, value in sorted(zip(wanted, met, strict=True))]
     assert all(later >= earlier - 1e-12 for earlier, later in pairwise(ranked))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.integers(1, 700), st.floats(0, 1)), min_size=1, max_size=30),
+    st.floats(0.05, 0.95),
+)
+def test_rows_of_whole_weights_meet_the_budget(layers: list[tuple[int, int, float]], density: float) -> None:
+    shapes, sizes = [own[:2] for own in layers], [own[0] * own[1] for own in layers]
+    met = meet_budget([own[2] for own in layers], sizes, density, 0.0)
+    whole = whole_rows(met, shapes, density, [0.0] * len(layers))
+    for value, before, (_, columns) in zip(whole, met, shapes, strict=True):
+        assert value * columns == pytest.approx(round(value * columns), abs=1e-6)
+        assert -1e-9 <= value <= 1 and abs(value - before) * columns <= 1 + 1e-6
+    missed = abs(sum(own * size for own, size in zip(whole, sizes, strict=True)) - density * sum(sizes))
+    assert missed <= max(rows for rows, _ in shapes) / 2 + 1e-3
 
 
 @settings(max_examples=50, deadline=None)

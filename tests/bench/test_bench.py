@@ -4,8 +4,11 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
+import pandas
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
@@ -14,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_prune import cli
 from hf_prune.bench.grid import load_grid
 from hf_prune.bench.runner import Bench, Results
-from hf_prune.bench.summary import _add_ratios, _time_ratio, markdown, summarise, write_between_markers
+from hf_prune.bench.summary import _add_ratios, _agreement, _time_ratio, markdown, summarise, write_between_markers
 from hf_prune.compose import make_config
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
@@ -156,6 +159,24 @@ def test_a_line_for_each_row_and_setting(place: Path, results: dict) -> None:
     # Calibration windows are cut once for each seed; weights do not stay.
     assert len(list((place / "work").glob("token_ids-*.safetensors"))) == 2
     assert not list((place / "work").glob("*.model"))
+
+
+def test_the_agreement_of_allocations_is_pandas_rank_correlation(place: Path) -> None:
+    grid = load_grid(place / "grid.yaml", {})
+    grid = replace(grid, allocation_reference="peer")
+    densities = pandas.DataFrame(numpy.random.default_rng(0).random((21, 3)).round(1), columns=["0", "3", "peer"])
+    found = Results(place / "nowhere.json", "mine")
+    found.quality["w"] = {}
+    for cell in grid.cells:
+        name = "peer" if cell.row == "peer" else str(cell.seed)
+        if cell.setting == "50 %":
+            found.content["runs"][cell.key] = [{"weights": "w", "densities": densities[name].tolist()}]
+    expected = densities.corr(method="spearman")
+    agreed = _agreement(grid, found, "wanda", "50 %")
+    assert agreed["allocation_over_seeds"] == pytest.approx(expected.loc["0", "3"])
+    assert agreed["allocation_like_reference"] == pytest.approx(expected.loc[["0", "3"], "peer"].mean())
+    alone = {"allocation_over_seeds": None, "allocation_like_reference": None}
+    assert _agreement(grid, found, "peer", "50 %") == alone
 
 
 @pytest.mark.slow
