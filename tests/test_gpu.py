@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_prune import cli
 from hf_prune.allocation import ALLOCATIONS
 from hf_prune.compose import make_config
+from hf_prune.engine.offload import HostMemory, Offload
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.pruning import plan_pruning, prune
 
@@ -159,6 +160,35 @@ def test_a_cut_run_goes_on_to_the_same_bits(place: Path) -> None:
     assert cli.main(["prune", *recipe(place, "cut", **options, time_limit="0.001s")]) == 75
     assert cli.main(["prune", *recipe(place, "cut", **options)]) == 0
     assert (place / "whole/model.safetensors").read_bytes() == (place / "cut/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_blocks_that_come_and_go_become_the_same(family: str, offload: str, place: Path, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    options = {"method": "sparsegpt", "sparsity": 0.5, "allocation": "fisher", "output_importance": "fisher",
+               "eval_efficiency": False, "model_name_or_path": tmp_path / "dense"}  # fmt: skip
+    stored = []
+    for kind in ("none", offload):
+        output = tmp_path / kind
+        assert cli.main(["prune", *recipe(place, "", **options | {"offload": kind, "output_dir": output})]) == 0
+        stored.append({name: own for file in output.glob("*.safetensors") for name, own in load_file(file).items()})
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(stored[0][name], stored[1][name]) for name in stored[0])
+
+
+def test_the_next_block_is_read_ahead_into_pinned_memory() -> None:
+    model = tiny_model("llama")
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    offload = Offload(model, HostMemory(model), GPU)
+    for index in range(offload.count):
+        with offload.at_work(index):
+            ahead = offload._ahead.get(index + 1)
+            assert (ahead is None) == (index == offload.count - 1)
+            assert ahead is None or all(tensor.is_pinned() for tensor in ahead.result().values())
+            for name, ((module, leaf), *_) in offload.units[index].items():
+                assert getattr(module, leaf).is_cuda and torch.equal(getattr(module, leaf).cpu(), whole[name])
 
 
 @pytest.mark.parametrize(("kind", "loss"), [("full", "language_modeling"), ("lora", "distillation")])
