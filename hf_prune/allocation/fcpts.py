@@ -30,10 +30,12 @@ from hf_prune.progress import progress
 from hf_prune.weights import WeightView
 
 SCORES = ("magnitude", "wanda")
-STARTS = ("erk", "uniform")
+STARTS = ("capped_erk", "erk", "uniform")
 BUDGETS = ("projection", "penalty")
 # How often the held-out windows are looked at in the course of learning.
 LOOKS = 5
+# Share of the whole sparsity that every layer begins with at least under `capped_erk`.
+LEAST_SPARSITY = 0.5
 # Norms of the inputs settle long before the Gram matrices of the solvers do.
 MEASURED_WINDOWS = 8
 
@@ -44,9 +46,10 @@ class Fcpts(Allocation):
 
     From the paper: thresholds as sigmoid(score) times a scale, the density bridge, the start at ERK, the penalty
     |s - s*|, the divergence at a temperature. Ours, for language models: a straight-through window of a few bandwidths
-    (the released 1.0 spans every weight of a language model), Adam on the scores, a budget that is met after every step
-    (`projection`), early stopping on held-out windows. The released code makes its masks where no gradient is recorded,
-    so that only the penalty moves its thresholds: `fcpts_gradient: false` with `fcpts_budget: penalty` does the same.
+    (the released 1.0 spans every weight of a language model), Adam on the scores, a cap on ERK, a budget that is met
+    after every step (`projection`), early stopping on held-out windows. The released code makes its masks where no
+    gradient is recorded, so that only the penalty moves its thresholds: `fcpts_gradient: false` with `fcpts_budget:
+    penalty` does the same.
 
     Args:
         fcpts_score: what is thresholded: `magnitude`, |W|, or `wanda`, |W| times the norm of its input.
@@ -60,7 +63,9 @@ class Fcpts(Allocation):
         fcpts_density: `kde`, a Gaussian kernel density estimate (the paper's); `histogram`, 100 bins (the code's).
         fcpts_window: half-width of the straight-through window, in bandwidths of each layer's scores.
         fcpts_gradient: False keeps the divergence from the thresholds, as the released code does.
-        fcpts_start: `erk` or `uniform`.
+        fcpts_start: `erk` (the paper's), `capped_erk`, which lets no layer be denser than half the sparsity leaves it,
+            or `uniform`. A threshold learns in proportion to itself: one that begins where ERK keeps a layer whole
+            never moves.
         fcpts_held_out: share of the calibration windows that decides which step is kept and when to stop.
         fcpts_patience: stop after so many looks at the held-out windows without a better one; a look every fifth of
             the steps.
@@ -82,7 +87,7 @@ class Fcpts(Allocation):
     fcpts_density: str = "kde"
     fcpts_window: float = 2.0
     fcpts_gradient: bool = True
-    fcpts_start: str = "erk"
+    fcpts_start: str = "capped_erk"
     fcpts_held_out: float = 0.0625
     fcpts_patience: int = 2
     fcpts_teacher_tokens: int = 256
@@ -143,8 +148,10 @@ class Fcpts(Allocation):
         """Densities to begin with."""
         if self.fcpts_start == "uniform":
             return [1 - sparsity] * len(views)
+        most = 1 - LEAST_SPARSITY * sparsity if self.fcpts_start == "capped_erk" else 1.0
         sizes = [view.shape[0] * view.shape[1] for view in views]
-        return meet_budget(ErdosRenyi().densities(views, {}, sparsity), sizes, 1 - sparsity, 0.0)
+        wanted = ErdosRenyi().densities(views, {}, sparsity)
+        return [most * share for share in meet_budget(wanted, sizes, (1 - sparsity) / most, 0.0)]
 
     def window_passes(self, samples: int) -> float:
         held_out = max(round(samples * self.fcpts_held_out), 1)

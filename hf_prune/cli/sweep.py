@@ -16,7 +16,8 @@ NAME.csv, NAME.md and NAME.png (the Pareto frontier) there.
 
 --constraint "ppl_ratio<=1.05, size<=0.6" chooses the lowest perplexity that fits, or says that none does. It may name
 ppl_ratio, perplexity, size, sparsity and speed. --at_once N runs N combinations side by side, each with its share of
-the processors or a GPU of its own; speeds are then those of a busy machine."""
+the processors or a GPU of its own; speeds are then those of a busy machine. Dense scores, calibration windows and what
+was learned are shared; with propagate: false the inputs' statistics as well, which no other choice leaves alike."""
 
 
 def help_text() -> str:

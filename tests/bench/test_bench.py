@@ -152,6 +152,7 @@ def test_a_line_for_each_row_and_setting(place: Path, results: dict) -> None:
         if (run["row"], run["setting"]) == ("wanda", "50 %")
     ]
     assert float(wanda["excess"]) == pytest.approx(sum(logs) / 2)
+    assert float(wanda["excess_spread"]) == pytest.approx(abs(logs[0] - logs[1])) and float(wanda["low"]) > 0
     readme = (place / "README.md").read_text()
     assert readme.startswith("Before\n") and readme.endswith("\nAfter\n") and "old" not in readme
     assert readme.count("| wanda |") == 1 and "12 windows" in readme

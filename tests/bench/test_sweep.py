@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -17,7 +18,9 @@ from tiny import byte_tokenizer, tiny_model
 from hf_prune import cli
 from hf_prune.bench import sweep
 from hf_prune.bench.constraint import choose, parse_constraint
+from hf_prune.compose import make_config
 from hf_prune.errors import BadInputError
+from hf_prune.pruning import prune
 
 COMMON = {
     "model_name_or_path": "somewhere", "dataset_name": "text.txt", "num_calibration_samples": 16, "seq_length": 64,
@@ -125,6 +128,28 @@ def test_a_constraint_that_is_none_is_an_error(text: str) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_sweep_notes_of_a_mixture(tmp_path: Path) -> None:
+    """The mask of every planned matrix, experts included, and how fast the folder is beside the dense model."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "dense")
+    (tmp_path / "pruned").mkdir()
+    model = tiny_model("mixtral")
+    result = prune(model, make_config({"method": "magnitude", "sparsity": 0.5}))
+    model.save_pretrained(tmp_path / "pruned")
+    result.plan.save(tmp_path / "pruned" / "prune_plan.json")
+    options = {"dtype": "float32", "device": "cpu", "revisions": None, "trust_remote_code": False}
+    look = sweep.Look(tmp_path, str(tmp_path / "dense"), options, speed=True)
+    noted = look(SimpleNamespace(key="mine"), tmp_path / "pruned")
+    # The same model twice, but for zeros, which stock kernels multiply like any other number.
+    assert noted["mask"] == "mine" and 0.2 < noted["speed"] < 5 and noted["decode_tokens_per_second"] > 0
+    bits = load_file(tmp_path / "mask-mine.safetensors")
+    weights = model.state_dict()
+    assert bits.keys() == {view.parameter for view in result.plan.views}
+    for name, packed in bits.items():
+        kept = numpy.unpackbits(packed.numpy(), count=weights[name].numel()).reshape(weights[name].shape)
+        assert (kept == (weights[name] != 0).numpy()).all(), name
+
+
+@pytest.mark.slow
 def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
@@ -132,7 +157,7 @@ def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "text.txt").write_text(text)
     values = {
         **COMMON, "model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tmp_path / "text.txt"),
-        "eval_dataset_name": str(tmp_path / "text.txt"), "eval_efficiency": False, "fcpts_steps": 4,
+        "eval_dataset_name": str(tmp_path / "text.txt"), "eval_efficiency": False, "fcpts_steps": 4, "propagate": False,
         "method": ["magnitude", "wanda"], "allocation": "fcpts", "sparsity": [0.3, 0.6],
     }  # fmt: skip
     (tmp_path / "mine.yaml").write_text(json.dumps(values))
@@ -163,6 +188,8 @@ def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert 0 < float(own["overlap"]) <= 1
     # One learning for each sparsity, whatever the method.
     assert len(list((tmp_path / "work" / "statistics").glob("thresholds-*.safetensors"))) == 2
+    # One set of statistics, Wanda's, for both.
+    assert len(list((tmp_path / "work" / "statistics").glob("*/complete"))) == 1
     # The best of each setting overlaps wholly with itself; nothing is both smaller and better than the frontier.
     for setting in ("0.3", "0.6"):
         inside = [own for own in lines if own["setting"] == setting]
