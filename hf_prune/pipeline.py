@@ -82,7 +82,8 @@ def _run(ready: Preparation, unfinished: Unfinished, watch: Stopwatch, notes: Ma
             def plan() -> Plan:
                 made = ready.plan
                 if not ready.plan_is_final:
-                    made = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
+                    kept = folder or unfinished.work.scratch
+                    made = plan_pruning(model, ready.config, ready.source.base_model, input_ids, kept)
                 return with_importance(model, ready.config, made, input_ids)
 
             rule = make_allocation(ready.config)

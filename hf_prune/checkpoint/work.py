@@ -23,6 +23,7 @@ from hf_prune.errors import BadInputError, Stopped
 
 MANIFEST, LOCK = "manifest.json", "lock"
 VERSION = 1
+SCRATCH = "scratch"
 
 
 class WorkFolder:
@@ -40,6 +41,11 @@ class WorkFolder:
         self.files: dict[str, dict[str, Any]] = {}
         self._identity: dict[str, Any] = {}
         self._locked: IO[str] | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """For files that the manifest does not speak of: whoever puts them there knows them from those of other runs."""
+        return self.path / SCRATCH
 
     @classmethod
     @contextmanager
@@ -77,6 +83,7 @@ class WorkFolder:
                 raise BadInputError(f"output_dir: {_holder(self.path)} is making it already; wait for it, or end it.")
             if restart:
                 (self.path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _read(self) -> None:
         """Take over what the manifest says, and remove what it does not speak of."""
@@ -98,7 +105,7 @@ class WorkFolder:
     def _sweep(self) -> None:
         if distributed.rank() == 0:
             for file in self.path.iterdir():
-                if file.name not in (LOCK, MANIFEST, *self.files):
+                if file.name not in (LOCK, MANIFEST, SCRATCH, *self.files):
                     file.unlink()
 
     def claim(self, identity: Mapping[str, Any]) -> None:

@@ -74,6 +74,21 @@ def test_five_kills_change_nothing(recipe: dict, uncut: dict[str, bytes], tmp_pa
 
 
 @pytest.mark.slow
+def test_learning_goes_on_where_it_was_killed(recipe: dict, tmp_path: Path) -> None:
+    values = {key: value for key, value in recipe.items() if key != "output_importance"}
+    values |= {"allocation": "fcpts", "fcpts_steps": 20, "fcpts_patience": 9}
+    codes, log = prune({**values, "output_dir": tmp_path / "whole"}, tmp_path)
+    assert codes == [0], log
+    values["output_dir"] = tmp_path / "out"
+    # Its state is kept every fifth of the steps: twice before the kill, three times after it and no fourth time.
+    for count, code in ((3, KILLED), (4, 0)):
+        codes, log = prune(values, tmp_path, cut=Cut("os.rename", "thresholds-", count))
+        assert codes == [code], log
+    assert made(tmp_path / "out") == made(tmp_path / "whole")
+    assert not (tmp_path / "out.pruning").exists()
+
+
+@pytest.mark.slow
 def test_weights_that_were_trained_with_their_thresholds_outlive_a_cut(recipe: dict, tmp_path: Path) -> None:
     learned = {"method": "fcpts", "train_weights": True, "weight_learning_rate": 1e-3, "fcpts_steps": 4}
     values = {key: value for key, value in recipe.items() if key not in ("allocation", "output_importance")} | learned
