@@ -44,7 +44,7 @@ class WorkFolder:
 
     @property
     def scratch(self) -> Path:
-        """For files that the manifest does not speak of: whoever puts them there knows them from those of other runs."""
+        """For files that the manifest does not speak of: whoever puts them there knows them from other runs'."""
         return self.path / SCRATCH
 
     @classmethod
