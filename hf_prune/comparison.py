@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, beside
 from hf_prune.checkpoint.inspect import check_safetensors, local_folder
+from hf_prune.checkpoint.load import load_config, skeleton
+from hf_prune.checkpoint.source import WeightFiles
 from hf_prune.data.builtin import resolve_model
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, ViewPlan
@@ -57,8 +61,8 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
                 "fused layers whole or in parts in both."
             )
     with ExitStack() as stack:
-        tickets = [_tensors(stack, check_safetensors(folder)) for folder in folders]
-        starts = [_initial(stack, folder, initial) for folder in folders]
+        tickets = [_by_model_names(stack, folders[0], plans[0], check_safetensors(folder)) for folder in folders]
+        starts = [_initial(stack, folder, plan, initial) for folder, plan in zip(folders, plans, strict=True)]
         rounds = [_rounds(stack, folder) for folder in folders]
         layers = [
             _layer(
@@ -80,6 +84,28 @@ class _Tensors(dict[str, Any]):
         return tensor
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Tensors of a checkpoint by the names that its model knows them by, read when they are asked for."""
+
+    files: WeightFiles
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files.read({name}.__contains__)[name]
+
+
+def _by_model_names(stack: ExitStack, folder: str, plan: Plan, files: Sequence[Path]) -> _Tensors | _Stored:
+    """Tensors of files by the names that the model in `folder` knows them by; experts are stored under others."""
+    tensors = _tensors(stack, files)
+    if all(view.parameter in tensors for view in plan.views) or not (Path(folder) / "config.json").is_file():
+        return tensors
+    arguments = ModelArguments()
+    return _Stored(WeightFiles(skeleton(load_config(folder, arguments), arguments).float(), files))
+
+
 def _plan(folder: str) -> Plan:
     file = Path(folder) / PLAN_FILE
     if not file.is_file():
@@ -95,7 +121,7 @@ def _tensors(stack: ExitStack, files: Sequence[Path]) -> _Tensors:
     return found
 
 
-def _initial(stack: ExitStack, folder: str, named: str | None) -> _Tensors | None:
+def _initial(stack: ExitStack, folder: str, plan: Plan, named: str | None) -> _Tensors | _Stored | None:
     if named is None:
         own = _rounds_folder(folder) / "initial.safetensors"
         return _tensors(stack, [own]) if own.is_file() else None
@@ -104,8 +130,8 @@ def _initial(stack: ExitStack, folder: str, named: str | None) -> _Tensors | Non
     if not place.is_file():
         source = resolve_model(named)
         files = check_safetensors(local_folder(source.path, source.revision))
-    tensors = _tensors(stack, files)
-    missing = [view.parameter for view in _plan(folder).views if view.parameter not in tensors]
+    tensors = _by_model_names(stack, folder, plan, files)
+    missing = [view.parameter for view in plan.views if view.parameter not in tensors]
     if missing:
         raise BadInputError(f"initial: {named} has no {missing[0]}; name the weights that the tickets began with.")
     return tensors
@@ -142,7 +168,7 @@ def _rounds(stack: ExitStack, folder: str) -> list[_Tensors]:
     return [_tensors(stack, [file]) for file in files] if files and all(file.is_file() for file in files) else []
 
 
-def _find(tensors: _Tensors | None, view: ViewPlan, like: Tensor) -> Tensor | None:
+def _find(tensors: _Tensors | _Stored | None, view: ViewPlan, like: Tensor) -> Tensor | None:
     if tensors is None or view.parameter not in tensors:
         return None
     found: Tensor = tensors[view.parameter]

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_prune.arguments import ModelArguments
-from hf_prune.checkpoint.folder import RECOVERY_FILE
+from hf_prune.checkpoint.folder import RECOVERY_FILE, beside
 from hf_prune.checkpoint.load import free_memory, load_model
 from hf_prune.description import environment, zeros_of
 from hf_prune.engine import distributed
@@ -33,7 +33,7 @@ from hf_prune.recovery_setup import Ready, prepare_recovery
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.report.privacy import is_private, may_show_samples
 from hf_prune.training.arguments import TrainRecipe
-from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import Clock, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.distillation import DistillationTrainer
 from hf_prune.training.lora import MaskedLora
 from hf_prune.training.masks import MaskCallback, check_zeros, masks_of
@@ -59,7 +59,10 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
         ready = prepare_recovery(path, recipe)
         folder, evaluation, device = ready.folder, ready.evaluation, ready.device
         model = load_model(str(folder.path), recipe.model, device)
+        views = _views(model, folder.plan)
+        masks = masks_of(model, _trained_names(model, recipe, views))
         dense = _load_dense(ready, model)
+        _claim(ready, model)
     qualities: dict[str, Quality] = {}
     with watch.phase("evaluate"):
         if dense is not None:
@@ -68,10 +71,8 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
     if recipe.method.loss != "distillation":
         dense = None
         free_memory()
-    views = _views(model, folder.plan)
-    masks = masks_of(model, {view.parameter_name for view in views})
     with watch.phase("train"):
-        steps = _train(ready, model, dense, views, masks)
+        steps, seconds = _train(ready, model, dense, views, masks)
     del dense
     free_memory()
     for name, mask in masks.items():
@@ -86,7 +87,7 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
         "evaluation": _measured(evaluation, qualities, folder.report),
         "seconds": {
             **folder.report.get("seconds", {}),
-            **{f"recovery, {key}": own for key, own in watch.seconds.items()},
+            **{f"recovery, {key}": own for key, own in {**watch.seconds, "train": seconds}.items()},
         },
         "hub_model_id": recipe.output.hub_model_id,
     }
@@ -102,7 +103,7 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
             "options": asdict(recipe.method),
             "training": {
                 **describe_training(ready.text, ready.windows, ready.arguments, steps),
-                "seconds": watch.seconds["train"],
+                "seconds": seconds,
             },
             "perplexity_before": perplexity(before.nll),
             "perplexity_after": perplexity(qualities["pruned"].nll),
@@ -157,17 +158,33 @@ def _views(model: nn.Module, plan: Plan) -> list[WeightView]:
     return find_named(model, [view.name for view in plan.views])
 
 
-def _train(ready: Ready, model: Any, dense: Any, views: list[WeightView], masks: dict[str, Tensor]) -> int:
-    """Train in place; returns the steps it took."""
-    method, work = ready.recipe.method, ready.work
-    set_seed(ready.recipe.text.seed)
+def _trained_names(model: nn.Module, recipe: TrainRecipe, views: list[WeightView]) -> set[str]:
+    """The matrices that move: those with adapters, or all, of which others may have been pruned before."""
+    if recipe.method.recovery == "lora":
+        return {view.parameter_name for view in views}
+    return {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+
+
+def _claim(ready: Ready, model: nn.Module) -> None:
+    """Raise BadInputError where another training's checkpoints are in the way."""
+    decided = [asdict(ready.recipe.method), ready.recipe.decisive]
     identity = {
-        "training": fingerprint([asdict(method), ready.recipe.decisive], {"windows": ready.windows.input_ids}),
+        "training": fingerprint(decided, {"windows": ready.windows.input_ids}),
         "weights": fingerprint("", model.state_dict()),
         "processes": distributed.world_size(),
     }
-    stop = StopAtNaN("recovery", work)
-    callbacks: list[TrainerCallback] = [stop]
+    claim(ready.work, identity, last_checkpoint(ready.work) is not None)
+
+
+def _train(
+    ready: Ready, model: Any, dense: Any, views: list[WeightView], masks: dict[str, Tensor]
+) -> tuple[int, float]:
+    """Train in place; returns the steps and the seconds that it took, those of sessions before a cut included."""
+    method, work = ready.recipe.method, ready.work
+    set_seed(ready.recipe.text.seed)
+    checkpoint = last_checkpoint(work)
+    clock = Clock(checkpoint)
+    callbacks: list[TrainerCallback] = [StopAtNaN("recovery", work), clock]
     with ExitStack() as stack:
         trained: nn.Module = model
         if method.recovery == "lora":
@@ -178,19 +195,18 @@ def _train(ready: Ready, model: Any, dense: Any, views: list[WeightView], masks:
         else:
             stack.enter_context(in_float32(model))
             callbacks.append(MaskCallback(masks))
-        claim(work, identity, last_checkpoint(work) is not None)
         with only_weights_change(trained):
             common: dict[str, Any] = {
-                "model": trained, "args": ready.arguments, "train_dataset": ready.windows, "callbacks": callbacks
+                "model": trained, "args": ready.arguments, "train_dataset": ready.windows, "callbacks": callbacks,
+                "logs": beside(str(ready.recipe.output.output_dir), ".runs"),
             }  # fmt: skip
             trainer: Trainer
             if method.loss == "distillation":
                 trainer = make_trainer(DistillationTrainer, **common, teacher=dense, temperature=method.temperature)
             else:
                 trainer = make_trainer(Trainer, **common)
-            train(trainer, last_checkpoint(work))
-            stop.check(trained, "after the training")
-    return int(trainer.state.global_step)
+            train(trainer, checkpoint)
+    return int(trainer.state.global_step), clock.seconds
 
 
 def _result(plan: Plan, model: nn.Module, views: list[WeightView]) -> PruneResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,8 @@ def prepare_recovery(path: str, recipe: TrainRecipe) -> Ready:
     folder = PrunedFolder(path)
     if recipe.method.recovery == "lora" and any(view.expert is not None for view in folder.plan.views):
         raise BadInputError("recovery: lora has no adapters for the experts of a mixture; set recovery to full.")
+    if recipe.method.recovery == "lora" and find_spec("peft") is None:
+        raise BadInputError("recovery: lora needs peft; pip install hf-prune[recovery].")
     check_output(recipe.output)
     assert recipe.output.output_dir is not None
     work = beside(recipe.output.output_dir, ".training")

@@ -72,7 +72,7 @@ def prepare_tickets(recipe: TrainRecipe) -> Prepared:
         BadInputError: something handed over cannot be used; nothing has been written.
     """
     start, evaluation, views = prepare(recipe)
-    search = TicketSearch(**procedure(recipe, start, evaluation, views))
+    search = TicketSearch(**procedure(recipe, start, evaluation, views), seed=recipe.text.seed)
     return Prepared(start, evaluation, views, search)
 
 

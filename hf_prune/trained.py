@@ -23,7 +23,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.evaluation.quality import Quality, QualityEvaluation
 from hf_prune.finish import Stopwatch, efficiency, finish
 from hf_prune.plan import make_plan, select_views
-from hf_prune.preparation import check_output
+from hf_prune.preparation import check_output, check_unpruned
 from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
@@ -57,6 +57,7 @@ class Start:
         self.source = None
         if model.model_name_or_path:
             self.source = resolve_model(model.model_name_or_path, model.revision)
+            check_unpruned(self.source.path)
             self.base_model, self.revision = self.source.base_model, self.source.revision or model.revision
             self.config = load_config(self.source.path, model, self.revision)
             self.tokenizer = load_tokenizer(self.source.path, model, self.revision)
@@ -121,7 +122,9 @@ def trainers(recipe: TrainRecipe, windows: Windows) -> MakeTrainer:
 
     def make(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
         arguments = make_training_arguments(recipe.training, output_dir, recipe.text.seed, recipe.model.device)
-        return make_trainer(Trainer, model=model, args=arguments, train_dataset=windows, callbacks=callbacks)
+        round_name = output_dir.parent.name.removesuffix(".unfinished")
+        logs = beside(str(recipe.output.output_dir), ".runs") / round_name
+        return make_trainer(Trainer, logs, model=model, args=arguments, train_dataset=windows, callbacks=callbacks)
 
     return make
 

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import matrix_of, tiny_ids, tiny_model
 from torch import Tensor
 
 from hf_prune.cli import main
 from hf_prune.comparison import compare_tickets
+from hf_prune.compose import make_config
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, ViewPlan
+from hf_prune.pruning import prune
 
 
 def ticket(folder: Path, weights: dict[str, Tensor]) -> str:
@@ -46,6 +49,27 @@ def test_overlap_chance_and_signs(three: list[str]) -> None:
     assert whole["shared_of_all"] == pytest.approx(2 / 8) and whole["shared_of_first"] == pytest.approx(2 / 4)
     assert whole["times_chance"] == pytest.approx(2 / (4 * 0.1875 + 4 * 0.125))
     assert whole["flips"] == pytest.approx(3 / 8) and "moved" not in whole
+
+
+def test_experts_are_compared_by_the_names_that_their_model_has(tmp_path: Path) -> None:
+    dense = tiny_model("mixtral")
+    dense.save_pretrained(tmp_path / "dense")
+    models = []
+    for method in ("magnitude", "wanda"):
+        model = tiny_model("mixtral")
+        plan = prune(model, make_config({"method": method, "sparsity": 0.5}), input_ids=tiny_ids(8, 32)).plan
+        model.save_pretrained(tmp_path / method)
+        plan.save(tmp_path / method / "prune_plan.json")
+        models.append((plan, model.state_dict()))
+    found = compare_tickets([str(tmp_path / "magnitude"), str(tmp_path / "wanda")], str(tmp_path / "dense"))
+    shared = moved = 0
+    for layer, own, other in zip(found["layers"], models[0][0].views, models[1][0].views, strict=True):
+        both = (matrix_of(models[0][1], own) != 0) & (matrix_of(models[1][1], other) != 0)
+        assert (layer["layer"], layer["shared"]) == (own.name, int(both.sum()))
+        shared, moved = shared + int(both.sum()), moved + sum(layer["moved"])
+    assert found["together"]["shared_of_all"] == pytest.approx(shared / sum(view.numel for view in models[0][0].views))
+    # Nothing of what stays has been changed.
+    assert moved == 0
 
 
 def test_movement_since_the_beginning(three: list[str], tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ class WeightFiles:
         # Of these files alone: there are as many of them as blocks.
         self._dtypes = {name: known[name].dtype for name in self._parts}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
     def read(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Tensors on the CPU by name, in the model's dtypes; those made of the same stored ones come together.
 

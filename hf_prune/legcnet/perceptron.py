@@ -118,7 +118,8 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
 
     def make(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
         own = make_training_arguments(recipe.training, output_dir, recipe.text.seed, recipe.model.device)
-        return make_trainer(Trainer, model=model, args=own, train_dataset=training, callbacks=callbacks)
+        logs = beside(str(recipe.output.output_dir), ".runs") / output_dir.parent.name.removesuffix(".unfinished")
+        return make_trainer(Trainer, logs, model=model, args=own, train_dataset=training, callbacks=callbacks)
 
     search = LEGCNetSearch(
         make_model=make_model,

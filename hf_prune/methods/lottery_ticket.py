@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -183,7 +183,22 @@ def _largest(scores: list[Tensor], first: list[Tensor], count: int) -> tuple[Ten
 
 def _least(mask: Tensor, floor: float) -> int:
     """Weights that the floor keeps of a layer."""
-    return max(math.ceil(floor * mask.numel() - 1e-9), 1) if floor else 0
+    return _floor_of(mask.numel(), floor)
+
+
+def _floor_of(numel: int, floor: float) -> int:
+    return max(math.ceil(floor * numel - 1e-9), 1) if floor else 0
+
+
+def check_floor(sizes: Sequence[int], config: LotteryTicketConfig) -> None:
+    """Raise BadInputError where the floors of layers of these sizes come to more than the last round leaves."""
+    least = sum(_floor_of(size, config.min_keep_ratio) for size in sizes)
+    left = round(config.kept(config.rounds) * sum(sizes))
+    if least > left:
+        raise BadInputError(
+            f"min_keep_ratio: a share of {config.min_keep_ratio}, or one weight, of every layer is {least} in all "
+            f"and round {config.rounds} leaves {left}; lower rounds or pruning_rate, or set it to 0."
+        )
 
 
 def random_masks(masks: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

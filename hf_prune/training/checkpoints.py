@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def claim(folder: Path, identity: Mapping[str, Any], trained: bool) -> None:
     text = json.dumps(identity, indent=1) + "\n"
     if before != text and trained:
         raise BadInputError(
-            f"output_dir: {folder} holds a training of another model, text or recipe; choose another output_dir or "
-            "remove that folder."
+            f"output_dir: {folder} holds a training of another model, text or recipe; remove it, or choose another "
+            "output_dir, and rounds_folder where the recipe names one."
         )
     if before != text and distributed.rank() == 0:
         write_whole(file, text)
@@ -78,6 +79,33 @@ def _is_whole(checkpoint: Path) -> bool:
     return "global_step" in state and all((checkpoint / name).is_file() for name in random)
 
 
+class Clock(TrainerCallback):
+    """The seconds of a training over all its sessions, as far as its checkpoints reach.
+
+    Args:
+        checkpoint: that is gone on from, if any.
+    """
+
+    FILE = "seconds.json"
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.earlier = 0.0
+        file = checkpoint / self.FILE if checkpoint else None
+        if file is not None and file.is_file():
+            self.earlier = float(json.loads(file.read_text(encoding="utf-8")))
+        self._began = perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.earlier + perf_counter() - self._began
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if distributed.rank() == 0 and checkpoint.is_dir():
+            write_whole(checkpoint / self.FILE, json.dumps(self.seconds))
+
+
 class StopBehind(TrainerCallback):
     """Ends a training behind a step; the schedule stays that of the whole."""
 
@@ -90,7 +118,9 @@ class StopBehind(TrainerCallback):
 
 
 class StopAtNaN(TrainerCallback):
-    """Raises RunError at the first logged loss that is not finite, and before a checkpoint of such weights is written.
+    """Raises RunError at the first logged loss that is not finite, before a checkpoint of such weights, and at the end.
+
+    It comes before what looks at weights in its own way, so that it is heard first.
 
     Args:
         where: what the message says of the training.
@@ -109,6 +139,17 @@ class StopAtNaN(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
             self.check(kwargs["model"], f"at step {state.global_step}")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self.check(kwargs["model"], f"at step {state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.check(kwargs["model"], "after the training")
 
     def check(self, model: nn.Module, when: str) -> None:
         """Raise RunError for the first parameter that holds something else than finite numbers."""

@@ -135,7 +135,6 @@ class DynamicSparseTraining:
                     # Known when the training began.
                     leave(self.folder, checkpoints)
                     raise
-                stop.check(model, "after the training")
             return Trained(int(trainer.state.global_step))
 
         return make_round(self.folder / name, begun, model, masks, train_it, Measuring(self.evaluate, self.evaluation))

@@ -260,7 +260,6 @@ class LEGCNetSearch:
         with only_weights_change(model):
             trainer = self.make_trainer(model, folder, [*callbacks, watch, stop])
             train(trainer, checkpoint)
-            stop.check(model, "after the training")
         return watch.seen(trainer.state)
 
 

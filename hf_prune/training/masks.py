@@ -38,7 +38,8 @@ class MaskHolder:
             BadInputError: the masks do not fit the model.
         """
         self.detach()
-        parameters = dict(model.named_parameters())
+        # A tied weight by any of its names.
+        parameters = dict(model.named_parameters(remove_duplicate=False))
         check_fit(parameters, self.masks)
         for name, mask in self.masks.items():
             parameter = parameters[name]
@@ -92,8 +93,11 @@ def check_fit(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
 
 def check_zeros(name: str, weight: Tensor, mask: Tensor) -> None:
     """Raise RunError where a weight is not zero outside its mask, which is on its device."""
+    outside = weight.detach().masked_fill(mask, 0)
     # NaN times zero is NaN: a masked weight that is no number must not pass for a zero.
-    if bool((weight.detach().masked_fill(mask, 0) != 0).any()):
+    if bool(outside.isnan().any()):
+        raise RunError(f"{name}: training ended in weights that are no numbers; lower learning_rate.")
+    if bool((outside != 0).any()):
         raise RunError(f"{name}: training brought pruned weights back; nothing was saved, please report this.")
 
 
@@ -144,6 +148,13 @@ class MaskCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before a checkpoint is written."""
+        if control.should_save:
+            self.holder.check()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before a checkpoint is written, with `save_strategy: epoch`."""
         if control.should_save:
             self.holder.check()
 

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
-from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks, random_masks
+from hf_prune.methods.lottery_ticket import LotteryTicketConfig, check_floor, next_masks, random_masks
 from hf_prune.progress import progress
 from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
@@ -61,6 +61,7 @@ class TicketSearch:
         folder: where rounds are kept; a second run with the same arguments goes on where the first was cut.
         fingerprint: of the text and the recipe of the training; a folder of another one is refused.
         evaluation: fingerprint of the evaluation; rounds that another one has measured are measured again.
+        seed: of random masks.
     """
 
     make_model: Callable[[int | None], nn.Module]
@@ -71,17 +72,21 @@ class TicketSearch:
     folder: Path
     fingerprint: str = ""
     evaluation: str = ""
+    seed: int = 0
 
     def run(self) -> tuple[nn.Module, list[Round]]:
         """The module with the last ticket's trained weights, and every round in order, controls behind their ticket.
 
         Raises:
-            BadInputError: the folder belongs to another run, the masks do not fit, the rewind step is past the end.
+            BadInputError: the folder belongs to another run, the masks do not fit, the rewind step is past the end,
+                the floor leaves no room for the last round.
             RunError: the loss is not a number, or a layer has collapsed and `on_collapse` is `stop`.
         """
         model = self.make_model(None)
-        self._claim(model)
         weights = {name: model.get_parameter(name) for name in self.names}
+        check_floor([weight.numel() for weight in weights.values()], self.config)
+        self._check_ties(model)
+        self._claim(model)
         masks = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
         rounds = [self._round(0, "ticket", model, masks)]
         for number in progress(range(1, self.config.rounds + 1), "rounds", total=self.config.rounds):
@@ -141,14 +146,13 @@ class TicketSearch:
             load_weights(model, self.folder / INITIAL)
         with only_weights_change(model):
             # What asks for a checkpoint comes before what looks whether there will be one.
-            trainer = self.make_trainer(model, folder, [MaskCallback(masks) if number else rewind, stop])
+            trainer = self.make_trainer(model, folder, [stop, MaskCallback(masks)] if number else [rewind, stop])
             try:
                 train(trainer, checkpoint)
             except BadInputError:
                 # Known when the training began.
                 leave(self.folder, folder)
                 raise
-            stop.check(model, "after the training")
         return int(trainer.state.global_step)
 
     def _controls(self, number: int, masks: dict[str, Tensor]) -> list[Round]:
@@ -157,9 +161,18 @@ class TicketSearch:
         for kind in self.config.controls:
             fresh = kind == "fresh_initialization"
             model = self.make_model(1000 + number if fresh else None)
-            own = masks if fresh else random_masks(masks, seed=number)
+            own = masks if fresh else random_masks(masks, seed=1000 * self.seed + number)
             done.append(self._round(number, kind, model, own))
         return done
+
+    def _check_ties(self, model: nn.Module) -> None:
+        every = dict(model.named_parameters(remove_duplicate=False))
+        tied = sorted(every.keys() - dict(model.named_parameters()).keys())
+        if tied and self.config.rewind_step and not isinstance(model, PreTrainedModel):
+            raise BadInputError(
+                f"rewind_step: {tied[0]} is another parameter under a second name, which a Trainer saves of a "
+                "PreTrainedModel alone; make the module one, or set rewind_step to 0."
+            )
 
     def _check_collapse(self, number: int, masks: dict[str, Tensor]) -> None:
         empty = [name for name, mask in masks.items() if not bool(mask.any())]

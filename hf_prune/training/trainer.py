@@ -19,14 +19,27 @@ from transformers import (
 )
 
 from hf_prune.checkpoint.folder import explained_disk_errors
+from hf_prune.training.masks import MaskCallback
 
+_LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 # What mixed precision leaves on a model, under which an evaluation would measure something else.
 WRAPPINGS = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
-def make_trainer(kind: type[Trainer], **arguments: Any) -> Trainer:
-    """A Trainer that prints nothing where hf_prune is told to be quiet."""
-    trainer = kind(**arguments)
+def make_trainer(kind: type[Trainer], logs: Path, **arguments: Any) -> Trainer:
+    """A Trainer that prints nothing where hf_prune is told to be quiet.
+
+    Args:
+        logs: TensorBoard's folder, unless its environment variable names one; checkpoints are gone in the end, and what
+            is written beside them.
+    """
+    named = os.environ.get(_LOGGING_DIR)
+    os.environ[_LOGGING_DIR] = named or str(logs)
+    try:
+        trainer = kind(**arguments)
+    finally:
+        if named is None:
+            del os.environ[_LOGGING_DIR]
     if os.environ.get("HF_PRUNE_QUIET"):
         trainer.remove_callback(PrinterCallback)
     return trainer
@@ -46,6 +59,11 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FinishedBefore:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    finally:
+        # Whatever ended it: nothing is held in a model that may be trained again.
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, MaskCallback):
+                callback.holder.detach()
 
 
 class FinishedBefore(Exception):

@@ -114,8 +114,8 @@ def _table(finished: list[dict[str, Any]]) -> str:
         runs = [own for own in finished if (own["model"], own["kind"]) == (model, kind)]
         if not runs:
             continue
-        closed = [own["gap_closed"] for own in runs]
-        spread = f" ± {(max(closed) - min(closed)) / 2:.1%}, {len(runs)} seeds" if len(runs) > 1 else ""
+        closed = [own["gap_closed"] for own in runs if own["gap_closed"] is not None]
+        spread = f" ± {(max(closed) - min(closed)) / 2:.1%}, {len(closed)} seeds" if len(closed) > 1 else ""
         figures = [
             model,
             kind,
@@ -123,7 +123,7 @@ def _table(finished: list[dict[str, Any]]) -> str:
             f"{median(own['seconds'] for own in runs):.0f}",
             f"{runs[0]['before']:.2f}",
             f"{mean(own['after'] for own in runs):.2f}",
-            f"{mean(closed):.0%}{spread}",
+            f"{mean(closed):.0%}{spread}" if closed else "there was none",
             "none" if runs[0]["zeros"] is None else f"{min(own['zeros'] for own in runs):.2%}",
         ]
         lines.append(f"| {' | '.join(figures)} |")

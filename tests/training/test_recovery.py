@@ -22,7 +22,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.hub.card import write_card
 from hf_prune.hub.push import files_to_upload, public_copy
 from hf_prune.pipeline import run
-from hf_prune.plan import select_views
+from hf_prune.plan import Plan, select_views
 from hf_prune.recipe import make_recipe
 from hf_prune.recovery import recover
 from hf_prune.training.arguments import make_train_recipe, make_training_arguments
@@ -224,6 +224,23 @@ def test_recovery_keeps_zeros_shapes_and_provenance(
         report = recover(str(tmp_path / "out"), make_train_recipe(again, RecoveryConfig))
         names = {path.name for path in (tmp_path / "again").iterdir()}
         assert len(report["recoveries"]) == 2 and {"hf_prune_recovery.yaml", "hf_prune_recovery2.yaml"} <= names
+
+
+def test_zeros_of_an_earlier_pruning_stay_as_well(pruned: dict[str, Path], tmp_path: Path) -> None:
+    """The folder's plan speaks of its last pruning alone."""
+    model = AutoModelForCausalLM.from_pretrained(pruned["sparse"])
+    shutil.copytree(pruned["sparse"], tmp_path / "twice")
+    plan = Plan.load(tmp_path / "twice" / "prune_plan.json")
+    plan.views = [view for view in plan.views if "mlp" in view.name]
+    plan.save(tmp_path / "twice" / "prune_plan.json")
+    model.get_input_embeddings().weight.data[::3, ::2] = 0
+    model.save_pretrained(tmp_path / "twice")
+    own = make_train_recipe(values(pruned, tmp_path / "out", recovery="full", max_steps=3), RecoveryConfig)
+    recover(str(tmp_path / "twice"), own)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("twice", "out"))
+    for name, weight in before.items():
+        if weight.ndim > 1:
+            assert bool((after[name][weight == 0] == 0).all()) and not torch.equal(weight, after[name]), name
 
 
 @pytest.mark.slow

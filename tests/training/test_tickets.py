@@ -22,7 +22,7 @@ from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.evaluation.perplexity import window_nll
-from hf_prune.methods.lottery_ticket import LotteryTicketConfig, next_masks
+from hf_prune.methods.lottery_ticket import LotteryTicketConfig, check_floor, next_masks
 from hf_prune.plan import select_views
 from hf_prune.recipe import dump_yaml
 from hf_prune.tickets import run_tickets
@@ -224,6 +224,44 @@ def test_a_checkpoint_behind_a_lost_rewind_step_is_no_start(tmp_path: Path) -> N
     seen: list[dict[str, torch.Tensor]] = []
     model, _ = search(tmp_path / "cut", seen, **arguments).run()
     assert int(seen[0]["step"]) == 0 and torch.equal(model.first.weight, whole.first.weight)
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch", "steps"])
+def test_a_later_round_that_ends_in_no_numbers_says_so(strategy: str, tmp_path: Path) -> None:
+    """The dense round is there; a value that grows without bound comes into the second one's training."""
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            if state.global_step == 8:
+                kwargs["model"].first.weight.data.fill_(float("nan"))
+
+    rare = {"save_strategy": strategy, "save_steps": 5, "logging_steps": 100}
+    search(tmp_path, [], **rare).run()
+    shutil.rmtree(next(tmp_path.glob("magnitude-*")))
+    spoilt = search(tmp_path, [], **rare)
+    plain = spoilt.make_trainer
+    spoilt.make_trainer = lambda model, folder, callbacks: plain(model, folder, [Spoil(), *callbacks])
+    with pytest.raises(RunError, match=r"round 1: first\.weight is not finite .*; lower learning_rate"):
+        spoilt.run()
+    kept = list(tmp_path.glob("magnitude-*/round-01.unfinished/checkpoints/checkpoint-*/model.safetensors"))
+    assert all(bool(torch.isfinite(weight).all()) for file in kept for weight in load_file(file).values())
+
+
+def test_a_floor_without_room_is_refused(tmp_path: Path) -> None:
+    own = {"rounds": 9, "pruning_rate": 0.5, "min_keep_ratio": 0.0019}
+    with pytest.raises(BadInputError, match=r"min_keep_ratio: a share of 0.0019, or one weight"):
+        check_floor([10, 10, 10, 970], LotteryTicketConfig(**own))
+    check_floor([10, 10, 10, 9970], LotteryTicketConfig(**{**own, "min_keep_ratio": 0.0015}))
+
+
+def test_random_masks_follow_the_seed(tmp_path: Path) -> None:
+    found = []
+    for seed in (0, 1):
+        own = search(tmp_path / str(seed), [], {"rounds": 1, "controls": ["random_mask"]})
+        own.seed = seed
+        own.run()
+        found.append(load_file(next(own.ticket_folder.glob("round-01-random_mask")) / "masks.safetensors"))
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in NAMES)
 
 
 def test_no_checkpoint_holds_what_is_no_number(tmp_path: Path) -> None:
