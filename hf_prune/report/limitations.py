@@ -64,6 +64,9 @@ def _layer_limits(report: dict[str, Any]) -> list[str]:
     target, achieved = (number(dig(report, "sparsity", key)) for key in ("target", "achieved_pruned"))
     if target is not None and achieved is not None and abs(target - achieved) >= 0.005:
         sentences.append(f"The target was {percent(target)} of the pruned weights; {percent(achieved)} are zero.")
+    empty = [view["name"] for view in views if number(view.get("density")) == 0]
+    if empty:
+        sentences.append(f"No weight at all is left in {_listed(empty)}.")
     held = [view["name"] for view in views if view.get("floor")]
     if held:
         sentences.append(f"`min_keep_ratio` kept more weights than the allocation asked for in {_listed(held)}.")

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.training.masks import MaskCallback, hold_masks, masks_of
+from hf_prune.training.trainer import make_trainer, train
 
 
 def some_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -96,6 +97,50 @@ def test_foreign_masks_and_returned_weights_are_refused() -> None:
         ):
             with torch.no_grad():
                 model.first.weight[0, 0] = value
+
+
+def test_tensorboard_writes_beside_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callback reads the variable when the Trainer is made; the Trainer's own folder is gone in the end."""
+    name, seen = "TENSORBOARD_LOGGING_DIR", []
+
+    class Spy(Trainer):
+        def __init__(self, **arguments: object) -> None:
+            seen.append(os.environ[name])
+            super().__init__(**arguments)
+
+    arguments = TrainingArguments(output_dir=str(tmp_path / "checkpoints"), use_cpu=True)
+    for given in (None, str(tmp_path / "mine")):
+        monkeypatch.delenv(name, raising=False) if given is None else monkeypatch.setenv(name, given)
+        make_trainer(Spy, tmp_path / "out.runs", model=Net(), args=arguments, train_dataset=Data())
+        assert os.environ.get(name) == given
+    assert seen == [str(tmp_path / "out.runs"), str(tmp_path / "mine")]
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_no_checkpoint_holds_what_the_masks_do_not(strategy: str, tmp_path: Path) -> None:
+    model = Net()
+    masks = {"first.weight": torch.rand(16, 6, generator=torch.Generator().manual_seed(0)) > 0.5}
+
+    class Spoil(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            model.first.weight.data.fill_(1.0)
+
+        def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            if strategy == "steps":
+                model.first.weight.data.fill_(1.0)
+
+    own = TrainingArguments(
+        output_dir=str(tmp_path), save_strategy=strategy, save_steps=2, max_steps=40, use_cpu=True, report_to="none",
+        per_device_train_batch_size=4, disable_tqdm=True,
+    )  # fmt: skip
+    built = Trainer(model=model, args=own, train_dataset=Data(), callbacks=[Spoil(), MaskCallback(masks)])
+    with pytest.raises(RunError, match=r"first\.weight: training brought pruned weights back"):
+        train(built, None)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    # The hooks are gone with the training that failed.
+    model.first.weight.grad = None
+    model(**torch.utils.data.default_collate(list(Data())[:4]))["loss"].backward()
+    assert bool((model.first.weight.grad[~masks["first.weight"]] != 0).any())
 
 
 def test_only_parameters_with_zeros_have_masks() -> None:
