@@ -170,8 +170,9 @@ def estimate_reduction(
     blocks, hidden = structure["blocks"], model.config.get_text_config().hidden_size
     flops = 0.0
     if samples:
-        # A forward to observe each kind of unit, and one to hand on.
-        flops = (len(config.units) + 1.0) * tokens * per_token
+        # A forward to observe each kind of unit, two to refit those that others went into, and one to hand on.
+        refitted = sum(2.0 for unit in config.units if reducer.refits and reducer.fuses([unit]))
+        flops = (1 + len(config.units) + refitted) * tokens * per_token
         if "gram" in reducer.statistics:
             flops += blocks * (1.2 * tokens * width**2 + 2 * width**3)
         if reducer.needs_gradients:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from hf_prune.hub.push import check_ready_to_push
 from hf_prune.plan import Plan
 from hf_prune.pruning import load_calibration, plan_pruning, provisional_plan
 from hf_prune.recipe import Recipe
+from hf_prune.structure.importance import is_file, read_scores
 
 
 @dataclass
@@ -77,7 +77,10 @@ def prepare(recipe: Recipe) -> Preparation:
     elif str(recipe.data.dataset_name).endswith(".safetensors"):
         samples, seq_length = stored_shape(str(recipe.data.dataset_name))
     if isinstance(config, StructuredConfig):
-        check_unpruned(source.path)
+        check_unpruned(source.path, source.revision or model.revision)
+        scores = getattr(config, "importance", "")
+        if is_file(scores):
+            read_scores(scores)
         predicted = estimate_reduction(empty, plan, config, samples, seq_length, model.dtype, device)
     else:
         solver, reconstruction = make_solver(config), make_block_reconstruction(config)
@@ -107,9 +110,13 @@ def check_offload(offload: str, config: PruneConfig) -> None:
         )
 
 
-def check_unpruned(path: str) -> None:
-    """Raise BadInputError for a folder that hf_prune has written: its zeros or its sizes would not survive."""
-    if (Path(path) / PLAN_FILE).is_file():
+def check_unpruned(path: str, revision: str | None = None) -> None:
+    """Raise BadInputError for a folder or repository that hf_prune made: its zeros or its sizes would not survive."""
+    from transformers.utils import cached_file
+
+    quiet = ("missing_entries", "gated_repo", "connection_errors")
+    options: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in quiet}
+    if cached_file(path, PLAN_FILE, revision=revision, **options) is not None:
         raise BadInputError(
             f"model_name_or_path: {path} has been pruned before, which this would undo; start from its base model."
         )

@@ -51,7 +51,8 @@ def plan_reduction(
     structure = plan_structure(model, config, shares)
     check_stock(model, structure)
     reducer = config.make_reducer()
-    if reducer.transports and reducer.solver(structure.before.width) != "nearest":
+    assert config.units is not None
+    if reducer.fuses(config.units) and reducer.solver(structure.before.width) != "nearest":
         check_installed()
     if config.layout == "pad" and densities is not None:
         structure = _padded(structure, densities, config.round_to)

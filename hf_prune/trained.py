@@ -57,8 +57,8 @@ class Start:
         self.source = None
         if model.model_name_or_path:
             self.source = resolve_model(model.model_name_or_path, model.revision)
-            check_unpruned(self.source.path)
             self.base_model, self.revision = self.source.base_model, self.source.revision or model.revision
+            check_unpruned(self.source.path, self.revision)
             self.config = load_config(self.source.path, model, self.revision)
             self.tokenizer = load_tokenizer(self.source.path, model, self.revision)
             if "fresh_initialization" in getattr(recipe.method, "controls", ()):

@@ -30,7 +30,7 @@ from hf_prune.evaluation.quality import Quality
 from hf_prune.plan import Plan
 from hf_prune.preparation import Preparation
 from hf_prune.recipe import Recipe
-from hf_prune.structure.importance import is_file
+from hf_prune.structure.importance import is_file, scores_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ class Unfinished:
         identity: dict[str, Any] = {**sections, **asdict(ready.config)}
         scores = getattr(ready.config, "importance", None)
         if scores is not None and is_file(scores):
-            identity["importance"] = file_digest(Path(scores))
+            identity["importance"] = file_digest(scores_file(scores))
         identity["base model"] = ready.source.base_model
         # What weights alone do not say: positions, norms, heads.
         config: Any = model.config

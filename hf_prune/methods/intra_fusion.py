@@ -119,9 +119,18 @@ class IntraFusionConfig(StructuredConfig):
 
     def describe_run(self) -> MethodInfo:
         """What this choice of options is: the paper's method only where units are fused."""
-        depth = "; blocks of least influence go whole (ShortGPT)" if "depth" in (self.units or []) else ""
+        units = self.units or []
+        if set(units) == {"depth"}:
+            return MethodInfo(
+                name="structured-depth",
+                title="structured pruning (whole blocks)",
+                summary="removes the blocks that change their input least",
+                paper="https://arxiv.org/abs/2403.03853",
+                paper_title="ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+            )
+        depth = "; blocks of least influence go whole (ShortGPT)" if "depth" in units else ""
         refit = ", then fits what consumes them to the dense outputs" if self.fusion.endswith("refit") else ""
-        if self.fusion.startswith("ot"):
+        if self.make_reducer().fuses(units):
             summary = f"fuses the units that go into those that stay by optimal transport{refit}{depth}"
             return replace(self.info, summary=summary)
         scored = is_file(self.importance)

@@ -107,6 +107,10 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
         if width >= before.width:
             # Nothing goes, or the widest multiple below does where the width is none.
             width = before.width if exact > before.width - 0.5 else before.width // config.round_to * config.round_to
+        if width < 1 and config.round_to > before.width:
+            raise BadInputError(
+                f"round_to: the MLPs have {before.width} neurons, fewer than {config.round_to}; lower it."
+            )
         if width < 1:
             raise BadInputError(
                 f"sparsity: {config.sparsity} would leave the MLPs empty; lower it, or add attention or depth to units."

@@ -57,12 +57,24 @@ def read_scores(path: str) -> dict[str, Tensor]:
     """The scores that a file holds for each kind of unit and block.
 
     Raises:
-        BadInputError: it is missing or damaged.
+        BadInputError: it is missing or damaged, or holds something else than rows of finite numbers.
     """
     try:
-        return load_file(Path(path).expanduser())
+        scores = load_file(scores_file(path))
     except (OSError, SafetensorError) as error:
         raise BadInputError(f"importance: {path} cannot be read ({str(error).rstrip('.')}).") from None
+    for key, own in scores.items():
+        if own.ndim != 1 or not bool(own.isfinite().all()):
+            raise BadInputError(
+                f"importance: {Path(path).name} holds {list(own.shape)} numbers for {key}, or not finite ones; "
+                "give a finite score for each unit."
+            )
+    return scores
+
+
+def scores_file(path: str) -> Path:
+    """Where a file of scores is."""
+    return Path(path).expanduser()
 
 
 def importance(name: str, group: Group, evidence: Evidence) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,12 +34,16 @@ class Reducer:
     seed: int
 
     #: Units of these kinds are too few, or too coarse, for a transport to say anything: they are dropped.
-    indivisible: ClassVar[frozenset[str]] = frozenset({"heads"})
+    indivisible: ClassVar[frozenset[str]] = frozenset({"heads", "depth"})
 
     @property
     def transports(self) -> bool:
-        """Whether units are fused at all."""
+        """Whether units that can be are fused."""
         return self.fusion in ("ot", "ot+refit")
+
+    def fuses(self, units: Iterable[str]) -> bool:
+        """Whether any of these kinds of units is fused."""
+        return self.transports and bool(set(units) - self.indivisible)
 
     @property
     def refits(self) -> bool:
@@ -80,11 +85,15 @@ class Reducer:
             cost = weight_cost(every, target)
         ones = torch.ones(group.units, device=cost.device)
         mass = scores.to(cost.device).clamp(min=1e-6 * float(scores.max())) if scores is not None else ones
+        solver = self.solver(group.units)
+        if solver == "nearest" and self.fusion_target == "top":
+            # What stays goes to itself, though another that stays be just as near.
+            cost[kept.to(cost.device), torch.arange(count, device=cost.device)] = -1
         moved = transport(
             cost,
             mass if self.source_mass == "importance" else ones,
             (mass if self.target_mass == "importance" else ones)[kept],
-            self.solver(group.units),
+            solver,
         )
         return from_transport(moved, kept.to(cost.device), self.normalization)
 

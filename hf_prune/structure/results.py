@@ -18,7 +18,7 @@ class ReduceResult:
             are counted through all key-value groups.
         fused: new units that more than one old unit went into, share of all.
         solver: the transport solvers that ran.
-        solver_seconds: spent in transports (costs included).
+        solver_seconds: spent in choosing and fusing: importances, costs, transports.
         forward_passes: over the calibration set.
         reconstruction: outcome of each block's training by its number, where there was one.
         shares: of fused units in each kind of each block.

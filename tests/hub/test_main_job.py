@@ -51,5 +51,16 @@ def test_a_recipe_takes_model_and_text_from_the_hub_and_pushes(
     report = json.loads(files["prune_report.json"])
     assert results[0]["dataset"]["id"] == "me/corpus"
     assert report["evaluation"]["pruned"]["perplexity"] in [result["value"] for result in results]
+    again = command_line(
+        "prune",
+        "--model_name_or_path",
+        "me/pruned",
+        "--method",
+        "intra_fusion",
+        "--output_dir",
+        tmp_path / "twice",
+        **here,
+    )
+    assert again.returncode == 2 and "me/pruned has been pruned before" in " ".join(again.stderr.split())
     for content in [*files.values(), done.stdout.encode(), done.stderr.encode()]:
         assert TOKEN.encode() not in content

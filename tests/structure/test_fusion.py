@@ -3,9 +3,12 @@
 import pytest
 import torch
 from scipy.optimize import linprog
+from tiny import tiny_model
 
 from hf_prune.structure.fusion import drop, from_transport
-from hf_prune.structure.importance import l1, most_important
+from hf_prune.structure.groups import block_shape, find_groups
+from hf_prune.structure.importance import Evidence, l1, most_important
+from hf_prune.structure.reduction import Reducer
 from hf_prune.structure.transport import transport, unit_features, weight_cost
 
 
@@ -127,6 +130,22 @@ def test_merging_equal_units_keeps_the_function_under_preserve_alone(solver, cou
         before = network(*no_bias, inputs)
         assert torch.allclose(fused(from_transport(plan, kept, "code"), *no_bias, inputs), 4 * before)
         assert torch.allclose(fused(from_transport(plan, kept, "target"), *no_bias, inputs), before / 4)
+
+
+def test_a_unit_that_stays_goes_to_itself_though_another_is_as_near():
+    """Two of the units that stay are equal, as is one that goes."""
+    model = tiny_model("llama")
+    group = find_groups(model, 0, "mlp", block_shape(model))[0]
+    with torch.no_grad():
+        for layer in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj):
+            layer.weight[[1, 2]] = layer.weight[0].clone()
+        model.model.layers[0].mlp.down_proj.weight[:, [1, 2]] = model.model.layers[0].mlp.down_proj.weight[:, [0]]
+    options = {"importance": "l1", "fusion_target": "top", "fusion_cost": "weights", "source_mass": "uniform"}
+    options |= {"target_mass": "uniform", "normalization": "preserve", "damping": 0.01, "seed": 0}
+    fusion = Reducer(fusion="ot", fusion_solver="nearest", **options).reduce(group, 40, Evidence())
+    for unit in range(40):
+        own = fusion.source[fusion.target == unit]
+        assert int(fusion.kept[unit]) in own.tolist()
 
 
 def test_normalizations_against_the_published_formulas():

@@ -1,12 +1,14 @@
 """Structured pruning end to end on tiny models, its least squares and its rankings against independent arithmetic."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -300,6 +302,39 @@ def test_gradients_that_overflow_are_said():
 def test_bad_input_is_one_sentence(options, words):
     with pytest.raises(BadInputError, match=words):
         reduced("llama", **options)
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (None, "scores.safetensors cannot be read"),
+        (torch.ones(48, 2), r"holds \[48, 2\] numbers for mlp.0"),
+        (torch.full((48,), float("nan")), "or not finite ones"),
+    ],
+)
+def test_scores_that_are_none_are_refused_before_anything_is_loaded(scores, words, tmp_path, capsys):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    if scores is not None:
+        save_file({"mlp.0": scores}, tmp_path / "scores.safetensors")
+    command = ["plan", "--model_name_or_path", str(tmp_path / "model"), "--method", "intra_fusion", "--fusion", "none"]
+    assert main([*command, "--importance", str(tmp_path / "scores.safetensors")]) == 2
+    assert re.search(words, " ".join(capsys.readouterr().err.split()))
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "fuses"),
+    [
+        ({"units": ["depth"]}, "structured-depth", False),
+        ({"units": ["heads"]}, "structured-product", False),
+        ({"units": ["mlp", "depth"]}, "intra_fusion", True),
+        ({"units": ["attention"], "fusion": "none"}, "structured-product", False),
+    ],
+)
+def test_a_run_is_named_after_what_it_does(options, name, fuses):
+    config = make_config({"method": "intra_fusion", "importance": "product", **options})
+    said = config.describe_run()
+    assert said.name == name and ("optimal transport" in said.summary) == fuses
+    assert config.make_reducer().fuses(config.units) == fuses
 
 
 def test_blocks_that_share_weights_are_refused():
