@@ -23,6 +23,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Solver
 from hf_prune.plan import Plan
 from hf_prune.reconstruction import BlockReconstruction
+from hf_prune.structure.budget import budget_candidates
 from hf_prune.weights import find_blocks
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def estimate_reduction(
     memory += 5 * 4 * (structure["parameters_before"] // blocks) + (4 * weights if reducer.needs_gradients else 0)
     if config.searches_budget:
         # Each candidate on a copy of the model, with the held-out windows to score it.
-        flops += (flops + samples / 8 * seq_length * per_token) * (1 + 3 * (len(config.units) - 1))
+        flops += (flops + samples / 8 * seq_length * per_token) * len(budget_candidates(config))
         memory += weights * size
     return Estimate(
         flops_per_token=per_token,

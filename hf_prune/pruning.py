@@ -25,7 +25,8 @@ from hf_prune.masks import row_floor
 from hf_prune.methods.wanda import Wanda
 from hf_prune.patterns import Pattern
 from hf_prune.plan import Plan, make_plan, select_views
-from hf_prune.reduction import as_sparsity, budget_candidates, mlp_views, plan_reduction, reduce, search_budget
+from hf_prune.reduction import as_sparsity, mlp_views, plan_reduction, reduce, search_budget
+from hf_prune.structure.budget import budget_candidates
 from hf_prune.structure.permutation import ChannelPermutation
 from hf_prune.structure.results import ReduceResult
 from hf_prune.weights import WeightView, find_named

@@ -17,12 +17,12 @@ from hf_prune.engine import distributed
 from hf_prune.engine.results import ViewResult
 from hf_prune.engine.walk import BlockUpdater
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.families import find_family
 from hf_prune.plan import Plan, ViewPlan
-from hf_prune.structure.budget import Structure, plan_structure
-from hf_prune.structure.groups import MLP, block_shape
+from hf_prune.structure.budget import Structure, budget_candidates, plan_structure
+from hf_prune.structure.groups import block_shape
 from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import check_stock, set_sizes
 from hf_prune.structure.transport import check_installed
@@ -49,6 +49,8 @@ def plan_reduction(
         BadInputError: the family is not described, its stock config refuses the sizes, or a layer would be left empty.
     """
     structure = plan_structure(model, config, shares)
+    if shares is not None and config.searches_budget:
+        structure = replace(structure, searched=shares)
     check_stock(model, structure)
     reducer = config.make_reducer()
     assert config.units is not None
@@ -109,7 +111,8 @@ def search_budget(model: nn.Module, config: StructuredConfig, input_ids: Tensor)
     """`budget: search`: the shares of the removed parameters, by unit, that cost least on held-out calibration windows.
 
     Every candidate gives the coarse units (attention, heads, depth) some of the budget and the MLPs the rest, and is
-    carried out on a copy of the model with the other windows: as many prunings, and a second model's memory.
+    carried out on a copy of the model with the other windows: as many prunings, and a second model's memory. One that
+    is no model any more is left out.
 
     Args:
         input_ids: int64 [samples, tokens], two windows or more; an eighth, one window at least, is held out.
@@ -129,29 +132,24 @@ def search_budget(model: nn.Module, config: StructuredConfig, input_ids: Tensor)
             logger.info("budget: [%s] is left out (%s)", _written(shares), error)
             continue
         # Coarse units make several shares one and the same structure.
-        key = json.dumps(plan.structure)
-        if key in costs:
+        key = json.dumps({**(plan.structure or {}), "searched": None})
+        if key in shares_of:
             continue
-        trial: Any = copy.deepcopy(model)
-        reduce(trial, config, plan, input_ids[held_out:])
-        costs[key] = float(window_nll(trial, input_ids[:held_out], description="trying").mean())
         shares_of[key] = shares
-        del trial
+        trial: Any = copy.deepcopy(model)
+        try:
+            reduce(trial, config, plan, input_ids[held_out:])
+            costs[key] = float(window_nll(trial, input_ids[:held_out], description="trying").mean())
+        except RunError as error:
+            logger.info("budget: [%s] is left out (%s)", _written(shares), error)
+            continue
+        finally:
+            del trial
         logger.info("budget: [%s] gives %.4f nats a token on %d windows", _written(shares), costs[key], held_out)
     if not costs:
         raise BadInputError(f"budget: no split over {', '.join(config.units or [])} fits; lower sparsity.")
     # One process decides: the others may differ by rounding.
     return distributed.gather(shares_of[min(costs, key=costs.__getitem__)])[0]
-
-
-def budget_candidates(config: StructuredConfig) -> list[dict[str, float]]:
-    """All for the MLPs first, then a quarter to three quarters of the budget for each of the coarse units."""
-    coarse = [unit for unit in config.units or [] if unit != MLP]
-    return [
-        {**{unit: part if unit == chosen else 0.0 for unit in coarse}, MLP: 1 - part}
-        for chosen in coarse
-        for part in (0.0, 0.25, 0.5, 0.75)
-    ]
 
 
 def _written(shares: dict[str, float]) -> str:

@@ -92,7 +92,11 @@ def _structure_table(plan: dict[str, Any]) -> RenderableType:
         table.add_column(name, justify="right" if name else "left")
     for row in sparsity_rows(plan):
         table.add_row(row.label, row.dense, row.pruned, row.change)
-    return Group(table, Text(f"Together: {percent(plan['sparsity'])} of the blocks' parameters to be removed"))
+    lines = [Text(f"Together: {percent(plan['sparsity'])} of the blocks' parameters are removed by it")]
+    if searched := plan["structure"].get("searched"):
+        shares = ", ".join(f"{percent(share, 0)} {unit}" for unit, share in searched.items() if share)
+        lines.append(Text(f"Found by search: of what is removed {shares}"))
+    return Group(table, *lines)
 
 
 def inspect_table(rows: list[dict[str, Any]], summary: dict[str, Any], verbose: bool = False) -> RenderableType:

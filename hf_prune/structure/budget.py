@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ class Structure:
         parameters_before, parameters_after: of all blocks, as they are stored: padding counted.
         neuron: parameters that go with one MLP neuron.
         widths: MLP width of every block where they differ (`layout: pad`), without the padding.
+        searched: shares of the removed parameters, by unit, where `budget: search` has chosen them.
     """
 
     before: Shape
@@ -34,6 +36,7 @@ class Structure:
     parameters_after: int
     neuron: int
     widths: tuple[int, ...] | None = None
+    searched: dict[str, float] | None = None
 
     @property
     def removed(self) -> float:
@@ -195,3 +198,10 @@ def _given(config: StructuredConfig) -> dict[str, float]:
     if any(not share >= 0 for share in shares.values()) or not abs(sum(shares.values()) - 1) <= 1e-6:
         raise BadInputError(f"budget: the shares add up to {sum(shares.values()):g}; they must make 1.")
     return shares
+
+
+def budget_candidates(config: StructuredConfig) -> list[dict[str, float]]:
+    """All for the MLPs first, then up to three quarters of the budget for the coarse units, in quarters."""
+    coarse = [unit for unit in config.units or [] if unit != MLP]
+    parts = itertools.product((0.0, 0.25, 0.5, 0.75), repeat=len(coarse))
+    return [{**dict(zip(coarse, own, strict=True)), MLP: 1 - sum(own)} for own in parts if sum(own) < 1]

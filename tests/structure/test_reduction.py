@@ -17,7 +17,7 @@ from hf_prune.compose import make_config, needs_text
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.pruning import plan_pruning, prune
 from hf_prune.reduction import _padded, search_budget
-from hf_prune.structure.budget import plan_structure
+from hf_prune.structure.budget import budget_candidates, plan_structure
 from hf_prune.structure.depth import block_influence
 from hf_prune.structure.groups import MLP, block_shape, find_groups
 
@@ -247,6 +247,12 @@ def test_the_searched_budget_is_the_cheapest_of_those_tried():
     assert plan_pruning(model, plain).structure["after"]["groups"] == 1
     result = prune(model, config, input_ids=ids)
     assert result.plan.structure["after"]["groups"] == 2
+    assert result.plan.structure["searched"] == {"attention": 0.0, "mlp": 1.0}
+    three = make_config({"method": "intra_fusion", "units": ["mlp", "attention", "depth"], "budget": ["search"]})
+    tried = {(own["attention"], own["depth"]) for own in budget_candidates(three)}
+    quarters = (0.0, 0.25, 0.5, 0.75)
+    assert tried == {(a, d) for a in quarters for d in quarters if a + d <= 0.75}
+    assert all(sum(own.values()) == 1 for own in budget_candidates(three))
 
 
 def test_a_block_that_does_nothing_has_no_influence_even_behind_positions():
@@ -356,6 +362,11 @@ def test_a_data_free_recipe_runs_without_text_and_a_second_pruning_is_refused(tm
     report = json.loads((tmp_path / "out" / "prune_report.json").read_text())
     assert all(row["passed"] for row in report["verification"])
     assert report["structure"]["solver"] == ["emd"] and report["calibration"] is None
+    capsys.readouterr()
+    command = ["inspect", str(tmp_path / "out"), "--plot", str(tmp_path / "plot.png")]
+    assert main(command) == 0
+    inspected = " ".join(capsys.readouterr().out.split())
+    assert "Neurons an MLP 48 32" in inspected and "Together: " in inspected
     card = (tmp_path / "out" / "README.md").read_text()
     assert "32 of 48 neurons an MLP" in card and "zeros" not in card.split("## Citation")[0].lower()
     capsys.readouterr()
