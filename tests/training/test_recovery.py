@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,6 +26,7 @@ from hf_prune.plan import Plan, select_views
 from hf_prune.recipe import make_recipe
 from hf_prune.recovery import recover
 from hf_prune.training.arguments import make_train_recipe, make_training_arguments
+from hf_prune.training.checkpoints import last_checkpoint
 from hf_prune.training.distillation import DistillationTrainer, divergence
 from hf_prune.training.lora import MaskedLora
 from hf_prune.training.masks import masks_of
@@ -245,14 +246,18 @@ def test_zeros_of_an_earlier_pruning_stay_as_well(pruned: dict[str, Path], tmp_p
 
 @pytest.mark.slow
 def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
+    """Killed, both of them, and gone on with."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(values(pruned, tmp_path / "out", max_steps=6)))
+    recipe.write_text(json.dumps(values(pruned, tmp_path / "out", max_steps=12, save_steps=2)))
     command = [sys.executable, "-m", "hf_prune", "recover", str(pruned["sparse"]), "--config", str(recipe)]
+    command += ["--num_processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--num_processes", "2"], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    begun = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    last_step(begun, tmp_path / "out.training")
+    assert not (tmp_path / "out").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "hf-prune" in line]
+    assert not (tmp_path / "out.training").exists()
     report = json.loads((tmp_path / "out" / "prune_report.json").read_text())
     assert report["num_processes"] == 2 and report["recoveries"][0]["training"]["batch_size"] == 16
     before, after = (load_file(folder / "model.safetensors") for folder in (pruned["sparse"], tmp_path / "out"))
@@ -286,32 +291,49 @@ def test_bad_input_writes_nothing(own: dict[str, Any], message: str, pruned: dic
 
 
 def last_step(run: subprocess.Popen, work: Path) -> None:
-    """Kill a run behind its first checkpoint."""
+    """Kill a run and all that it has started behind its first checkpoint."""
     deadline = time.monotonic() + 200
-    while not list(work.glob("checkpoint-*/trainer_state.json")):
+    # Written behind all else of a checkpoint by the main process.
+    while not list(work.glob("checkpoint-*/seconds.json")):
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
+    started = psutil.Process(run.pid)
+    for process in [*started.children(recursive=True), started]:
+        process.kill()
     run.wait()
 
 
 @pytest.mark.slow
-def test_a_killed_recovery_goes_on_to_the_same_bits(pruned: dict[str, Path], tmp_path: Path) -> None:
-    own: dict[str, Any] = {"max_steps": 60, "save_steps": 2, "recovery": "full"}
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("sparse", {"recovery": "full"}), ("narrow", {"recovery": "lora", "loss": "distillation"})],
+    ids=["sparse-full", "narrow-lora"],
+)
+def test_a_killed_recovery_goes_on_to_the_same_bits(
+    kind: str, how: dict[str, str], pruned: dict[str, Path], tmp_path: Path
+) -> None:
+    own: dict[str, Any] = {"max_steps": 60, "save_steps": 2, **how}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    recover(str(pruned["sparse"]), make_train_recipe(values(pruned, whole, **own), RecoveryConfig))
+    recover(str(pruned[kind]), make_train_recipe(values(pruned, whole, **own), RecoveryConfig))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(values(pruned, cut, **own)))
-    command = [sys.executable, "-m", "hf_prune", "recover", str(pruned["sparse"]), "--config", str(recipe)]
+    command = [sys.executable, "-m", "hf_prune", "recover", str(pruned[kind]), "--config", str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_PRUNE_QUIET": "1"}
-    last_step(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), tmp_path / "cut.training")
+    begun = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    last_step(begun, tmp_path / "cut.training")
     assert not cut.exists()
     # Neither another recipe nor another model goes on from there.
-    for folder, other in ((pruned["sparse"], {"learning_rate": 1e-3}), (pruned["narrow"], {})):
+    another = pruned["narrow" if kind == "sparse" else "sparse"]
+    for folder, other in ((pruned[kind], {"learning_rate": 1e-3}), (another, {})):
         with pytest.raises(BadInputError, match=r"cut\.training holds a training of another model, text or recipe"):
             recover(str(folder), make_train_recipe(values(pruned, cut, **own, **other), RecoveryConfig))
-    recover(str(pruned["sparse"]), make_train_recipe(values(pruned, cut, **own), RecoveryConfig))
+    last = last_checkpoint(tmp_path / "cut.training")
+    assert last is not None
+    before = float((last / "seconds.json").read_text())
+    report = recover(str(pruned[kind]), make_train_recipe(values(pruned, cut, **own), RecoveryConfig))
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    # What was trained before the kill took its time as well.
+    assert report["recoveries"][0]["training"]["seconds"] > before > 0
 
 
 def test_sixteen_bit_weights_train_in_float32(pruned: dict[str, Path], tmp_path: Path) -> None:
