@@ -20,6 +20,7 @@ from hf_prune.preparation import check_output
 from hf_prune.search.arguments import SearchRecipe
 from hf_prune.search.candidates import Candidates, OneShotCandidates
 from hf_prune.search.searching import PAUSE, Search
+from hf_prune.search.space import label
 from hf_prune.search.stability import rank_stability
 from hf_prune.search.study import DENSE, STORAGE, attributes_on_disk, check_identity, check_storage, is_alive
 from hf_prune.search.summary import write_tables
@@ -80,17 +81,25 @@ def run_search(
     search = Search(recipe, candidates)
     search.folder.begin(recipe.identity)
     search.folder.put_back(at_start=True)
-    search.measure_dense()
+    try:
+        search.measure_dense()
+    except BadInputError:
+        # A mistake that another recipe has not: it shall find the folder as this one did.
+        if not resume:
+            search.folder.discard()
+        raise
     with _helped_by(workers or []) as helpers:
         search.draw(helpers)
         finalists = search.finals(search.eliminate(helpers), helpers)
+    search.folder.study.set_user_attr("finalists", [label(own.params) for own in finalists])
     search.folder.study.set_user_attr("finished", True)
-    summary = search.summarise(finalists)
+    summary = search.summarise()
     own = recipe.search
     if own.stability_candidates and candidates.setting is not None:
         best = [trial.params for trial in search.best_drawn() if math.isfinite(trial.value or 0)]
         if len(best) > 2:
             summary["stability"] = rank_stability(candidates, best[: own.stability_candidates], own.first_budget)
+            search.folder.study.set_user_attr("stability", summary["stability"])
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     if summary["chosen"] is None:
         raise RunError("search: no candidate gave finite figures; search.md in search_dir says why.")
@@ -111,8 +120,8 @@ def help_search(recipe: SearchRecipe, candidates: Candidates | None = None) -> N
             time.sleep(PAUSE)
 
 
-def show_search(recipe: SearchRecipe) -> dict[str, Any]:
-    """The summary of what a search has found so far; nothing is measured.
+def show_search(recipe: SearchRecipe, candidates: Candidates | None = None) -> dict[str, Any]:
+    """The summary of what a search has found so far; nothing is measured; arguments as for `run_search`.
 
     Raises:
         BadInputError: there is no such search.
@@ -120,8 +129,10 @@ def show_search(recipe: SearchRecipe) -> dict[str, Any]:
     folder = recipe.folder
     check_storage(folder, resume=True)
     check_identity(folder, recipe.identity)
-    search = Search(recipe, make_candidates(recipe))
-    summary = search.summarise(search.best_drawn(whole=False))
+    search = Search(recipe, candidates or make_candidates(recipe))
+    summary = search.summarise()
+    if "stability" in search.folder.study.user_attrs:
+        summary["stability"] = search.folder.study.user_attrs["stability"]
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     return summary
 

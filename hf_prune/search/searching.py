@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.dynamics.distance import Distance, make_distance, with_loss
-from hf_prune.errors import RunError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.search.arguments import SearchArguments, SearchRecipe
 from hf_prune.search.candidates import Candidates, Measurement
 from hf_prune.search.space import Choice, elimination_rounds, label
@@ -90,7 +90,7 @@ class Search:
 
     def spent(self, trials: list[FrozenTrial]) -> tuple[int, float]:
         """Budget and seconds of everything measured so far, the dense model included."""
-        dense = self.folder.study.user_attrs["dense"]
+        dense = self.folder.study.user_attrs.get("dense", {"spent": 0, "seconds": 0.0})
         return (
             dense["spent"] + sum(found(trial).get("spent", 0) for trial in trials),
             dense["seconds"] + sum(found(trial).get("seconds", 0.0) for trial in trials),
@@ -206,7 +206,8 @@ class Search:
             self.candidates.measure(choice, budgets, look)
         except optuna.TrialPruned:
             state = optuna.trial.TrialState.PRUNED
-        except (RunError, torch.linalg.LinAlgError) as error:
+        except (BadInputError, RunError, torch.linalg.LinAlgError) as error:
+            # What only the model shows (inputs that do not divide into groups, say) is this candidate's own.
             value = math.inf
             notes["sentence"] = " ".join(str(error).split())
         if not math.isfinite(value):
@@ -342,9 +343,9 @@ class Search:
 
     # What is said of it.
 
-    def summarise(self, finalists: list[FrozenTrial]) -> dict[str, Any]:
+    def summarise(self) -> dict[str, Any]:
         """Candidates, ranking and cost, plain data."""
-        return summarise(self.arguments, self.candidates, self.folder, finalists, self.spent(self.folder.trials()))
+        return summarise(self.arguments, self.candidates, self.folder, self.spent(self.folder.trials()))
 
     def candidate_spectra(self, summary: dict[str, Any]) -> dict[str, Tensor]:
         """Spectra of the best candidates by label, at the first budget."""

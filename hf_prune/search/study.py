@@ -129,6 +129,16 @@ class StudyFolder:
             storage=storage, study_name=NAME, load_if_exists=True, pruner=_make_pruner(arguments, max_budget)
         )
 
+    def discard(self) -> None:
+        """Leave the folder as empty as it was: nothing has been measured."""
+        import shutil
+
+        _signed_in.pop(self.folder.resolve()).close()
+        for own in (SPECTRA, PROCESSES):
+            shutil.rmtree(self.folder / own, ignore_errors=True)
+        for file in self.folder.glob(f"{STORAGE}*"):
+            file.unlink()
+
     def begin(self, identity: str) -> None:
         """Become the one process that leads.
 

@@ -27,11 +27,10 @@ def summarise(
     arguments: SearchArguments,
     candidates: Candidates,
     folder: StudyFolder,
-    finalists: list[FrozenTrial],
     spent: tuple[int, float],
 ) -> dict[str, Any]:
-    """Plain data: settings, cost, every candidate. Of each, the trial with the most budget counts; who survived longest
-    stands first, then the better value, and what is not finite last.
+    """Plain data: settings, cost, every candidate. Of each, the trial with the most budget counts; finalists stand
+    first in their order, then who survived longest, then the better value, and what is not finite last.
     """
     rows: dict[str, dict[str, Any]] = {}
     trials = folder.trials()
@@ -39,19 +38,22 @@ def summarise(
         if "refused" in trial.user_attrs or "duplicate_of" in trial.user_attrs or not trial.state.is_finished():
             continue
         row = _row(trial, arguments)
-        before = rows.get(row["candidate"])
+        name = label(trial.params)
+        before = rows.get(name)
         if before is not None:
             for key in ("seconds", "spectrum_seconds", "spent"):
                 row[key] += before[key]
             row["first_value"], row["trial"] = before["first_value"], before["trial"]
             row["first_distance"], row["first_loss"] = before["first_distance"], before["first_loss"]
-        rows[row["candidate"]] = row
-    order = {label(own.params): place for place, own in enumerate(finalists)}
+        rows[name] = row
+    finalists: list[str] = folder.study.user_attrs.get("finalists", [])
+    order = {name: place for place, name in enumerate(finalists)}
+    names = {row["candidate"]: name for name, row in rows.items()}
     ranked = sorted(
         rows.values(),
         key=lambda row: (
             row["value"] is None,
-            order.get(row["candidate"], len(order)),
+            order.get(names[row["candidate"]], len(order)),
             -row["budget"],
             row["value"] if row["value"] is not None else math.inf,
             row["trial"],

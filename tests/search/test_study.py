@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import json
 import math
 import os
 import sqlite3
@@ -21,7 +22,8 @@ pytest.importorskip("optuna")
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.search.arguments import SearchRecipe, make_search_recipe
 from hf_prune.search.candidates import Look, Measurement
-from hf_prune.search.run import help_search, run_search  # noqa: F401  # the helper process calls it
+from hf_prune.search.run import help_search, run_search, show_search  # noqa: F401  # the helper process calls it
+from hf_prune.search.searching import Search
 from hf_prune.search.space import Choice, elimination_rounds, label, make_space
 from hf_prune.search.study import StudyFolder
 
@@ -118,6 +120,51 @@ def test_the_best_is_found_by_every_pruner_and_objective(tmp_path: Path, pruner:
     # Not finite: last, and named.
     worst = summary["candidates"][-1]
     assert worst["candidate"] == label({"a": 0, "b": "z"}) and worst["value"] is None and worst["why"]
+
+
+def test_a_report_says_what_the_search_said(tmp_path: Path) -> None:
+    """Early on the order of the candidates is the reverse of what it is in the end."""
+
+    class Deceptive(Bowl):
+        @staticmethod
+        def loss(choice: Choice, budget: int) -> float:
+            end = Bowl.loss(choice, 10**9)
+            return end if budget == Bowl.max_budget else 50 - end
+
+    own = recipe(tmp_path / "s", pruner="none", objective="loss", num_candidates=36, sampler="random")
+    unborn = recipe(tmp_path / "t", pruner="none", objective="loss", num_candidates=36, sampler="random")
+    summary = run_search(own, Deceptive())
+    del summary["report"]
+    shown = show_search(own, Deceptive())
+    assert shown == summary and json.loads((tmp_path / "s" / "search.json").read_text()) == shown
+    # Before anything was measured there is a report as well.
+    Search(unborn, Deceptive()).folder.begin(unborn.identity)
+    empty = show_search(unborn, Deceptive())
+    assert (empty["chosen"], empty["spent"], empty["candidates"]) == (None, 0, [])
+
+
+def test_what_only_the_model_refuses_is_named_and_the_search_goes_on(tmp_path: Path) -> None:
+    class Picky(Bowl):
+        def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
+            if choice == {"a": 1, "b": "x"}:
+                raise BadInputError("pattern: 32 inputs do not divide into groups of 5.")
+            super().measure(choice, budgets, look)
+
+    summary = run_search(recipe(tmp_path / "s", num_candidates=36, sampler="random"), Picky())
+    assert summary["chosen"] == label(BEST)
+    refused = next(row for row in summary["candidates"] if row["candidate"] == label({"a": 1, "b": "x"}))
+    assert refused["value"] is None and "groups of 5" in refused["why"]
+
+
+def test_a_mistake_that_the_dense_model_shows_leaves_the_folder_to_the_next_recipe(tmp_path: Path) -> None:
+    class Mistaken(Bowl):
+        def dense(self, budgets: list[int]) -> dict[int, Measurement]:
+            raise BadInputError("num_exponents: 200 of a state of 64.")
+
+    with pytest.raises(BadInputError, match="200 of a state"):
+        run_search(recipe(tmp_path / "s", sampler="random"), Mistaken())
+    assert not list((tmp_path / "s").iterdir())
+    assert run_search(recipe(tmp_path / "s", sampler="random", num_candidates=36), Bowl())["chosen"] == label(BEST)
 
 
 def test_elimination_keeps_who_is_best_in_each_round_and_counts_what_it_spends(tmp_path: Path) -> None:
