@@ -182,6 +182,15 @@ def _rank_correlation(early: list[float], final: list[float]) -> float:
     return float(spearmanr(early, [_last(own) for own in final]).statistic)
 
 
+def judged(candidates: dict[str, Run], seed: int) -> tuple[list[Run], list[Run]]:
+    """The candidates that a seed searches, and the others."""
+    names = sorted(candidates)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = round(JUDGED * len(names))
+    mine, others = ([candidates[names[place]] for place in part] for part in (order[:count], order[count:]))
+    return mine, others
+
+
 def replay(
     dense: Run,
     candidates: dict[str, Run],
@@ -194,12 +203,9 @@ def replay(
 
     A seed chooses the candidates that are searched; embeddings are fitted to the others, which no search judges.
     """
-    names = sorted(candidates)
     outcomes: dict[str, list[Outcome]] = {metric: [] for metric in metrics}
     for seed in seeds:
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-        count = round(JUDGED * len(names))
-        mine, others = ([candidates[names[place]] for place in part] for part in (order[:count], order[count:]))
+        mine, others = judged(candidates, seed)
         for metric in outcomes:
             outcomes[metric].append(search(metric, dense, mine, others, seed, **keys))
     return outcomes
@@ -219,12 +225,13 @@ def to_markdown(outcomes: dict[str, list[Outcome]], dense: Run, candidates: dict
     count = round(JUDGED * len(candidates))
     everything = statistics.fmean(float(run.seconds.sum()) for run in candidates.values()) * count
     final = [run.perplexity for run in candidates.values()]
-    chance = statistics.fmean(final) - min(final)
     seeds = len(next(iter(outcomes.values())))
+    by_seed = [[run.perplexity for run in judged(candidates, seed)[0]] for seed in range(seeds)]
+    chance = statistics.fmean(statistics.fmean(own) - min(own) for own in by_seed)
     note = (
         f"{count} of {len(candidates)} candidates a seed, {seeds} seeds. Training all of them to the end takes "
         f"{count * len(dense.losses)} epochs and {everything:.0f} seconds and has no regret; one taken by chance is "
-        f"{chance:.2f} above the best of all. Perplexity {min(final):.2f} to {max(final):.2f}, dense "
+        f"{chance:.2f} above the best of its seed's. Perplexity {min(final):.2f} to {max(final):.2f}, dense "
         f"{dense.perplexity:.2f}."
     )
     return "\n".join([*lines, "", note])
