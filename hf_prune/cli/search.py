@@ -28,6 +28,17 @@ def help_text() -> str:
     return TEXT + "\n".join(field_lines(SearchArguments)) + "\n"
 
 
+def without_flag(arguments: list[str], name: str) -> list[str]:
+    """A command line without one of its flags, whether `--name`, `--name VALUE` or `--name=VALUE`."""
+    kept, skipping = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            skipping = word == f"--{name}" or word.startswith(f"--{name}=")
+        if not skipping:
+            kept.append(word)
+    return kept
+
+
 def main(arguments: list[str]) -> None:
     flags = parse_flags(arguments)
     resume, report, worker = (coerce(key, flags.pop(key, False), bool) for key in ("resume", "report", "worker"))
@@ -44,14 +55,16 @@ def main(arguments: list[str]) -> None:
 
     recipe = make_search_recipe(values, text)
     quiet_libraries()
-    if leave_group() > 0 or worker:
+    out = console()
+    rank = leave_group()
+    if report:
+        if rank == 0:
+            out.print(search_markdown(show_search(recipe)), markup=False, soft_wrap=True)
+        return
+    if rank > 0 or worker:
         help_search(recipe)
         return
-    out = console()
-    if report:
-        out.print(search_markdown(show_search(recipe)), markup=False, soft_wrap=True)
-        return
-    helpers = [["search", *(word for word in arguments if word != "--resume"), "--worker", "true"]]
+    helpers = [["search", *without_flag(arguments, "resume"), "--worker", "true"]]
     summary = run_search(recipe, resume=resume, workers=helpers * (recipe.model.num_processes - 1))
     out.print(search_markdown(summary), markup=False, soft_wrap=True)
     out.print(

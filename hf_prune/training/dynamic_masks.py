@@ -36,7 +36,8 @@ class DynamicMaskCallback(MaskCallback):
     Dense gradients are looked at before they are masked, and added up over the processes, so that every one of them
     comes to the same masks: those of an update's step for `growth: gradient`, which takes a float32 copy of the pruned
     parameters for that step, and a running mean of all for momentum, which takes another all along. A weight that grows
-    begins at zero, and what the optimizer remembers weight by weight of its place and of those that died is forgotten.
+    begins at zero, and what the optimizer remembers weight by weight of its place and of those that died is forgotten;
+    one that dies and grows again in the same step keeps both.
     Masks stand in each of the Trainer's checkpoints, from where a training with the same `output_dir` goes on.
 
     Args:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("optuna")
 
+from hf_prune.cli.search import without_flag
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.search.arguments import SearchRecipe, make_search_recipe
 from hf_prune.search.candidates import Look, Measurement
@@ -141,6 +142,12 @@ def test_a_report_says_what_the_search_said(tmp_path: Path) -> None:
     Search(unborn, Deceptive()).folder.begin(unborn.identity)
     empty = show_search(unborn, Deceptive())
     assert (empty["chosen"], empty["spent"], empty["candidates"]) == (None, 0, [])
+
+
+@pytest.mark.parametrize("said", [["--resume"], ["--resume", "true"], ["--resume=true"]])
+def test_helpers_are_not_told_to_resume(said: list[str]) -> None:
+    command = ["--config", "a.yaml", *said, "--num_processes", "2"]
+    assert without_flag(command, "resume") == ["--config", "a.yaml", "--num_processes", "2"]
 
 
 def test_what_only_the_model_refuses_is_named_and_the_search_goes_on(tmp_path: Path) -> None:
