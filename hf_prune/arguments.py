@@ -218,8 +218,6 @@ class StructuredConfig(PruneConfig):
                 f"allocation: {self.allocation} gives every block its own width, which a stock config cannot say; set "
                 "layout to pad or leave allocation out."
             )
-        if self.allocation.endswith(".json"):
-            raise BadInputError(f"allocation: {self.allocation} holds densities of zeros; name a rule, as in owl.")
         if self.searches_budget and ("mlp" not in self.units or len(self.units) < 2):
             raise BadInputError("budget: search splits between mlp and other units; name both in units.")
         if self.layout == "pad" and self.units != ["mlp"]:

@@ -86,8 +86,12 @@ def plan_pruning(
     if isinstance(config, StructuredConfig):
         densities = None
         if config.layout == "pad":
-            inner, views = as_sparsity(config, model), mlp_views(model)
-            by_view, _, _ = _densities(model, inner, views, input_ids, statistics_folder)
+            views = mlp_views(model)
+            if make_allocation(config) is None:
+                # Widths are in proportion to the plan's densities, whatever budget those were for.
+                by_view, _ = saved_plan(PruneConfig(method="magnitude", allocation=config.allocation), views)
+            else:
+                by_view, _, _ = _densities(model, as_sparsity(config, model), views, input_ids, statistics_folder)
             densities = _by_block(views, by_view)
         shares = None
         if config.searches_budget:

@@ -145,6 +145,20 @@ def test_padded_widths_add_up_to_the_budget(densities, sparsity, round_to):
     )
 
 
+def test_padded_widths_follow_a_saved_plan(tmp_path):
+    """As those that `hf-prune sensitivity` suggests, or somebody has edited."""
+    plan = plan_pruning(tiny_model("llama"), make_config({"method": "magnitude", "sparsity": 0.5}))
+    for view in plan.views:
+        view.density = (0.3, 0.6, 0.9)[view.block]
+    plan.save(tmp_path / "plan.json")
+    options = {"layout": "pad", "allocation": str(tmp_path / "plan.json"), "sparsity": 0.25, "fusion": "none"}
+    _, result = reduced("llama", **options)
+    widths = result.plan.structure["widths"]
+    uniform = plan_structure(tiny_model("llama"), make_config({"method": "intra_fusion", "sparsity": 0.25}))
+    assert sum(widths) == 3 * uniform.after.width
+    assert widths[0] < widths[1] < widths[2] and abs(widths[1] - 2 * widths[0]) <= 1
+
+
 def test_block_influence_is_one_minus_the_cosine_of_hidden_states():
     model, ids = tiny_model("llama"), tiny_ids(4, 32)
     seen = []
@@ -296,7 +310,7 @@ def test_gradients_that_overflow_are_said():
         ({"allocation": "erk"}, "layout to pad"),
         ({"fusion": "melt"}, "fusion: 'melt' is unknown"),
         ({"units": ["depth"], "sparsity": 0.1}, "nothing would go"),
-        ({"layout": "pad", "allocation": "plan.json"}, "holds densities of zeros"),
+        ({"layout": "pad", "allocation": "plan.json"}, "plan.json"),
         ({"budget": ["search"]}, "name both in units"),
         ({"budget": ["mlp=nan"]}, "must make 1"),
         ({"propagate": False}, "removes whole units"),
