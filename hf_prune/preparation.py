@@ -9,7 +9,7 @@ import torch
 
 from hf_prune.arguments import OutputArguments, PruneConfig, StructuredConfig
 from hf_prune.checkpoint.folder import PLAN_FILE, check_output_folder
-from hf_prune.checkpoint.load import load_config, load_tokenizer, pick_device, skeleton
+from hf_prune.checkpoint.load import explained, load_config, load_tokenizer, pick_device, skeleton
 from hf_prune.checkpoint.offloaded import open_model
 from hf_prune.compose import (
     make_allocation,
@@ -116,7 +116,9 @@ def check_unpruned(path: str, revision: str | None = None) -> None:
 
     quiet = ("missing_entries", "gated_repo", "connection_errors")
     options: dict[str, Any] = {f"_raise_exceptions_for_{what}": False for what in quiet}
-    if cached_file(path, PLAN_FILE, revision=revision, **options) is not None:
+    with explained(path):
+        plan = cached_file(path, PLAN_FILE, revision=revision, **options)
+    if plan is not None:
         raise BadInputError(
             f"model_name_or_path: {path} has been pruned before, which this would undo; start from its base model."
         )

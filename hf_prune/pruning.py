@@ -98,7 +98,10 @@ def plan_pruning(
             if input_ids is None:
                 raise BadInputError("dataset_name: budget search needs calibration text; name a dataset.")
             shares = search_budget(model, config, input_ids)
-        return plan_reduction(model, config, base_model, densities, shares)
+        plan = plan_reduction(model, config, base_model, densities, shares)
+        if plan.structure is not None:
+            plan.structure["searched"] = shares
+        return plan
     views, skipped = select_views(model, config.targets, config.ignore)
     if config.channel_permutation:
         # Refused before anything is read.
@@ -133,8 +136,13 @@ def _densities(
     wanted = rule.decide(model, views, measures, config.sparsity, input_ids, folder)
     sizes = [view.shape[0] * view.shape[1] for view in views]
     # Rows keep whole weights: a little more than the ratio says, which the others make up for.
-    kept = [row_floor(view.shape[1], config.min_keep_ratio) / view.shape[1] for view in views]
-    floors = [min(floor, 1 - config.sparsity) for floor in kept]
+    floors = [row_floor(view.shape[1], config.min_keep_ratio) / view.shape[1] for view in views]
+    least = sum(floor * size for floor, size in zip(floors, sizes, strict=True)) / sum(sizes)
+    if least > 1 - config.sparsity + 1e-9:
+        raise BadInputError(
+            f"min_keep_ratio: {config.min_keep_ratio} in whole weights of a row comes to {least:.4g} of all, more than "
+            f"the {1 - config.sparsity:.4g} that sparsity leaves; lower one of the two."
+        )
     met = meet_budget(wanted, sizes, 1 - config.sparsity, floors)
     criterion = make_solver(config).criterion
     if config.allocation != "uniform" and criterion is not None and criterion.by_row:

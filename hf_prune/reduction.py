@@ -49,8 +49,6 @@ def plan_reduction(
         BadInputError: the family is not described, its stock config refuses the sizes, or a layer would be left empty.
     """
     structure = plan_structure(model, config, shares)
-    if shares is not None and config.searches_budget:
-        structure = replace(structure, searched=shares)
     check_stock(model, structure)
     reducer = config.make_reducer()
     assert config.units is not None
@@ -132,7 +130,7 @@ def search_budget(model: nn.Module, config: StructuredConfig, input_ids: Tensor)
             logger.info("budget: [%s] is left out (%s)", _written(shares), error)
             continue
         # Coarse units make several shares one and the same structure.
-        key = json.dumps({**(plan.structure or {}), "searched": None})
+        key = json.dumps(plan.structure)
         if key in shares_of:
             continue
         shares_of[key] = shares

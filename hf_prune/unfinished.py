@@ -161,8 +161,8 @@ class Unfinished:
             names = [view.name for view in plan.views if f"inputs.{view.name}" in factors]
             found = {name: FisherFactors(factors[f"inputs.{name}"], factors[f"outputs.{name}"]) for name in names}
             plan = replace(plan, fisher_factors=found)
-        if _TRAINED in self.work.files and trained is not None:
-            weights = load_file(self.work.file(_TRAINED), device=str(device))
+        if trained is not None:
+            weights = load_file(self.work.file(_TRAINED))
             for name, parameter in _planned(trained, plan).items():
                 parameter.copy_(weights[name])
         return plan, self.work.entries["plan_seconds"]

@@ -51,7 +51,7 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
     inside = [key for key in axes if key not in (*SETTING_KEYS, "seed", *optional)]
     # Each row's values, and the settings under which it chooses the same parts.
     fitting: dict[str, tuple[dict[str, Any], list[str]]] = {}
-    refused = []
+    refused, used = [], set()
     for own in _products(axes, inside):
         for setting, fixed in settings.items():
             chosen = {**common, **fixed, **own}
@@ -60,6 +60,7 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
             except BadInputError as error:
                 refused.append(f"{_label({**own, **fixed})}: {error}")
                 continue
+            used.update(understood)
             for extra in _products(optional, understood):
                 try:
                     make_config(make_recipe({**chosen, **extra}).prune_options)
@@ -68,7 +69,6 @@ def make_sweep(values: Mapping[str, Any], name: str) -> tuple[Grid, list[str]]:
                     refused.append(f"{_label({**own, **_tried(extra, axes), **fixed})}: {error}")
     if not fitting:
         raise BadInputError(f"{next(iter(axes))}: no combination can be run; the first: {refused[0]}")
-    used = {key for row, _ in fitting.values() for key in row}
     refused += [f"{key}: no combination chooses what it belongs to." for key in optional if key not in used]
     labels = [_label(_tried(row, axes)) or "the recipe" for row, _ in fitting.values()]
     rows = [

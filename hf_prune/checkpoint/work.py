@@ -67,7 +67,7 @@ class WorkFolder:
             yield work
         except BaseException as error:
             # Whoever started this process looks at the folder to see that it was asked to stop.
-            if not isinstance(error, Stopped) and not (path / MANIFEST).exists():
+            if not isinstance(error, Stopped) and not (path / MANIFEST).exists() and not work.scratch.exists():
                 work.discard()
             raise
         finally:

@@ -49,11 +49,10 @@ class ThresholdTask:
 
     def teach(self) -> None:
         """Cache the dense model's distributions of this process's windows, as far as any step wants them."""
-        wanted = {"windows": sorted({number for step in self.steps for number in self._own(step)})}
-        wanted["held_out"] = list(self._own(range(len(self.held_out))))
+        learned = sorted({number for step in self.steps for number in self._own(step)})
+        judged = self._own(range(len(self.held_out)))
         with torch.no_grad():
-            for name, windows in (("windows", self.windows), ("held_out", self.held_out)):
-                own = wanted[name]
+            for name, windows, own in (("windows", self.windows, learned), ("held_out", self.held_out, judged)):
                 self._teacher[name] = {
                     number: TeacherLogits.of(
                         self._logits(windows[number : number + 1]), self.temperature, self.teacher_tokens

@@ -74,8 +74,8 @@ def prepare_units(recipe: TrainRecipe) -> Ready:
     distributed.initialise(recipe.model.device)
     model = recipe.model
     source = resolve_model(str(model.model_name_or_path), model.revision)
-    check_unpruned(source.path)
     revision = source.revision or model.revision
+    check_unpruned(source.path, revision)
     model_config = load_config(source.path, model, revision)
     tokenizer = load_tokenizer(source.path, model, revision)
     text = open_text(recipe.text, tokenizer)

@@ -21,7 +21,6 @@ from hf_prune.finish import Stopwatch
 from hf_prune.legcnet.folder import describe_causes, seconds_to_benchmark, write_causes
 from hf_prune.legcnet.target import next_token_errors
 from hf_prune.methods.legcnet import LEGCNetConfig
-from hf_prune.preparation import check_unpruned
 from hf_prune.report.cause_plots import plot_moved
 from hf_prune.report.privacy import may_show_samples
 from hf_prune.trained import Start, as_pruned, described, hand_over, prepare, procedure, quality_of
@@ -96,8 +95,6 @@ def prepare_weights(recipe: TrainRecipe) -> Prepared:
         BadInputError: something handed over cannot be used; nothing has been written.
     """
     start, evaluation, views = prepare(recipe)
-    if start.source is not None:
-        check_unpruned(start.source.path)
     config: LEGCNetConfig = recipe.method
     windows, held_out = start.windows.without_last(recipe.fresh.target_windows, "target_windows")
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)

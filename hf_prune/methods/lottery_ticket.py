@@ -157,7 +157,7 @@ def next_masks(
         own = MEASURES[importance](magnitudes) if len(magnitudes) else magnitudes
         scores.append(own)
         held_back = torch.zeros(len(own), dtype=torch.bool)
-        held_back[magnitudes.argsort(descending=True, stable=True)[: _least(masks[name], floor)]] = True
+        held_back[magnitudes.argsort(descending=True, stable=True)[: _floor_of(masks[name].numel(), floor)]] = True
         by_floor.append(held_back)
     count = round(kept * sum(mask.numel() for mask in masks.values()))
     stays = _largest(scores, by_floor, count)
@@ -181,12 +181,8 @@ def _largest(scores: list[Tensor], first: list[Tensor], count: int) -> tuple[Ten
     return stays.split([len(own) for own in scores])
 
 
-def _least(mask: Tensor, floor: float) -> int:
-    """Weights that the floor keeps of a layer."""
-    return _floor_of(mask.numel(), floor)
-
-
 def _floor_of(numel: int, floor: float) -> int:
+    """Weights that the floor keeps of a layer."""
     return max(math.ceil(floor * numel - 1e-9), 1) if floor else 0
 
 

@@ -131,8 +131,8 @@ def show_search(recipe: SearchRecipe, candidates: Candidates | None = None) -> d
     check_identity(folder, recipe.identity)
     search = Search(recipe, candidates or make_candidates(recipe))
     summary = search.summarise()
-    if "stability" in search.folder.study.user_attrs:
-        summary["stability"] = search.folder.study.user_attrs["stability"]
+    if stability := search.folder.study.user_attrs.get("stability"):
+        summary["stability"] = stability
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     return summary
 

@@ -48,17 +48,13 @@ def summarise(
         rows[name] = row
     finalists: list[str] = folder.study.user_attrs.get("finalists", [])
     order = {name: place for place, name in enumerate(finalists)}
-    names = {row["candidate"]: name for name, row in rows.items()}
-    ranked = sorted(
-        rows.values(),
-        key=lambda row: (
-            row["value"] is None,
-            order.get(names[row["candidate"]], len(order)),
-            -row["budget"],
-            row["value"] if row["value"] is not None else math.inf,
-            row["trial"],
-        ),
-    )
+
+    def rank(item: tuple[str, dict[str, Any]]) -> tuple[Any, ...]:
+        name, row = item
+        value = row["value"] if row["value"] is not None else math.inf
+        return row["value"] is None, order.get(name, len(order)), -row["budget"], value, row["trial"]
+
+    ranked = [row for _, row in sorted(rows.items(), key=rank)]
     dense = folder.study.user_attrs.get("dense", {})
     total_budget, seconds = spent
     return {

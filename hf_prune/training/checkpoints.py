@@ -120,7 +120,7 @@ class StopBehind(TrainerCallback):
 class StopAtNaN(TrainerCallback):
     """Raises RunError at the first logged loss that is not finite, before a checkpoint of such weights, and at the end.
 
-    It comes before what looks at weights in its own way, so that it is heard first.
+    It comes before what looks at weights in its own way, so that it is heard first, and behind what changes them last.
 
     Args:
         where: what the message says of the training.

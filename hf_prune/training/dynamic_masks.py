@@ -113,6 +113,7 @@ class DynamicMaskCallback(MaskCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_epoch_end(args, state, control, **kwargs)
         self._keep(args, state, control)
 
     def on_train_end(
@@ -122,6 +123,9 @@ class DynamicMaskCallback(MaskCallback):
             # The weights that the run hands over.
             self.average.write()
         super().on_train_end(args, state, control, **kwargs)
+
+    def detach(self) -> None:
+        super().detach()
         for hook in self._watching:
             hook.remove()
         self._watching = []

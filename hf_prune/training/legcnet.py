@@ -258,7 +258,7 @@ class LEGCNetSearch:
     ) -> Trained:
         stop = StopAtNaN(where, folder)
         with only_weights_change(model):
-            trainer = self.make_trainer(model, folder, [*callbacks, watch, stop])
+            trainer = self.make_trainer(model, folder, [stop, *callbacks, watch])
             train(trainer, checkpoint)
         return watch.seen(trainer.state)
 

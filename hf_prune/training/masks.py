@@ -162,10 +162,18 @@ class MaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.holder.check()
+        self.detach()
+
+    def detach(self) -> None:
+        """Leave model and optimizer alone from now on."""
         self.holder.detach()
 
 
 def masks_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Where the named parameters are not zero, for those that hold any zero; True stays."""
-    found = {name: model.get_parameter(name).detach() != 0 for name in names}
-    return {name: mask for name, mask in found.items() if not bool(mask.all())}
+    found = {}
+    for name in names:
+        mask = model.get_parameter(name).detach() != 0
+        if not bool(mask.all()):
+            found[name] = mask
+    return found

@@ -63,7 +63,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
         # Whatever ended it: nothing is held in a model that may be trained again.
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, MaskCallback):
-                callback.holder.detach()
+                callback.detach()
 
 
 class FinishedBefore(Exception):
