@@ -170,11 +170,18 @@ class StudyFolder:
         """The next trial of the queue, or a new one after so many that were drawn: the same one after the same history,
         whatever was cut in between.
         """
+        from optuna.exceptions import UpdateFinishedTrialError
+
         # A sampler's random numbers are not in the storage: each trial gets its own by its place.
         self.study.sampler = make_sampler(self.arguments, drawn)
-        trial = self.study.ask()
-        trial.set_user_attr("process", self.process)
-        return trial
+        while True:
+            try:
+                trial = self.study.ask()
+            except UpdateFinishedTrialError:
+                # Another process has taken the queued one, and was done with it before this one could.
+                continue
+            trial.set_user_attr("process", self.process)
+            return trial
 
     def suggest(self, trial: Trial) -> Choice:
         """The trial's candidate."""
