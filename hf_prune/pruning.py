@@ -136,16 +136,12 @@ def _densities(
     wanted = rule.decide(model, views, measures, config.sparsity, input_ids, folder)
     sizes = [view.shape[0] * view.shape[1] for view in views]
     # Rows keep whole weights: a little more than the ratio says, which the others make up for.
-    floors = [row_floor(view.shape[1], config.min_keep_ratio) / view.shape[1] for view in views]
-    least = sum(floor * size for floor, size in zip(floors, sizes, strict=True)) / sum(sizes)
-    if least > 1 - config.sparsity + 1e-9:
-        raise BadInputError(
-            f"min_keep_ratio: {config.min_keep_ratio} in whole weights of a row comes to {least:.4g} of all, more than "
-            f"the {1 - config.sparsity:.4g} that sparsity leaves; lower one of the two."
-        )
+    kept = [row_floor(view.shape[1], config.min_keep_ratio) / view.shape[1] for view in views]
+    floors = [min(floor, 1 - config.sparsity) for floor in kept]
     met = meet_budget(wanted, sizes, 1 - config.sparsity, floors)
     criterion = make_solver(config).criterion
-    if config.allocation != "uniform" and criterion is not None and criterion.by_row:
+    # What was learned under a budget meets it; the other rules' densities round as Wanda's own do.
+    if rule.learns and criterion is not None and criterion.by_row:
         met = whole_rows(met, [view.shape for view in views], 1 - config.sparsity, floors)
     densities = {view.name: density for view, density in zip(views, met, strict=True)}
     held = frozenset(view.name for view, own, floor in zip(views, met, floors, strict=True) if 0 < own <= floor)

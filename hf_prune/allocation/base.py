@@ -146,7 +146,7 @@ def whole_rows(
     Args:
         shapes: (out, in) of each layer.
         density: share of all weights, met to half a weight a row of one layer.
-        floors: densities that no layer may fall below, of whole weights a row.
+        floors: densities that no layer may fall below.
     """
     rows, columns = numpy.asarray(shapes, dtype=float).T
     wanted = numpy.maximum(numpy.asarray(densities), floors) * columns

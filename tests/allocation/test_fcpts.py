@@ -169,25 +169,24 @@ def test_the_divergence_is_torchs_and_a_lower_bound_where_cut(temperature: float
 @settings(max_examples=8, deadline=None)
 def test_any_budget_is_met(family: str, sparsity: float, share: float, score: str) -> None:
     model = tiny_model(family)
+    # The highest floors lie above what rows of 32 inputs can keep of such a budget in whole weights: see below.
     floor = share * (1 - sparsity)
     values = {
         "method": "fcpts", "fcpts_score": score, "sparsity": sparsity, "min_keep_ratio": floor, "fcpts_steps": 3,
         "fcpts_learning_rate": 0.5,
     }  # fmt: skip
-    views = find_views(model)
-    least = sum(math.ceil(floor * view.shape[1] - 1e-9) * view.shape[0] for view in views)
-    if least > (1 - sparsity) * sum(math.prod(view.shape) for view in views):
-        with pytest.raises(BadInputError, match="in whole weights of a row comes to"):
-            prune(model, make_config(values), input_ids=tiny_ids(4, 32))
-        return
     result = prune(model, make_config(values), input_ids=tiny_ids(4, 32))
     kept = sum(int((matrix_of(model.state_dict(), view) != 0).sum()) for view in result.plan.views)
     total = sum(view.numel for view in result.plan.views)
     planned = sum(view.density * view.numel for view in result.plan.views) / total
     assert 1 - planned == pytest.approx(sparsity, abs=1e-6)
     assert all(view.density >= floor - 1e-12 for view in result.plan.views)
-    # A tiny model's matrices are counted in whole weights: half a weight each.
-    assert abs(1 - kept / total - sparsity) <= max(5e-4, 0.5 * len(result.plan.views) / total)
+    # A tiny model's matrices are counted in whole weights: half a weight each, or what whole weights a row are more.
+    least = [math.ceil(floor * view.shape[1] - 1e-9) * view.shape[0] for view in result.plan.views]
+    slack = sum(
+        0.5 + max(own - view.density * view.numel, 0) for own, view in zip(least, result.plan.views, strict=True)
+    )
+    assert abs(1 - kept / total - sparsity) <= max(5e-4, slack / total)
     assert (sparsity, share) != (0.6, 0.9) or any(view.floor for view in result.plan.views)
 
 
