@@ -38,8 +38,9 @@ def make_trainer(kind: type[Trainer], logs: Path, **arguments: Any) -> Trainer:
     try:
         trainer = kind(**arguments)
     finally:
-        if named is None:
-            del os.environ[_LOGGING_DIR]
+        del os.environ[_LOGGING_DIR]
+        if named is not None:
+            os.environ[_LOGGING_DIR] = named
     if os.environ.get("HF_PRUNE_QUIET"):
         trainer.remove_callback(PrinterCallback)
     return trainer
