@@ -245,11 +245,13 @@ class Fcpts(Allocation):
             progressed.steps = step + 1
             if self.fcpts_budget == "projection":
                 scores.data = bridge.on_budget(scores.data)
-            if progressed.steps % look and progressed.steps < self.fcpts_steps:
-                continue
-            bridge = self._rebuilt(task, bridge)
-            self._judge(task, bridge, progressed, scores.data)
-            task.save_state(progressed.state(), settings)
+            looked = progressed.steps % look == 0 or progressed.steps == self.fcpts_steps
+            if looked:
+                bridge = self._rebuilt(task, bridge)
+                self._judge(task, bridge, progressed, scores.data)
+            # Thresholds alone are small; trained weights are a model each time.
+            if looked or not self.train_weights:
+                task.save_state(progressed.state(), settings)
         progressed.finish()
         return [1 - share for share in progressed.best_sparsities.tolist()]
 

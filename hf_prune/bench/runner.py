@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from threading import Lock
@@ -33,6 +34,7 @@ from hf_prune.arguments import RunArguments
 from hf_prune.bench.grid import Cell, Grid
 from hf_prune.checkpoint.inspect import inspect_checkpoint
 from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
+from hf_prune.checkpoint.lock import held
 from hf_prune.data.builtin import resolve_model
 from hf_prune.errors import BadInputError, HfPruneError
 from hf_prune.evaluation.quality import QualityEvaluation
@@ -57,15 +59,20 @@ class Results:
         self.path = path
         self.identity = identity
         self.content: dict[str, Any] = {"runs": {}, "quality": {}}
-        if path.exists():
-            try:
-                self.content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                self.content = {}
-            if not isinstance(self.content, dict) or self.content.keys() != {"runs", "quality"}:
-                raise BadInputError(
-                    f"results: {path} is no file of benchmark results; name another, or remove it to begin anew."
-                )
+        self.read()
+
+    def read(self) -> None:
+        """Take over what the file holds, if there is one."""
+        if not self.path.exists():
+            return
+        try:
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError:
+            self.content = {}
+        if not isinstance(self.content, dict) or self.content.keys() != {"runs", "quality"}:
+            raise BadInputError(
+                f"results: {self.path} is no file of benchmark results; name another, or remove it to begin anew."
+            )
 
     def runs(self, cell: Cell) -> list[dict[str, Any]]:
         """Reports of a cell's finished runs, oldest first; those that this evaluation has not scored do not count."""
@@ -107,6 +114,11 @@ class Bench:
             results: the file that keeps what is finished; `results.json` of the work folder unless given.
             look: what else is noted of a pruned folder before its weights are deleted.
         """
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise BadInputError(
+                "num_processes: each run is a process of its own; start this without a launcher, with --at_once N for "
+                "runs side by side."
+            )
         self.grid = grid
         self.folder = work_folder
         self.variables = variables
@@ -151,7 +163,26 @@ class Bench:
 
         Returns:
             a sentence for each cell that failed.
+
+        Raises:
+            BadInputError: another process runs in the work folder or writes the file of results.
         """
+        with ExitStack() as stack:
+            for place in {self.folder / "bench", self.results.path.resolve()}:
+                taken = f"work_folder: {place.parent} has another run under way; wait for it, or name another folder."
+                stack.enter_context(held(place.with_suffix(".lock"), taken))
+            # Whoever was here since may have finished something.
+            self.results.read()
+            return self._run(rows, settings, seeds, at_once, max_minutes)
+
+    def _run(
+        self,
+        rows: Collection[str],
+        settings: Collection[str],
+        seeds: Collection[int],
+        at_once: int,
+        max_minutes: float,
+    ) -> list[str]:
         failures = []
         stop = perf_counter() + 60 * max_minutes
         self._left = 0

@@ -205,6 +205,12 @@ def table(grid: Grid, results: Results, folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def recipe_of(grid: Grid, line: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat recipe of a line of the table, with its first seed."""
+    cell = next(cell for cell in grid.cells if (cell.setting, cell.row) == (line["setting"], line["row"]))
+    return dict(cell.values)
+
+
 def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether a line is better in size or perplexity and in neither worse; sizes count to a thousandth."""
     pairs = [(round(line["size"], 3), line["ppl_ratio"]) for line in (one, other)]
@@ -263,6 +269,7 @@ def markdown(grid: Grid, results: Results, lines: list[dict[str, Any]]) -> str:
     note = (
         f"Dense perplexity {dense['perplexity']:.2f} on {len(dense['nll'])} windows. Size: parameters that are not "
         "zero; speed: decoded tokens a second; both over the dense model's. Overlap: weights that both masks keep over "
-        "those that either keeps. In bold: nothing else is as small and as good, and smaller or better."
+        "those that either keeps. Spread: range of log-perplexity over the seeds. In bold: nothing else is as small "
+        "and as good, and smaller or better."
     )
     return "\n".join([*out, "", note])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from hf_prune.errors import BadInputError
 
 
 def hold(file: Path, about: str = "") -> IO[str] | None:
@@ -31,6 +35,23 @@ def hold(file: Path, about: str = "") -> IO[str] | None:
             stream.write(about)
             stream.flush()
             return stream
+        stream.close()
+
+
+@contextmanager
+def held(file: Path, refusal: str) -> Iterator[None]:
+    """Inside, a file made for the purpose is locked; afterwards it is gone.
+
+    Raises:
+        BadInputError: somebody else holds it; with `refusal`.
+    """
+    stream = hold(file)
+    if stream is None:
+        raise BadInputError(refusal)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
         stream.close()
 
 

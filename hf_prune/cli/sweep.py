@@ -7,17 +7,19 @@ from pathlib import Path
 from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, take_text
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.fields import coerce
-from hf_prune.recipe import parse_flags, read_values
+from hf_prune.recipe import dump_yaml, parse_flags, read_values
 
 TEXT = """Tries every combination of the keys that hold a list, as in sparsity: [0.5, 0.6] or
 allocation: [uniform, fcpts] or seed: [0, 1, 2], each in a process of its own on the same windows, and scores
 all with one evaluator. What is finished is kept in --work_folder (sweep unless given): start again to go on. Writes
 NAME.csv, NAME.md and NAME.png (the Pareto frontier) there.
 
---constraint "ppl_ratio<=1.05, size<=0.6" chooses the lowest perplexity that fits, or says that none does. It may name
-ppl_ratio, perplexity, size, sparsity and speed. --at_once N runs N combinations side by side, each with its share of
-the processors or a GPU of its own; speeds are then those of a busy machine. Dense scores, calibration windows and what
-was learned are shared; with propagate: false the inputs' statistics as well, which no other choice leaves alike."""
+--constraint "ppl_ratio<=1.05, size<=0.6" chooses the lowest perplexity that fits and writes its recipe, chosen.yaml,
+there, or says that none does (exit code 1). It may name ppl_ratio, perplexity, size, sparsity and speed. Weights are
+deleted once they are scored; masks, a bit a weight, stay for the overlaps. --at_once N runs N combinations side by
+side, each with its share of the processors or a GPU of its own; speeds are then those of a busy machine. Dense
+scores, calibration windows and what was learned are shared; with propagate: false the inputs' statistics as well,
+which no other choice leaves alike."""
 
 
 def help_text() -> str:
@@ -62,8 +64,14 @@ def main(arguments: list[str]) -> None:
     (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     sweep.plot_pareto(folder / f"{name}.png", lines)
     out.print(table, markup=False, soft_wrap=True)
-    if wanted:
-        _, sentence = choose(lines, wanted)
-        out.print("\n" + sentence, markup=False, soft_wrap=True)
     if failures:
         raise RunError(f"{len(failures)} of {len(grid.cells)} runs failed: {failures[0]}")
+    if wanted:
+        chosen, sentence = choose(lines, wanted)
+        if chosen is None:
+            raise RunError(sentence)
+        recipe = folder / "chosen.yaml"
+        recipe.write_text(dump_yaml(sweep.recipe_of(grid, chosen)), encoding="utf-8")
+        out.print(
+            f"\n{sentence}\nhf-prune prune --config {recipe} --output_dir OUT makes it.", markup=False, soft_wrap=True
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from hf_prune.engine.teacher import TeacherLogits
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.progress import progress
 from hf_prune.weights import WeightView, find_blocks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -191,6 +194,11 @@ def threshold_task(
         raise BadInputError(
             "num_calibration_samples: thresholds are learned on some windows and judged on others; use 2 or more."
         )
+    if not distributed.rank() and batch_size < distributed.world_size():
+        logger.warning(
+            "fcpts_batch_size: a step of %d windows leaves %d of %d processes idle; set it to a multiple of them.",
+            batch_size, distributed.world_size() - batch_size, distributed.world_size(),
+        )  # fmt: skip
     if train_weights and any(view.expert is not None for view in views):
         raise BadInputError(
             "train_weights: experts of a mixture share one parameter, of which single ones are not trained; set it to "

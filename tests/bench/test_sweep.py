@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from tiny import byte_tokenizer, tiny_model
 from hf_prune import cli
 from hf_prune.bench import sweep
 from hf_prune.bench.constraint import choose, parse_constraint
+from hf_prune.checkpoint.lock import hold
 from hf_prune.compose import make_config
 from hf_prune.errors import BadInputError
 from hf_prune.pruning import prune
@@ -150,7 +152,9 @@ def test_what_a_sweep_notes_of_a_mixture(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_of_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     text = "".join(f"{number}: {number * number} foxes, {number % 7} dogs\n" for number in range(2000))
@@ -158,7 +162,7 @@ def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     values = {
         **COMMON, "model_name_or_path": str(tmp_path / "model"), "dataset_name": str(tmp_path / "text.txt"),
         "eval_dataset_name": str(tmp_path / "text.txt"), "eval_efficiency": False, "fcpts_steps": 4, "propagate": False,
-        "method": ["magnitude", "wanda"], "allocation": "fcpts", "sparsity": [0.3, 0.6],
+        "method": ["magnitude", "wanda"], "allocation": "fcpts", "sparsity": [0.6], "seed": [0, 1],
     }  # fmt: skip
     (tmp_path / "mine.yaml").write_text(json.dumps(values))
     command = [
@@ -171,12 +175,27 @@ def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "2",
     ]
     assert cli.main([*command, "--constraint", "size<=0.99, ppl_ratio<=1.5"]) == 0
-    assert "Chosen: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "work" / "results.json").read_text())
+    (quality,) = results["quality"].values()
+    logs = {
+        row: [
+            math.log(quality[run["weights"]]["perplexity"]) for (run,) in results["runs"].values() if run["row"] == row
+        ]
+        for row in ("magnitude", "wanda")
+    }
+    best = min(logs, key=lambda row: sum(logs[row]))
+    assert f"Chosen: {best} at 0.6" in out
+    chosen = yaml.safe_load((tmp_path / "work" / "chosen.yaml").read_text())
+    assert (chosen["method"], chosen["sparsity"], chosen["seed"]) == (best, 0.6, 0)
+    # The table has the range over the two seeds, and the picture is one.
+    for row, own in logs.items():
+        (told,) = (told for told in out.splitlines() if told.startswith("| 0.6 |") and row in told)
+        assert f"| {100 * (max(own) - min(own)):.1f} % |" in told
+    assert (tmp_path / "work" / "mine.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "work" / "mine.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert {(own["row"], own["setting"]) for own in lines} == set(
-        itertools.product(("magnitude", "wanda"), ("0.3", "0.6"))
-    )
+    assert {(own["row"], own["setting"]) for own in lines} == set(itertools.product(("magnitude", "wanda"), ("0.6",)))
     model = load_file(tmp_path / "model" / "model.safetensors")
     total = sum(tensor.numel() for tensor in model.values())
     pruned = sum(tensor.numel() for name, tensor in model.items() if "proj" in name)
@@ -186,14 +205,12 @@ def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
         rounding = 2e-3 if own["row"] == "magnitude" else pruned / total / 32
         assert float(own["size"]) == pytest.approx(expected, abs=rounding)
         assert 0 < float(own["overlap"]) <= 1
-    # One learning for each sparsity, whatever the method.
+    # One learning for each seed's windows, whatever the method.
     assert len(list((tmp_path / "work" / "statistics").glob("thresholds-*.safetensors"))) == 2
-    # One set of statistics, Wanda's, for both.
-    assert len(list((tmp_path / "work" / "statistics").glob("*/complete"))) == 1
-    # The best of each setting overlaps wholly with itself; nothing is both smaller and better than the frontier.
-    for setting in ("0.3", "0.6"):
-        inside = [own for own in lines if own["setting"] == setting]
-        assert max(float(own["overlap"]) for own in inside) == 1.0
+    # One set of statistics for each seed's windows: magnitude has none.
+    assert len(list((tmp_path / "work" / "statistics").glob("*/complete"))) == 2
+    # The best overlaps wholly with itself; nothing is both smaller and better than the frontier.
+    assert max(float(own["overlap"]) for own in lines) == 1.0
     for own in lines:
         beaten = any(
             float(other["size"]) <= float(own["size"]) and float(other["ppl_ratio"]) < float(own["ppl_ratio"])
@@ -202,5 +219,13 @@ def test_a_sweep_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert (own["pareto"] == "True") == (not beaten) or math.isclose(float(own["ppl_ratio"]), 1.0, rel_tol=1e-9)
     # Once more: nothing is left to do.
     before = (tmp_path / "work" / "results.json").read_bytes()
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--constraint", "size<=0.01"]) == 1
+    assert "None fits. Nearest: " in capsys.readouterr().err
     assert (tmp_path / "work" / "results.json").read_bytes() == before
+    # Nor while another process is at it, nor as one of several.
+    lock = hold(tmp_path / "work" / "results.lock")
+    assert lock is not None and cli.main(command) == 2
+    assert "another run under way" in capsys.readouterr().err
+    lock.close()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(command) == 2
