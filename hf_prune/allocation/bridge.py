@@ -23,11 +23,13 @@ class Layer:
         scale: float32 [in], what |w| is multiplied by; None for the magnitude alone.
         counts: how many scores lie where.
         density: of the signed scores, for the bridge.
+        row_scale: float32 [out], what |w| is multiplied by as well, or None.
     """
 
     scale: Tensor | None
     counts: Histogram
     density: ScoreDensity
+    row_scale: Tensor | None = None
 
     @cached_property
     def distribution(self) -> tuple[numpy.ndarray, numpy.ndarray]:

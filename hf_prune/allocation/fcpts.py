@@ -21,16 +21,17 @@ from hf_prune.allocation.base import Allocation, Work, meet_budget
 from hf_prune.allocation.bridge import Bridge, Layer
 from hf_prune.allocation.density import DENSITIES
 from hf_prune.allocation.erk import ErdosRenyi
-from hf_prune.allocation.histogram import Histogram
+from hf_prune.allocation.histogram import Histogram, shares_above
 from hf_prune.allocation.learning import Learning
+from hf_prune.engine.gradients import FisherFactors
 from hf_prune.engine.statistics import Statistics
 from hf_prune.engine.threshold_training import ThresholdTask, threshold_task
 from hf_prune.errors import BadInputError
 from hf_prune.progress import progress
 from hf_prune.weights import WeightView
 
-SCORES = ("magnitude", "wanda")
-STARTS = ("capped_erk", "erk", "uniform")
+SCORES = ("magnitude", "wanda", "fisher")
+STARTS = ("capped_erk", "erk", "fisher", "uniform")
 BUDGETS = ("projection", "penalty")
 # How often the held-out windows are looked at in the course of learning.
 LOOKS = 5
@@ -45,14 +46,15 @@ class Fcpts(Allocation):
     """Fast and controllable post-training sparsity (Gong et al., 2024, https://arxiv.org/abs/2405.05808).
 
     From the paper: thresholds as sigmoid(score) times a scale, the density bridge, the start at ERK, the penalty
-    |s - s*|, the divergence at a temperature. Ours, for language models: a straight-through window of a few bandwidths
-    (the released 1.0 spans every weight of a language model), Adam on the scores, a cap on ERK, a budget that is met
-    after every step (`projection`), early stopping on held-out windows. The released code makes its masks where no
-    gradient is recorded, so that only the penalty moves its thresholds: `fcpts_gradient: false` with `fcpts_budget:
-    penalty` does the same.
+    |s - s*|, the divergence at a temperature. Ours, for language models: a straight-through window of a few
+    bandwidths (the released 1.0 spans every weight of a language model), scores by the Fisher information, Adam on
+    the scores, a cap on ERK, a budget that is met after every step (`projection`), early stopping on held-out
+    windows. The released code makes its masks where no gradient is recorded, so that only the penalty moves its
+    thresholds: `fcpts_gradient: false` with `fcpts_budget: penalty` does the same.
 
     Args:
-        fcpts_score: what is thresholded: `magnitude`, |W|, or `wanda`, |W| times the norm of its input.
+        fcpts_score: what is thresholded: `magnitude`, |W|; `wanda`, |W| times the norm of its input; or `fisher`, the
+            same times what errors of its output cost (ours), for solvers with `output_importance: fisher`.
         fcpts_steps: of learning, each on `fcpts_batch_size` windows.
         fcpts_batch_size: calibration windows a step, over all processes: with fewer than processes some are idle.
         fcpts_learning_rate: Adam's, on the scores, with a cosine to zero.
@@ -64,8 +66,8 @@ class Fcpts(Allocation):
         fcpts_window: half-width of the straight-through window, in bandwidths of each layer's scores.
         fcpts_gradient: False keeps the divergence from the thresholds, as the released code does.
         fcpts_start: `erk` (the paper's), `capped_erk`, which lets no layer be denser than half the sparsity leaves it,
-            or `uniform`. A threshold learns in proportion to itself: one that begins where ERK keeps a layer whole
-            never moves.
+            `uniform`, or, with scores of that name, `fisher`: one threshold over all layers. A threshold learns in
+            proportion to itself: one that begins where ERK keeps a layer whole never moves.
         fcpts_held_out: share of the calibration windows that decides which step is kept and when to stop.
         fcpts_patience: stop after so many looks at the held-out windows without a better one; a look every fifth of
             the steps.
@@ -116,6 +118,11 @@ class Fcpts(Allocation):
         for key in ("fcpts_learning_rate", "fcpts_temperature", "fcpts_window", "weight_learning_rate"):
             if getattr(self, key) <= 0:
                 raise BadInputError(f"{key}: {getattr(self, key)} must be above 0.")
+        if self.fcpts_start == "fisher" != self.fcpts_score:
+            raise BadInputError(
+                f"fcpts_start: fisher compares scores of one unit over all layers; set fcpts_score to fisher, or start "
+                f"to {STARTS[0]}."
+            )
         if self.fcpts_penalty < 0:
             raise BadInputError(f"fcpts_penalty: {self.fcpts_penalty} must not be negative.")
         if not 0 < self.fcpts_held_out < 1:
@@ -131,6 +138,11 @@ class Fcpts(Allocation):
     def measured_windows(self) -> int | None:
         return MEASURED_WINDOWS
 
+    @property
+    def needs_fisher(self) -> bool:  # type: ignore[override]
+        """Whether `decide` is handed Fisher factors instead of what `measure` returns."""
+        return self.fcpts_score == "fisher"
+
     def measure(self, weight: Tensor, statistics: Statistics | None) -> Layer:
         scale = None
         if self.fcpts_score == "wanda":
@@ -139,13 +151,16 @@ class Fcpts(Allocation):
             scale = (statistics.sum_of_squares / max(statistics.count, 1)).sqrt().float()
         return self.measure_scores(weight, scale)
 
-    def measure_scores(self, weight: Tensor, scale: Tensor | None) -> Layer:
+    def measure_scores(self, weight: Tensor, scale: Tensor | None, row_scale: Tensor | None = None) -> Layer:
         """Counts and density of a layer's scores as they are now."""
         scores = weight if scale is None else weight * scale
-        return Layer(scale, Histogram.of(scores.abs()), DENSITIES[self.fcpts_density](scores))
+        scores = scores if row_scale is None else scores * row_scale[:, None]
+        return Layer(scale, Histogram.of(scores.abs()), DENSITIES[self.fcpts_density](scores), row_scale)
 
-    def start(self, views: Sequence[WeightView], sparsity: float) -> list[float]:
+    def start(self, views: Sequence[WeightView], layers: Sequence[Layer], sparsity: float) -> list[float]:
         """Densities to begin with."""
+        if self.fcpts_start == "fisher":
+            return shares_above([layer.counts for layer in layers], [1.0] * len(layers), 1 - sparsity)
         if self.fcpts_start == "uniform":
             return [1 - sparsity] * len(views)
         most = 1 - LEAST_SPARSITY * sparsity if self.fcpts_start == "capped_erk" else 1.0
@@ -180,7 +195,7 @@ class Fcpts(Allocation):
         self,
         model: nn.Module,
         views: Sequence[WeightView],
-        measures: Mapping[str, Layer],
+        measures: Mapping[str, Layer | FisherFactors],
         sparsity: float,
         input_ids: Tensor | None,
         folder: Path | None,
@@ -192,11 +207,11 @@ class Fcpts(Allocation):
         """
         if self.train_weights and any(view.parameter.dtype != torch.float32 for view in views):
             raise BadInputError("train_weights: steps this small vanish in half precision; set dtype to float32.")
-        layers = [measures[view.name] for view in views]
+        layers = [self._layer(view, measures[view.name]) for view in views]
         with threshold_task(
             model,
             views,
-            [layer.scale for layer in layers],
+            [(layer.scale, layer.row_scale) for layer in layers],
             [self.fcpts_window * layer.density.bandwidth for layer in layers],
             input_ids,
             held_out=self.fcpts_held_out,
@@ -211,10 +226,15 @@ class Fcpts(Allocation):
         ) as task:
             return self.learn(task, layers, sparsity)
 
+    def _layer(self, view: WeightView, measured: Layer | FisherFactors) -> Layer:
+        if isinstance(measured, Layer):
+            return measured
+        return self.measure_scores(view.read(), measured.inputs.sqrt(), measured.output_scale)
+
     def learn(self, task: ThresholdTask, layers: Sequence[Layer], sparsity: float) -> list[float]:
         """The learned share of each layer that is kept; the budget is met up to the histograms' resolution."""
         bridge = Bridge(layers, sparsity)
-        scores = torch.nn.Parameter(bridge.scores(self.start([own.view for own in task.views], sparsity)))
+        scores = torch.nn.Parameter(bridge.scores(self.start([own.view for own in task.views], layers, sparsity)))
         groups: list[dict[str, Any]] = [{"params": [scores], "lr": self.fcpts_learning_rate}]
         if self.train_weights:
             # Once each: parts of a fused layer share its parameter.

@@ -88,9 +88,14 @@ class FisherFactors:
     @property
     def row_scale(self) -> Tensor:
         """float32 [out], around 1: errors of outputs times this are errors of equal cost."""
-        roots = (self.outputs + _SHRINKAGE * self.outputs.mean()).sqrt()
+        roots = self.output_scale
         mean = roots.mean()
         return roots / mean if float(mean) > 0 else torch.ones_like(roots)
+
+    @property
+    def output_scale(self) -> Tensor:
+        """float32 [out], the same in the unit of all layers: what an error of each output costs, by its root."""
+        return (self.outputs + _SHRINKAGE * self.outputs.mean()).sqrt()
 
 
 def fisher_factors(

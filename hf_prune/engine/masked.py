@@ -18,52 +18,66 @@ from hf_prune.weights import WeightView
 
 
 class ThresholdedWeight(torch.autograd.Function):
-    """W where |W| * scale > t, zero elsewhere; the step's derivative is replaced by that of a ramp around it.
+    """W where |W| * scale * other > t, zero elsewhere; the step's derivative is replaced by that of a ramp around it.
 
-    With q = |W| * scale the mask's stand-in is clamp((q - t) / (2 window) + 1/2, 0, 1), whose derivative by t is
-    -1 / (2 window) where |q - t| < window: FCPTS's clipped straight-through estimator is the case window = 1. The
-    weights' own gradient is that of the masked product.
+    Either scale is None or float32 that broadcasts over W. With q = |W| * scale * other the mask's stand-in is
+    clamp((q - t) / (2 window) + 1/2, 0, 1), whose derivative by t is -1 / (2 window) where |q - t| < window: FCPTS's
+    clipped straight-through estimator is the case window = 1. The weights' own gradient is that of the masked product.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor | None, threshold: Tensor, window: float) -> Tensor:
-        ctx.save_for_backward(weight, scale, threshold)
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor | None, other: Tensor | None, threshold: Tensor, window: float
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, other, threshold)
         ctx.window = window
-        return weight * (_scores(weight, scale) > threshold)
+        return weight * (_scores(weight, scale, other) > threshold)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        weight, scale, threshold = ctx.saved_tensors
-        distance = _scores(weight, scale).sub_(threshold)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        weight, scale, other, threshold = ctx.saved_tensors
+        distance = _scores(weight, scale, other).sub_(threshold)
         by_weight = by_threshold = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             near = distance.abs() < ctx.window
             by_threshold = -(gradients[0] * weight).mul_(near).sum(dtype=torch.float32) / (2 * ctx.window)
         if ctx.needs_input_grad[0]:
             by_weight = gradients[0] * (distance > 0)
-        return by_weight, None, by_threshold, None
+        return by_weight, None, None, by_threshold, None
 
 
-def _scores(weight: Tensor, scale: Tensor | None) -> Tensor:
+def _scores(weight: Tensor, *scales: Tensor | None) -> Tensor:
     scores = weight.abs().float()
-    return scores if scale is None else scores * scale
+    for scale in scales:
+        if scale is not None:
+            scores = scores * scale
+    return scores
 
 
 @dataclass(frozen=True)
 class ThresholdedView:
-    """A weight matrix with what its scores are multiplied by, float32 [in] or None, and its window."""
+    """A weight matrix, what its scores are multiplied by, and its window.
+
+    Attributes:
+        scale: float32 [in], or None.
+        window: half-width around its threshold in which weights count.
+        row_scale: float32 [out], or None.
+    """
 
     view: WeightView
     scale: Tensor | None
     window: float
+    row_scale: Tensor | None = None
 
     def masked(self, threshold: Tensor) -> Tensor:
         """The weight under `threshold`, a 0-dimensional tensor, in the layer's own layout."""
-        scale = self.scale
-        if scale is not None and self.view.transposed:
-            scale = scale[:, None]
+        columns, rows = self.scale, self.row_scale
+        if self.view.transposed:
+            columns = None if columns is None else columns[:, None]
+        elif rows is not None:
+            rows = rows[:, None]
         weight = self.view.own_part(self.view.parameter)
-        masked: Tensor = ThresholdedWeight.apply(weight, scale, threshold, self.window)
+        masked: Tensor = ThresholdedWeight.apply(weight, columns, rows, threshold, self.window)
         return masked
 
 

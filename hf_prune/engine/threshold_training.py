@@ -163,7 +163,7 @@ class ThresholdTask:
 def threshold_task(
     model: nn.Module,
     views: Sequence[WeightView],
-    scales: Sequence[Tensor | None],
+    scales: Sequence[tuple[Tensor | None, Tensor | None]],
     windows: Sequence[float],
     input_ids: Tensor | None,
     *,
@@ -180,7 +180,7 @@ def threshold_task(
     """A task over the dense model; afterwards the model asks for gradients where it did before.
 
     Args:
-        scales: what each view's scores are multiplied by, float32 [in] or None.
+        scales: what each view's scores are multiplied by, float32 [in] or None and float32 [out] or None.
         windows: half-width around its threshold in which each view's weights count.
         held_out: share of the calibration windows that is held out.
         batch_size: windows a step, over all processes; every window once in a seeded order, then again in another.
@@ -215,8 +215,8 @@ def threshold_task(
     device = next(model.parameters()).device
     try:
         parts = [
-            ThresholdedView(view, None if scale is None else scale.to(device), window)
-            for view, scale, window in zip(views, scales, windows, strict=True)
+            ThresholdedView(view, _moved(scale, device), window, _moved(row_scale, device))
+            for view, (scale, row_scale), window in zip(views, scales, windows, strict=True)
         ]
         task = ThresholdTask(
             model,
@@ -239,6 +239,10 @@ def threshold_task(
             parameter.grad = None
             parameter.requires_grad_(before)
         model.train(was_training)
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def _batches(windows: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_prune.arguments import PruneConfig
 from hf_prune.engine.statistics import Statistics
+from hf_prune.errors import BadInputError
 from hf_prune.methods.base import Criterion, MethodInfo, register
 
 
@@ -63,4 +64,8 @@ class FcptsConfig(PruneConfig):
     criterion_name = "fcpts"
 
     def make_criterion(self) -> Criterion:
+        if self.fcpts_score not in ("magnitude", "wanda"):
+            raise BadInputError(
+                f"fcpts_score: {self.fcpts_score} is for allocation fcpts with another method; use magnitude or wanda."
+            )
         return ThresholdedScore(self.fcpts_score)

@@ -20,7 +20,8 @@ from hf_prune.allocation.base import Work
 from hf_prune.allocation.bridge import Bridge
 from hf_prune.allocation.density import ScoreDensity
 from hf_prune.allocation.fcpts import Fcpts
-from hf_prune.compose import make_allocation, make_config
+from hf_prune.compose import make_allocation, make_config, make_solver
+from hf_prune.engine.gradients import fisher_factors
 from hf_prune.engine.masked import ThresholdedView, ThresholdedWeight, thresholded
 from hf_prune.engine.teacher import TeacherLogits
 from hf_prune.engine.threshold_training import ThresholdTask
@@ -89,17 +90,19 @@ def test_the_slope_is_the_derivative_of_the_count(kind: str, tolerance: float) -
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_threshold_gradient_is_that_of_a_ramp(scaled: bool) -> None:
+@pytest.mark.parametrize("by_row", [False, True])
+def test_the_threshold_gradient_is_that_of_a_ramp(scaled: bool, by_row: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(40, 30, generator=generator, dtype=torch.float64)
     gradient = torch.randn(40, 30, generator=generator, dtype=torch.float64)
     scale = torch.rand(30, generator=generator, dtype=torch.float64) + 0.5 if scaled else None
+    row_scale = torch.rand(40, 1, generator=generator, dtype=torch.float64) + 0.5 if by_row else None
     threshold = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     window = 0.1
-    (ThresholdedWeight.apply(weight, scale, threshold, window) * gradient).sum().backward()
+    (ThresholdedWeight.apply(weight, scale, row_scale, threshold, window) * gradient).sum().backward()
 
     def smoothed(at: float) -> float:
-        q = weight.abs() * (1.0 if scale is None else scale)
+        q = weight.abs() * (1.0 if scale is None else scale) * (1.0 if row_scale is None else row_scale)
         return float((((q - at) / (2 * window) + 0.5).clamp(0, 1) * weight * gradient).sum())
 
     # Small enough that no weight crosses the ramp's ends on the way.
@@ -113,7 +116,7 @@ def test_a_window_of_one_is_the_released_estimator() -> None:
     gradient = torch.tensor([[2.0, 1.0, 5.0, 3.0]])
     threshold = torch.tensor(0.5, requires_grad=True)
     trained = weight.clone().requires_grad_(True)
-    masked = ThresholdedWeight.apply(trained, None, threshold, 1.0)
+    masked = ThresholdedWeight.apply(trained, None, None, threshold, 1.0)
     assert masked.tolist() == [[0.0, pytest.approx(-0.8), pytest.approx(1.9), 0.0]]
     (masked * gradient).sum().backward()
     # 0.5 sign(|w| - t) + 0.5, its gradient let through where ||w| - t| < 1: all but 1.9.
@@ -126,11 +129,14 @@ def test_masked_forwards_are_those_of_a_masked_model(family: str) -> None:
     model, masked = tiny_model(family), tiny_model(family)
     views = [view for view in find_views(model) if view.block < 3]
     scales = [torch.rand(view.shape[1], generator=torch.Generator().manual_seed(5)) + 0.5 for view in views]
+    row_scales = [torch.rand(view.shape[0], generator=torch.Generator().manual_seed(6)) + 0.5 for view in views]
     thresholds = torch.linspace(0.005, 0.03, len(views))
-    for view, scale, threshold in zip(find_views(masked), scales, thresholds, strict=False):
+    for view, scale, row_scale, threshold in zip(find_views(masked), scales, row_scales, thresholds, strict=False):
         weight = view.read()
-        view.write(weight * (weight.abs() * scale > threshold))
-    parts = [ThresholdedView(view, scale, 0.01) for view, scale in zip(views, scales, strict=True)]
+        view.write(weight * (weight.abs() * scale * row_scale[:, None] > threshold))
+    parts = [
+        ThresholdedView(view, scale, 0.01, own) for view, scale, own in zip(views, scales, row_scales, strict=True)
+    ]
     input_ids = tiny_ids(2, 16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad(), thresholded(find_blocks(model)[1], parts, thresholds):
@@ -193,6 +199,33 @@ def test_any_budget_is_met(family: str, sparsity: float, share: float, use: tupl
     )
     assert abs(1 - kept / total - sparsity) <= max(5e-4, (slack + rows / 2) / total)
     assert (sparsity, share) != (0.6, 0.9) or any(view.floor for view in result.plan.views)
+
+
+def test_learning_from_fisher_starts_at_one_threshold_over_all_layers() -> None:
+    model = lively_model()
+    views = [view for view in find_views(model) if view.name != "lm_head"]
+    options = {"fcpts_score": "fisher", "fcpts_start": "fisher", "fcpts_steps": 5}
+    # So small a rate moves nothing.
+    still = densities(learned(model, fcpts_learning_rate=1e-12, **options))
+    factors = fisher_factors(model, views, tiny_ids())
+    scores = []
+    for view in views:
+        own = factors[view.name]
+        costs = own.outputs + 0.5 * own.outputs.mean()
+        scores.append(view.read() ** 2 * own.inputs * costs[:, None])
+    everything = torch.cat([own.flatten() for own in scores])
+    threshold = everything.kthvalue(round(0.7 * everything.numel())).values
+    assert still == pytest.approx([float((own > threshold).float().mean()) for own in scores], abs=5e-3)
+    assert max(still) - min(still) > 0.1
+    # Learning goes elsewhere.
+    gained = densities(
+        learned(model, fcpts_steps=30, fcpts_learning_rate=0.1, fcpts_score="fisher", fcpts_start="fisher")
+    )
+    assert gained != pytest.approx(still, abs=1e-2)
+    with pytest.raises(BadInputError, match="fcpts_start: fisher compares"):
+        Fcpts(fcpts_start="fisher")
+    with pytest.raises(BadInputError, match="fcpts_score: fisher is for allocation fcpts"):
+        make_solver(make_config({"method": "fcpts", "fcpts_score": "fisher", "sparsity": 0.5}))
 
 
 def test_weights_that_do_nothing_are_pruned_first() -> None:
