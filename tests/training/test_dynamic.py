@@ -147,8 +147,13 @@ def test_a_cut_run_goes_on_to_the_same_bits(stop: int, saved: str, tmp_path: Pat
     """Within an epoch, at an update and the end of an epoch, behind the last step, from an epoch's checkpoint."""
     own = {"growth": "momentum", "redistribution": "momentum", "death": "threshold", "averaging": True}
     own |= {"non_monotone": 1, "update_steps": 3}
-    # Falls in no epoch but the first: the average begins with the third.
-    falling = lambda model: float(model.first.weight.abs().sum() > 0)  # noqa: E731
+    alive: list[int] = []
+
+    def falling(model: nn.Module) -> float:
+        """Falls in no epoch but the first: the average begins with the third."""
+        alive.append(sum(int((model.get_parameter(name) != 0).sum()) for name in NAMES))
+        return 1.0
+
     given = {"losses": falling, "num_train_epochs": 4, "save_strategy": saved}
     whole, _ = training(tmp_path / "whole", own, **given).run()
     with pytest.raises(KeyboardInterrupt):
@@ -157,6 +162,8 @@ def test_a_cut_run_goes_on_to_the_same_bits(stop: int, saved: str, tmp_path: Pat
     for name, parameter in whole.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
     assert sum(int((model.get_parameter(name) != 0).sum()) for name in NAMES) <= rounds[-1].kept
+    # Looked at before masks move, when no weight has just grown from zero.
+    assert set(alive) == {rounds[-1].kept}
 
 
 def test_a_folder_has_one_beginning_whatever_the_settings(tmp_path: Path) -> None:
