@@ -99,8 +99,8 @@ class DynamicMaskCallback(MaskCallback):
         if self.config.needs_momentum:
             for name, gradient in self._gradient.items():
                 self._momentum[name].mul_(MOMENTUM).add_(gradient)
-        # Before masks move: what has just grown is zero. And not in on_epoch_end, which a run does not come by that goes
-        # on from a checkpoint of this step.
+        # Before masks move: what has just grown is zero. And not in on_epoch_end, which a run does not come by that
+        # goes on from a checkpoint of this step.
         if self.average is not None and state.global_step % self._epoch == 0:
             self.average.end_epoch()
         if self._is_due(state.global_step, state):

@@ -276,6 +276,23 @@ def test_a_dense_twin_begins_with_the_same_weights(tmp_path: Path) -> None:
     assert [own.steps for own in again] == [24, 24]
 
 
+def test_a_dense_twin_is_averaged_where_the_sparse_training_is(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            seen.append(kwargs["model"].first.weight.detach().clone())
+
+    plain = training(tmp_path / "plain", {}, num_train_epochs=4)
+    plain.make_trainer(Net(0), tmp_path / "plain", [Weights()]).train()
+    own = {"train_dense": True, "averaging": True, "non_monotone": 1}
+    model, rounds = training(tmp_path / "run", own, losses=lambda model: 1.0, num_train_epochs=4).run()
+    assert [own.kind for own in rounds] == ["dense", "sparse"] and bool((model.first.weight == 0).any())
+    # With the third epoch the loss is not below that of all but the last before it: the mean begins with its last step.
+    twin = load_file(tmp_path / "run" / "averaged-1" / "model.safetensors")["first.weight"]
+    assert torch.allclose(twin, torch.stack(seen[35:]).mean(dim=0), atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_sparse(family: str, tmp_path: Path) -> None:
     ids = tiny_ids(8, 16)
