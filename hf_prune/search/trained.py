@@ -18,6 +18,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.fields import field_types
 from hf_prune.methods.dynamic_sparse import DynamicSparseConfig, initial_masks
+from hf_prune.models import RecurrentConfig
 from hf_prune.plan import select_views
 from hf_prune.recipe import dump_yaml
 from hf_prune.search.arguments import SearchRecipe
@@ -136,6 +137,11 @@ class TrainedCandidates:
             train(trainers(self.recipe, own.windows)(model, Path(folder), callbacks), None)
 
     @property
+    def least_length(self) -> int:
+        """Of a recurrent model the first tokens only warm up."""
+        return WARM_UP + 1 if isinstance(self.loaded.start.config, RecurrentConfig) else 1
+
+    @property
     def setting(self) -> SpectrumSetting:
         """How the search computes spectra."""
         return SpectrumSetting.of(self.search, self.loaded.held_out)
@@ -147,7 +153,7 @@ class TrainedCandidates:
         model.eval()
         try:
             if hasattr(model, "state_jacobian"):
-                if windows.shape[1] <= WARM_UP:
+                if windows.shape[1] < self.least_length:
                     raise BadInputError(f"spectrum_length: the first {WARM_UP} tokens only warm up; use more.")
                 found = recurrent_spectrum(model, windows, k=setting.k, order=order, seed=setting.seed)
             else:
@@ -182,9 +188,10 @@ class _AtEpochs(TrainerCallback):
         self.look = look
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.epoch in self.epochs:
-            self.look(int(state.epoch), kwargs["model"])
-        if (state.epoch or 0) >= max(self.epochs):
+        epoch = state.epoch or 0
+        if epoch in self.epochs:
+            self.look(int(epoch), kwargs["model"])
+        if epoch >= max(self.epochs):
             control.should_training_stop = True
 
 

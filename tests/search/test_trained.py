@@ -116,6 +116,23 @@ def test_a_search_leaves_a_folder_and_an_account(common: dict[str, Any], tmp_pat
     assert zeros >= round(0.5 * report["sparsity"]["pruned_parameters"])
 
 
+def test_a_stability_table_that_cannot_be_made_is_refused_at_the_start_and_may_be_left_out_later(
+    common: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {**common, **LSTM, **AXES, "num_train_epochs": 2, "stability_candidates": 3}
+    values |= {"search_dir": str(tmp_path / "search"), "output_dir": str(tmp_path / "out")}
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(values))
+    # Half of 16 tokens do not even warm the state up.
+    assert cli.main(["search", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert "stability_candidates: the spectra of half the tokens have 8, and 11 are" in capsys.readouterr().err
+    assert not (tmp_path / "search").exists()
+    with_table, without = (make_search_recipe({**values, "stability_candidates": count}) for count in (3, 0))
+    assert with_table.identity == without.identity
+    # Where the windows held out for the table were more, the text to train on was less.
+    held_out = [make_search_recipe({**values, "stability_candidates": own, "loss_windows": 2}) for own in (3, 0)]
+    assert held_out[0].identity != held_out[1].identity
+
+
 def test_an_impossible_combination_is_counted_and_no_more(common: dict[str, Any], tmp_path: Path) -> None:
     axes = {"death": ["old age", "set"], "initialization": ["uniform", "er"]}
     own = candidates({**common, **LSTM, **axes}, tmp_path)
