@@ -23,8 +23,9 @@ def recipe(tmp_path: Path) -> Path:
     texts = {}
     for place, name in enumerate(("train", "validation", "test")):
         texts[name] = tmp_path / f"{name}.txt"
-        lines = (f"the {n % 7} dogs saw {(n + place) % 5} foxes and {n % (3 + place)} of them ran" for n in range(60))
-        texts[name].write_text("\n".join(lines))
+        lines = [f"the {n % 7} dogs saw {(n + place) % 5} foxes and {n % (3 + place)} of them ran" for n in range(60)]
+        # What is learnt of the order of words is wrong in the validation text: its best epoch is not the last.
+        texts[name].write_text("\n".join(line if place != 1 else " ".join(line.split()[::-1]) for line in lines))
     values: dict[str, Any] = {
         "model_type": "stacked_lstm", "config_overrides": "hidden_size=8,num_hidden_layers=2,hidden_dropout=0.2",
         "tokenizer_type": "word", "vocab_size": 20, "dataset_name": str(texts["train"]), "seq_length": 16,
@@ -74,7 +75,6 @@ def test_a_truth_table_holds_what_a_search_measures_and_the_best_epoch_and_goes_
 
     candidates.train_to(candidates.config({"death_rate": 0.4}), [1, 2, 3], judge)
     assert run.validation_losses.tolist() == pytest.approx([own for own, _ in wanted], rel=1e-9)
-    # At this learning rate it is not the last epoch.
     assert run.best_epoch < 3
     assert float(run.test_loss) == pytest.approx(min(wanted)[1], rel=1e-9)
     before = (truth / f"{names[1]}.safetensors").stat().st_mtime_ns
