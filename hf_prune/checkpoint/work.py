@@ -125,7 +125,7 @@ class WorkFolder:
             more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
             raise BadInputError(
                 f"output_dir: {self.path} holds an unfinished run that differs from this one: "
-                f"{_difference(key, before.get(key), mine.get(key))}{more}; put that back, choose another output_dir, "
+                f"{difference(key, before.get(key), mine.get(key))}{more}; put that back, choose another output_dir, "
                 "or throw the unfinished run away with restart: true."
             )
         self._identity = before
@@ -215,7 +215,7 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def _difference(key: str, before: Any, now: Any) -> str:
+def difference(key: str, before: Any, now: Any) -> str:
     if any(re.fullmatch("[0-9a-f]{32}", str(value)) for value in (before, now)):
         return f"{key} is not what it was"
     return f"{key} was {json.dumps(before)} and is {json.dumps(now)}"

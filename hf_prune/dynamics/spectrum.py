@@ -7,6 +7,7 @@ exponents by forward-mode differentiation and the floor are ours.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -157,7 +158,7 @@ def recurrent_spectrum(
 
     Args:
         model: has `initial_state`, `recur`, `hidden_vector`, `with_hidden`, `state_vector`, `with_state` and
-            `state_jacobian`.
+            `state_jacobian`; of one in half precision a copy in float32 is looked at.
         input_ids: int64 [sequences, warm_up + recorded steps].
         k: leading exponents, all unless given.
         state: `hidden`, the layers' h with the LSTM's cells held as they are (the authors'); `full`, (h, c).
@@ -173,6 +174,9 @@ def recurrent_spectrum(
     if state not in ("hidden", "full") or jacobian not in ("closed_form", "automatic"):
         raise BadInputError(f"state: {state} by {jacobian}; choose hidden or full, closed_form or automatic.")
     closed = jacobian == "closed_form" and state == "hidden"
+    if getattr(model, "dtype", None) in (torch.bfloat16, torch.float16):
+        # Products of Jacobians are not for 8 bits, nor is a QR; the weights are the same numbers.
+        model = copy.deepcopy(model).float()
     was_training = model.training
     model.eval()
     try:
@@ -205,7 +209,14 @@ def _time_pushes(model: Any, input_ids: Tensor, order: str, state: str, closed: 
 
 
 def depth_spectrum(
-    model: nn.Module, input_ids: Tensor, *, k: int = 32, order: str = "textbook", seed: int = 0, chunk: int = 8
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    k: int = 32,
+    order: str = "textbook",
+    seed: int = 0,
+    chunk: int = 8,
+    blocks: int | None = None,
 ) -> Tensor:
     """The spectrum of a transformer with depth as time: x_{l+1} = Block_l(x_l), the residual stream of a sequence.
 
@@ -217,6 +228,7 @@ def depth_spectrum(
         k: leading exponents of the state's tokens times width.
         order: `textbook` by forward-mode differentiation, `transposed` by the backward pass of each block.
         chunk: tangents that a block carries at once; memory is that of a forward over so many times the sequences.
+        blocks: the first so many, all unless given.
 
     Returns:
         bits a block, float64 [k], the largest first.
@@ -229,12 +241,14 @@ def depth_spectrum(
         hidden = runner.embed(input_ids)
         sequences, tokens, width = hidden.shape
         tangents = first_tangents(sequences, tokens * width, k, seed, hidden)
-        pushes = _depth_pushes(runner, input_ids, hidden, order, chunk)
+        pushes = _depth_pushes(runner, input_ids, hidden, order, chunk, blocks)
         return mean_spectrum(lyapunov_spectrum(pushes, tangents)[0])
 
 
-def _depth_pushes(runner: BlockRunner, input_ids: Tensor, hidden: Tensor, order: str, chunk: int) -> Iterator[Push]:
-    for index in range(len(runner.blocks)):
+def _depth_pushes(
+    runner: BlockRunner, input_ids: Tensor, hidden: Tensor, order: str, chunk: int, blocks: int | None
+) -> Iterator[Push]:
+    for index in range(len(runner.blocks))[:blocks]:
 
         def push(tangents: Tensor, index: int = index, hidden: Tensor = hidden) -> Tensor:
             parts = tangents.split(chunk, dim=2)

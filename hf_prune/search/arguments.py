@@ -28,7 +28,7 @@ CHOICES = {
 }
 # What may differ when a search goes on: nothing that was measured depends on it.
 MAY_CHANGE = {
-    "num_candidates", "total_budget", "max_minutes", "search_dir", "num_processes", "device",
+    "num_candidates", "total_budget", "max_minutes", "search_dir", "stability_candidates", "num_processes", "device",
     *field_types(OutputArguments), *field_types(RunArguments),
 }  # fmt: skip
 
@@ -56,6 +56,8 @@ class SearchArguments:
         max_budget: no candidate gets more; num_calibration_samples or num_train_epochs unless given.
         total_budget: of all candidates together; no end unless given.
         max_minutes: nothing is begun after so many minutes of measuring, over all processes, spectra included.
+        search_blocks: of `one_shot`, candidates are judged by the first so many blocks: only these are pruned, and the
+            spectrum is over them, until a candidate gets max_budget; all of them unless given.
         search_seed: seed of the sampler, the tangents and the auto-encoder.
         distance: `raw`, `cosine`, `pca` or `autoencoder`.
         distance_runs: search_dir of another search, to whose spectra `pca` or `autoencoder` is fitted.
@@ -80,6 +82,7 @@ class SearchArguments:
     max_budget: int | None = None
     total_budget: int | None = None
     max_minutes: float | None = None
+    search_blocks: int | None = None
     search_seed: int = 0
     distance: str = "raw"
     distance_runs: str | None = None
@@ -98,7 +101,7 @@ class SearchArguments:
         least = {
             "num_candidates": 2, "first_budget": 1, "budget_step": 1, "max_budget": 1, "total_budget": 1,
             "stability_candidates": 0, "num_exponents": 1, "spectrum_sequences": 1, "spectrum_length": 2,
-            "tangents_at_once": 1, "loss_windows": 1,
+            "tangents_at_once": 1, "loss_windows": 1, "search_blocks": 1,
         }  # fmt: skip
         for key, smallest in least.items():
             value = getattr(self, key)
@@ -113,6 +116,8 @@ class SearchArguments:
             raise BadInputError(
                 f"stability_candidates: {self.stability_candidates} have no order to speak of; use 3 or more, or 0."
             )
+        if self.search_blocks is not None and self.search != "one_shot":
+            raise BadInputError(f"search_blocks: {self.search} trains the whole model; leave it out.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise BadInputError(f"max_minutes: {self.max_minutes} leaves no time; leave it out for no limit.")
         if (self.distance in FITTED) != (self.distance_runs is not None):
@@ -151,7 +156,8 @@ class SearchRecipe:
     @property
     def identity(self) -> str:
         """The same for searches whose measurements can be put together."""
-        everything = {**asdict(self.search), **self.values}
+        # What stability_candidates decides of the text that is left to the candidates.
+        everything = {**asdict(self.search), **self.values, "held_out_windows": self.search.held_out_windows}
         decided = {key: value for key, value in everything.items() if key not in MAY_CHANGE}
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -21,10 +21,11 @@ from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.fields import field_types
 from hf_prune.pipeline import run
-from hf_prune.pruning import load_calibration, prune
+from hf_prune.pruning import PruneResult, load_calibration, prune
 from hf_prune.recipe import Recipe, dump_yaml, make_recipe
 from hf_prune.search.arguments import SearchArguments, SearchRecipe
 from hf_prune.search.space import Choice, Space, make_space
+from hf_prune.weights import find_blocks
 
 
 @dataclass
@@ -75,6 +76,10 @@ class Candidates(Protocol):
     max_budget: int
 
     @property
+    def least_length(self) -> int:
+        """Tokens that a spectrum cannot be computed of fewer of."""
+
+    @property
     def setting(self) -> SpectrumSetting | None:
         """How the search computes spectra; None where they cannot be computed in other ways."""
 
@@ -100,6 +105,7 @@ class OneShotCandidates:
     """
 
     unit = "calibration windows"
+    least_length = 1
 
     def __init__(self, recipe: SearchRecipe) -> None:
         """Check every combination and load nothing yet.
@@ -145,30 +151,41 @@ class OneShotCandidates:
         return self._loaded
 
     def dense(self, budgets: list[int]) -> dict[int, Measurement]:
-        """The same at every budget: nothing is calibrated."""
+        """Of all budgets with the same blocks alike: nothing is calibrated."""
         self.loaded.restore()
-        found = self._look_at(None)
-        return dict.fromkeys(budgets, found)
+        found = {blocks: self._look_at(None, blocks) for blocks in {self._blocks(budget) for budget in budgets}}
+        return {budget: found[self._blocks(budget)] for budget in budgets}
 
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
-        config = self._config(choice)
         spent = 0
         for budget in budgets:
-            own = self.loaded
-            own.restore()
-            result = prune(own.model, config, input_ids=own.calibration[:budget], seed=self.recipe.data.seed)
+            result = self._prune(choice, budget)
             spent += budget
             errors = [view.error for view in result.views if view.error is not None]
-            found = self._look_at(statistics.fmean(errors) if errors else None)
+            found = self._look_at(statistics.fmean(errors) if errors else None, self._blocks(budget))
             found.spent = spent
             look(budget, found)
 
-    def _look_at(self, layer_error: float | None) -> Measurement:
+    def _blocks(self, budget: int) -> int | None:
+        """How many blocks are looked at with a budget, the first of them; None for all."""
+        return None if budget >= self.max_budget else self.search.search_blocks
+
+    def _prune(self, choice: Choice, budget: int) -> PruneResult:
+        """Prune the dense model, as much of it as is looked at, with so many calibration windows."""
+        own, config, blocks = self.loaded, self._config(choice), self._blocks(budget)
+        own.restore()
+        if blocks is not None:
+            prefix, modules = find_blocks(own.model)
+            rest = [f"{prefix}.{index}" for index in range(blocks, len(modules))]
+            config = replace(config, ignore=[*(config.ignore or []), *rest])
+        return prune(own.model, config, input_ids=own.calibration[:budget], seed=self.recipe.data.seed)
+
+    def _look_at(self, layer_error: float | None, blocks: int | None) -> Measurement:
         own = self.loaded
         loss = float(window_nll(own.model, own.held_out[: self.search.loss_windows]).mean())
         found = Measurement(loss, layer_error=layer_error)
         if self.search.needs_spectrum:
-            found.spectrum, found.spectrum_seconds = self._spectrum(self.setting)
+            found.spectrum, found.spectrum_seconds = self._spectrum(self.setting, blocks)
         return found
 
     @property
@@ -176,7 +193,7 @@ class OneShotCandidates:
         """How the search computes spectra."""
         return SpectrumSetting.of(self.search, self.loaded.held_out)
 
-    def _spectrum(self, setting: SpectrumSetting) -> tuple[Tensor, float]:
+    def _spectrum(self, setting: SpectrumSetting, blocks: int | None) -> tuple[Tensor, float]:
         """Of the model as it is now, and the seconds that it took."""
         start = perf_counter()
         windows = self.loaded.held_out[setting.first : setting.first + setting.sequences, : setting.length]
@@ -187,17 +204,18 @@ class OneShotCandidates:
             order=self.search.spectrum_order,
             seed=setting.seed,
             chunk=self.search.tangents_at_once,
+            blocks=blocks,
         )
         return spectrum, perf_counter() - start
 
     def spectra(
         self, choice: Choice | None, budget: int, settings: list[SpectrumSetting]
     ) -> list[tuple[Tensor, float]]:
-        own = self.loaded
-        own.restore()
-        if choice is not None:
-            prune(own.model, self._config(choice), input_ids=own.calibration[:budget], seed=self.recipe.data.seed)
-        return [self._spectrum(setting) for setting in settings]
+        if choice is None:
+            self.loaded.restore()
+        else:
+            self._prune(choice, budget)
+        return [self._spectrum(setting, self._blocks(budget)) for setting in settings]
 
     def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:
         # The search's copy of the model is not needed beside the pipeline's own.

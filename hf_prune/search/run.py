@@ -21,7 +21,7 @@ from hf_prune.search.arguments import SearchRecipe
 from hf_prune.search.candidates import Candidates, OneShotCandidates
 from hf_prune.search.searching import PAUSE, Search
 from hf_prune.search.space import label
-from hf_prune.search.stability import rank_stability
+from hf_prune.search.stability import check_variations, rank_stability_if_any
 from hf_prune.search.study import DENSE, STORAGE, attributes_on_disk, check_identity, check_storage, is_alive
 from hf_prune.search.summary import write_tables
 
@@ -78,6 +78,8 @@ def run_search(
     if resume:
         check_identity(folder, recipe.identity)
     candidates = candidates or make_candidates(recipe)
+    if recipe.search.stability_candidates and candidates.setting is not None:
+        check_variations(candidates)
     search = Search(recipe, candidates)
     search.folder.begin(recipe.identity)
     search.folder.put_back(at_start=True)
@@ -97,9 +99,10 @@ def run_search(
     own = recipe.search
     if own.stability_candidates and candidates.setting is not None:
         best = [trial.params for trial in search.best_drawn() if math.isfinite(trial.value or 0)]
-        if len(best) > 2:
-            summary["stability"] = rank_stability(candidates, best[: own.stability_candidates], own.first_budget)
-            search.folder.study.set_user_attr("stability", summary["stability"])
+        best = best[: own.stability_candidates]
+        if len(best) > 2 and (table := rank_stability_if_any(candidates, best, own.first_budget)):
+            summary["stability"] = table
+            search.folder.study.set_user_attr("stability", table)
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     if summary["chosen"] is None:
         raise RunError("search: no candidate gave finite figures; search.md in search_dir says why.")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.search.candidates import Candidates, SpectrumSetting
 from hf_prune.search.space import Choice
+
+logger = logging.getLogger(__name__)
 
 
 def variations(own: SpectrumSetting) -> dict[str, SpectrumSetting]:
@@ -22,6 +26,26 @@ def variations(own: SpectrumSetting) -> dict[str, SpectrumSetting]:
         "other tangents": replace(own, seed=own.seed + 1),
     }
     return {name: setting for name, setting in found.items() if min(setting.k, setting.length) > 0}
+
+
+def check_variations(candidates: Candidates) -> None:
+    """Raise BadInputError where one of the other ways has too few tokens, before anything is measured."""
+    assert candidates.setting is not None
+    shortest = min(own.length for own in variations(candidates.setting).values())
+    if shortest < candidates.least_length:
+        raise BadInputError(
+            f"stability_candidates: the spectra of half the tokens have {shortest}, and {candidates.least_length} are "
+            "needed; raise spectrum_length or seq_length, or leave stability_candidates out."
+        )
+
+
+def rank_stability_if_any(candidates: Candidates, choices: list[Choice], budget: int) -> list[dict[str, Any]] | None:
+    """As `rank_stability`; None, and a warning, where it fails: a finished search is worth more than this table."""
+    try:
+        return rank_stability(candidates, choices, budget)
+    except (BadInputError, RunError, torch.linalg.LinAlgError) as error:
+        logger.warning("stability_candidates: no table, %s", error)
+        return None
 
 
 def rank_stability(candidates: Candidates, choices: list[Choice], budget: int) -> list[dict[str, Any]]:

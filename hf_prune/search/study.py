@@ -5,6 +5,7 @@ SQLite because it takes several processes and a kill at any moment without repai
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import secrets
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 STORAGE, SPECTRA, DENSE, PROCESSES = "search.db", "spectra", "dense.safetensors", "processes"
 NAME = "hf_prune"
+# Of a trial: how many were drawn before it, the same when it is measured again after a cut under another number.
+PLACE = "place"
 # Seconds that a process waits for another to let go of the file.
 PATIENCE = 120
 # Keeps the seeds of different searches apart: candidate 1 of seed 0 is not candidate 0 of seed 1.
@@ -181,6 +184,8 @@ class StudyFolder:
                 # Another process has taken the queued one, and was done with it before this one could.
                 continue
             trial.set_user_attr("process", self.process)
+            if PLACE not in trial.user_attrs:
+                trial.set_user_attr(PLACE, drawn)
             return trial
 
     def suggest(self, trial: Trial) -> Choice:
@@ -212,7 +217,7 @@ class StudyFolder:
                 # The last thing that its process did was to finish it.
                 continue
             count += 1
-            kept = {key: trial.user_attrs[key] for key in ("round", "budget") if key in trial.user_attrs}
+            kept = {key: trial.user_attrs[key] for key in ("round", "budget", PLACE) if key in trial.user_attrs}
             choice = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
             # One that died before it was drawn will be drawn again.
             if choice.keys() == self.space.axes.keys():
@@ -277,10 +282,24 @@ def make_sampler(arguments: SearchArguments, place: int) -> BaseSampler:
 
 def _make_pruner(arguments: SearchArguments, max_budget: int) -> Any:
     from optuna.pruners import HyperbandPruner, NopPruner
+    from optuna.trial import TrialState
+
+    class Hyperband(HyperbandPruner):
+        """Optuna draws a trial's bracket by its number, and counts what was measured of trials that were cut."""
+
+        def _get_bracket_id(self, study: Any, trial: Any) -> int:
+            if not self._pruners:
+                # Otherwise at the first trial that is measured, whether or not earlier ones have brackets.
+                self._try_initialization(study)
+            if trial.state == TrialState.FAIL:
+                return -1
+            own = copy.copy(trial)
+            own.number = trial.user_attrs.get(PLACE, trial.number)
+            return super()._get_bracket_id(study, own)
 
     if arguments.pruner != "hyperband":
         return NopPruner()
-    return HyperbandPruner(min_resource=arguments.first_budget, max_resource=max_budget, reduction_factor=3)
+    return Hyperband(min_resource=arguments.first_budget, max_resource=max_budget, reduction_factor=3)
 
 
 def best_first(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:

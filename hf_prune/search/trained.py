@@ -18,6 +18,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.fields import field_types
 from hf_prune.methods.dynamic_sparse import DynamicSparseConfig, initial_masks
+from hf_prune.models import RecurrentConfig
 from hf_prune.plan import select_views
 from hf_prune.recipe import dump_yaml
 from hf_prune.search.arguments import SearchRecipe
@@ -105,11 +106,15 @@ class TrainedCandidates:
         """Train to the last of some epochs, and measure the model at each."""
         self.train_to(config, budgets, lambda epoch, model: look(epoch, self.measured(epoch, model)))
 
+    def held_out_loss(self, model: Any) -> float:
+        """Nats a token of the windows that nothing is trained on."""
+        return float(window_nll(model, self.loaded.held_out[: self.search.loss_windows]).mean())
+
     def measured(self, epoch: int, model: Any) -> Measurement:
         """Loss and spectrum of a model after so many epochs."""
-        found = Measurement(float(window_nll(model, self.loaded.held_out[: self.search.loss_windows]).mean()))
+        found = Measurement(self.held_out_loss(model))
         if self.search.needs_spectrum:
-            found.spectrum, found.spectrum_seconds = self._spectrum(model, self.setting)
+            found.spectrum, found.spectrum_seconds = self.spectrum(model, self.setting)
         found.spent = epoch
         return found
 
@@ -127,22 +132,28 @@ class TrainedCandidates:
             masks = initial_masks(shapes, config.sparsity, config.initialization, generator)
             callbacks.append(DynamicMaskCallback(masks, config, seed))
         with tempfile.TemporaryDirectory() as folder:
-            callbacks += [StopAtNaN("candidate", Path(folder)), _AtEpochs(epochs, look)]
+            # What looks at the model comes before masks move: weights that have just grown are zero.
+            callbacks = [_AtEpochs(epochs, look), *callbacks, StopAtNaN("candidate", Path(folder))]
             train(trainers(self.recipe, own.windows)(model, Path(folder), callbacks), None)
+
+    @property
+    def least_length(self) -> int:
+        """Of a recurrent model the first tokens only warm up."""
+        return WARM_UP + 1 if isinstance(self.loaded.start.config, RecurrentConfig) else 1
 
     @property
     def setting(self) -> SpectrumSetting:
         """How the search computes spectra."""
         return SpectrumSetting.of(self.search, self.loaded.held_out)
 
-    def _spectrum(self, model: Any, setting: SpectrumSetting) -> tuple[Tensor, float]:
+    def spectrum(self, model: Any, setting: SpectrumSetting) -> tuple[Tensor, float]:
         """Of a recurrent model over time, of another over depth; and the seconds that it took."""
         start, training, order = perf_counter(), model.training, self.search.spectrum_order
         windows = self.loaded.held_out[setting.first : setting.first + setting.sequences, : setting.length]
         model.eval()
         try:
             if hasattr(model, "state_jacobian"):
-                if windows.shape[1] <= WARM_UP:
+                if windows.shape[1] < self.least_length:
                     raise BadInputError(f"spectrum_length: the first {WARM_UP} tokens only warm up; use more.")
                 found = recurrent_spectrum(model, windows, k=setting.k, order=order, seed=setting.seed)
             else:
@@ -158,7 +169,7 @@ class TrainedCandidates:
         found: list[tuple[Tensor, float]] = []
         config = None if choice is None else self.config(choice)
         self.train_to(
-            config, [budget], lambda _, model: found.extend(self._spectrum(model, setting) for setting in settings)
+            config, [budget], lambda _, model: found.extend(self.spectrum(model, setting) for setting in settings)
         )
         return found
 
@@ -170,18 +181,16 @@ class TrainedCandidates:
 
 
 class _AtEpochs(TrainerCallback):
-    """Looks at the model at the end of some epochs, and ends the training with the last of them."""
+    """Looks at the model behind the last step of some epochs, and ends the training with the last of them."""
 
     def __init__(self, epochs: Collection[int], look: Callable[[int, Any], None]) -> None:
         self.epochs = set(epochs)
         self.look = look
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        epoch = round(state.epoch or 0)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        epoch = state.epoch or 0
         if epoch in self.epochs:
-            self.look(epoch, kwargs["model"])
+            self.look(int(epoch), kwargs["model"])
         if epoch >= max(self.epochs):
             control.should_training_stop = True
 

@@ -3,13 +3,14 @@
 FOLDER/run.json                  what decides how the training goes
 FOLDER/initial.safetensors       the weights that everything began with
 FOLDER/round-00/                 the dense twin, shared by all settings
+FOLDER/averaged-NON_MONOTONE/    that of settings with averaging, averaged alike
 FOLDER/sparse-IDENTITY/          the sparse training of one setting
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class DynamicSparseTraining:
         # Before the twin: what cannot be trained this way is refused when the training begins.
         rounds = [self._round(self.sparse_folder.name, Round(1, "sparse"), model, masks, moving)]
         if self.config.train_dense:
-            rounds.insert(0, self._round("round-00", Round(0, "dense"), model, self._full(model), None))
+            rounds.insert(0, self._dense(model))
             load_weights(model, self.sparse_folder / WEIGHTS)
         return model, rounds
 
@@ -87,8 +88,15 @@ class DynamicSparseTraining:
         own = {key: value for key, value in asdict(self.config).items() if key not in left_out}
         return self.folder / f"sparse-{fingerprint([own, sorted(self.names), self.seed], {})[:8]}"
 
-    def _full(self, model: nn.Module) -> dict[str, Tensor]:
-        return {name: torch.ones(model.get_parameter(name).shape, dtype=torch.bool) for name in self.names}
+    def _dense(self, model: nn.Module) -> Round:
+        """The dense twin: with averaging, a mean is compared with a mean."""
+        full = {name: torch.ones(model.get_parameter(name).shape, dtype=torch.bool) for name in self.names}
+        if not self.config.averaging:
+            return self._round("round-00", Round(0, "dense"), model, full, None)
+        # Full masks do not move: what dies has no other place to grow in.
+        still = replace(self.config, death="magnitude", redistribution="none", growth="random")
+        moving = DynamicMaskCallback(full, still, self.seed, self._average())
+        return self._round(f"averaged-{self.config.non_monotone}", Round(0, "dense"), model, full, moving)
 
     def _average(self) -> WeightAverage | None:
         if not self.config.averaging:

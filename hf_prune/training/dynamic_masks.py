@@ -99,14 +99,15 @@ class DynamicMaskCallback(MaskCallback):
         if self.config.needs_momentum:
             for name, gradient in self._gradient.items():
                 self._momentum[name].mul_(MOMENTUM).add_(gradient)
+        # Before masks move: what has just grown is zero. And not in on_epoch_end, which a run does not come by that
+        # goes on from a checkpoint of this step.
+        if self.average is not None and state.global_step % self._epoch == 0:
+            self.average.end_epoch()
         if self._is_due(state.global_step, state):
             self._update(model, kwargs["optimizer"], state)
         self._gradient.clear()
         if self.average is not None:
             self.average.step()
-            # Here and not in on_epoch_end, which a run does not come by that goes on from a checkpoint of this step.
-            if state.global_step % self._epoch == 0:
-                self.average.end_epoch()
         super().on_step_end(args, state, control, **kwargs)
         self._keep(args, state, control)
 

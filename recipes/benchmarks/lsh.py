@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/lsh.py --truth FOLDER --readme recipes/benchmarks/LSH.md --block lsh --json FILE
 
-FOLDER holds a run for the dense model and for every candidate, as lsh_replay.py describes them and lsh_truth.py trains
+FOLDER holds a run for the dense model and for every candidate, as lsh_runs.py describes them and lsh_truth.py trains
 them. Nothing is trained here. FILE gets the truth table as text.
 """
 
@@ -12,7 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lsh_replay import DENSE, METRICS, figures, load_truth, looks_to_markdown, replay, to_markdown
+from lsh_replay import METRICS, looks_to_markdown, replay, to_markdown
+from lsh_runs import DENSE, figures, is_there, load_truth
 
 from hf_prune.bench.summary import write_between_markers
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS))
     given = parser.parse_args()
-    if not (given.truth / f"{DENSE}.safetensors").is_file():
+    if not is_there(given.truth, DENSE):
         raise SystemExit(f"{given.truth} holds no {DENSE}.safetensors: the truth table has to be trained first")
     dense, candidates = load_truth(given.truth)
     if len(candidates) < 9:

@@ -1,9 +1,4 @@
-"""Searches played again on a truth table: every candidate trained to the end once, spectrum and loss at every epoch.
-
-A run is one safetensors file: `losses` (of held-out windows, nats a token), `seconds` and `spectrum_seconds` [epochs],
-`spectra` [epochs, exponents] in bits a step, and `final_loss` [1] on text that nothing is chosen by; the dense run is
-`dense`. What a search would have chosen, at what cost, then follows without training anything.
-"""
+"""Searches played again on a truth table: what each would have chosen, at what cost, without training anything."""
 
 from __future__ import annotations
 
@@ -11,19 +6,16 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from lsh_runs import Run
 from scipy.stats import spearmanr
-from torch import Tensor
 
 from hf_prune.dynamics.distance import make_distance, with_loss
 from hf_prune.dynamics.names import FITTED
 from hf_prune.search.space import elimination_rounds
 
-DENSE = "dense"
 # Share of the candidates that one seed searches; to the others embeddings are fitted.
 JUDGED = 2 / 3
 METRICS = {
@@ -33,24 +25,8 @@ METRICS = {
     "autoencoder": "LS distance, auto-encoder",
     "both": "both",
 }
-# Where a search that looks once does so.
+# Epochs after which a search that looks once does so.
 LOOKS = (1, 2, 3, 6, 9)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: float64 [epochs] of losses, seconds and seconds of spectra; [epochs, exponents] of spectra; [1]."""
-
-    losses: Tensor
-    seconds: Tensor
-    spectrum_seconds: Tensor
-    spectra: Tensor
-    final_loss: Tensor
-
-    @property
-    def perplexity(self) -> float:
-        """After the last epoch, on text that nothing is chosen by."""
-        return float(self.final_loss.exp())
 
 
 @dataclass(frozen=True)
@@ -61,48 +37,6 @@ class Outcome:
     regret: float
     epochs: int
     seconds: float
-
-
-def save_run(folder: Path, name: str, run: Run) -> None:
-    """Complete or absent: a run that is there is finished."""
-    partial = folder / f"{name}.tmp"
-    save_file({key: value.double().clone() for key, value in vars(run).items()}, partial)
-    partial.replace(folder / f"{name}.safetensors")
-
-
-def load_run(folder: Path, name: str) -> Run:
-    """What `save_run` left."""
-    return Run(**load_file(folder / f"{name}.safetensors"))
-
-
-def load_truth(folder: Path) -> tuple[Run, dict[str, Run]]:
-    """The dense run and the candidates by name; of candidates that were trained alike, the first, as published.
-
-    Other words need not mean another training: where each layer loses the same share of its weights, redistribution by
-    what is left gives each its own back.
-    """
-    runs = {file.stem: load_run(folder, file.stem) for file in sorted(folder.glob("*.safetensors"))}
-    dense = runs.pop(DENSE)
-    different: dict[tuple[float, ...], str] = {}
-    for name, run in runs.items():
-        different.setdefault((*run.losses.tolist(), *run.final_loss.tolist()), name)
-    return dense, {name: runs[name] for name in different.values()}
-
-
-def figures(dense: Run, candidates: dict[str, Run]) -> dict[str, Any]:
-    """The truth table as plain data, spectra as their raw distance to the dense one at each epoch."""
-
-    def row(run: Run) -> dict[str, Any]:
-        pairs = zip(dense.spectra, run.spectra, strict=True)
-        return {
-            "perplexity": round(run.perplexity, 4),
-            "losses": [round(own, 5) for own in run.losses.tolist()],
-            "distances": [round(float(torch.linalg.vector_norm(one - other)), 4) for one, other in pairs],
-            "seconds": round(float(run.seconds.sum()), 1),
-            "spectrum_seconds": round(float(run.spectrum_seconds.sum()), 1),
-        }
-
-    return {name: row(run) for name, run in {DENSE: dense, **candidates}.items()}
 
 
 def scores(metric: str, dense: Run, runs: list[Run], fitted: list[Run], epoch: int, seed: int) -> list[float]:
@@ -132,8 +66,8 @@ def play(
     """One search over some runs: successive elimination by a metric, the last two trained to the end.
 
     Every round trains its candidates from the beginning, as published. A metric that looks at spectra also pays for
-    the dense run up to the last round, and for a spectrum wherever it looks. Of the last two the better is taken by the
-    loss of held-out windows.
+    the dense run up to the last round, and for a spectrum wherever it looks. Of the last two, each at its best epoch,
+    the better is taken by the loss of the validation text.
     """
     last = len(dense.losses)
     early = scores(metric, dense, runs, fitted, first, seed)
@@ -155,19 +89,28 @@ def play(
         seconds += float(dense.seconds[:reached].sum())
         seconds += sum(float(dense.spectrum_seconds[epoch - 1]) for epoch in looked if epoch <= reached)
     final = [run.perplexity for run in runs]
-    chosen = min(finalists, key=lambda own: _last(float(runs[own].losses[-1])))
+    chosen = min(finalists, key=lambda own: _last(runs[own].validation_loss))
     return Outcome(_rank_correlation(early, final), final[chosen] - min(final), epochs, seconds)
 
 
 def look_once(metric: str, dense: Run, runs: list[Run], fitted: list[Run], seed: int, epoch: int) -> Outcome:
-    """The cheapest search: every candidate for so many epochs, the one with the best score to the end."""
+    """The cheapest search: each candidate for so many epochs, the one with the best score to the end.
+
+    At equal cost: for what looking at the loss of all candidates takes, a metric of spectra, which pays for the dense
+    run and for each spectrum, looks at the first of them only. The correlation is over all of them.
+    """
+    may_cost = sum(_cost(run, epoch, "loss") for run in runs)
+    seconds = 0.0 if metric == "loss" else _cost(dense, epoch, metric)
+    seen = 0
+    while seen < len(runs) and (seen == 0 or seconds + _cost(runs[seen], epoch, metric) <= may_cost):
+        seconds += _cost(runs[seen], epoch, metric)
+        seen += 1
     early = scores(metric, dense, runs, fitted, epoch, seed)
-    chosen = min(range(len(runs)), key=lambda own: (early[own], own))
-    epochs = epoch * len(runs) + len(dense.losses)
-    seconds = sum(_cost(run, epoch, metric) for run in runs) + _cost(runs[chosen], len(dense.losses), "loss")
-    if metric != "loss":
-        epochs, seconds = epochs + epoch, seconds + _cost(dense, epoch, metric)
+    chosen = min(range(seen), key=lambda own: (early[own], own))
+    last = len(dense.losses)
+    epochs = epoch * (seen + (metric != "loss")) + last
     final = [run.perplexity for run in runs]
+    seconds += _cost(runs[chosen], last, "loss")
     return Outcome(_rank_correlation(early, final), final[chosen] - min(final), epochs, seconds)
 
 
@@ -240,15 +183,18 @@ def to_markdown(outcomes: dict[str, list[Outcome]], dense: Run, candidates: dict
 def looks_to_markdown(
     dense: Run, candidates: dict[str, Run], seeds: Iterable[int], metrics: Collection[str] = METRICS
 ) -> str:
-    """What is lost by looking once, early: a row for each epoch, regret by each metric."""
+    """Looking once, early, at equal cost: a row for each epoch, regret and rank correlation by each metric."""
     titles = [METRICS[metric] for metric in metrics]
     lines = [f"| one look after | of all epochs | {' | '.join(titles)} |", "|---|---|" + "---|" * len(titles)]
     last = len(dense.losses)
     for epoch in (own for own in LOOKS if own < last):
         outcomes = replay(dense, candidates, seeds, metrics, look_once, epoch=epoch)
-        cells = [spread([outcome.regret for outcome in own], ".2f") for own in outcomes.values()]
+        cells = [
+            f"{spread([one.regret for one in own], '.2f')}; {spread([one.correlation for one in own], '+.2f')}"
+            for own in outcomes.values()
+        ]
         lines.append(f"| {epoch} | {epoch / last:.0%} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Regret in perplexity; Spearman's correlation of the score with the perplexity."])
 
 
 def spread(values: list[float], form: str) -> str:

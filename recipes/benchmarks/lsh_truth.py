@@ -1,92 +1,155 @@
 """The truth table of lsh.py: a dense twin and every candidate trained to the end once, looked at after every epoch.
 
-    python recipes/benchmarks/lsh_truth.py --config recipes/benchmarks/lsh.yaml --truth FOLDER [--key value ...]
+    python recipes/benchmarks/lsh_truth.py --config recipes/benchmarks/lsh.yaml --truth FOLDER [--validation TEXT] \
+        [--part 0/2] [--key value ...]
 
-Keys are those of the recipe, as dataset_name and eval_dataset_name for local copies of the text. A run that is finished
-is not trained again, so that the same command goes on after a cut; another recipe wants another FOLDER. Losses along
-the way are of windows that are held out of the training text, as a search sees them; the final perplexity is of the
-evaluation text. Seconds are the process's own processor time: they do not depend on what else the machine does.
+Three texts: windows held out of the training text are what a search sees on the way, the validation text chooses the
+epoch that is kept of each training, and the recipe's evaluation text, which nothing is chosen by, scores it. TEXT is a
+local copy of the second; without it, it is the validation split of the evaluation's dataset. Other keys are those of
+the recipe, as dataset_name and eval_dataset_name for local copies.
+
+`--part 0/2` trains every second run from the first on, `--part 1/2` the others, side by side into one folder. A run
+that is finished is not trained again, so that the same command goes on after a cut. The folder belongs to its recipe;
+only the values that are searched may be others. Seconds are the process's own processor time.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lsh_replay import DENSE, Run, save_run
+from lsh_runs import DENSE, Run, claim, is_there, save_run
 
+from hf_prune.checkpoint.files import tensor_digest
 from hf_prune.cli.arguments import quiet_libraries
+from hf_prune.errors import RunError
+from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.methods.dynamic_sparse import DynamicSparseConfig
 from hf_prune.recipe import parse_flags, read_recipe
-from hf_prune.search.arguments import make_search_recipe
-from hf_prune.search.candidates import Measurement
+from hf_prune.search.arguments import MAY_CHANGE, make_search_recipe
 from hf_prune.search.space import label
 from hf_prune.search.trained import TrainedCandidates
 
+# Windows of the validation text: as many tokens as the first 100 kB of WikiText-2's, in windows of 35.
+VALIDATION_WINDOWS = 600
 
-def trained(
-    candidates: TrainedCandidates,
-    evaluation: QualityEvaluation,
-    config: DynamicSparseConfig | None,
-    epochs: Collection[int],
-) -> Run:
-    """One training to the last of some epochs, looked at after each; the dense twin's where there is no config."""
-    seen: list[Measurement] = []
+
+@dataclass(frozen=True)
+class Texts:
+    """int64 [windows, tokens]: what chooses an epoch, and what nothing is chosen by."""
+
+    validation: torch.Tensor
+    test: torch.Tensor
+
+    @classmethod
+    def of(cls, candidates: TrainedCandidates, validation: str | None) -> Texts:
+        """Those of a recipe, the first in a local copy where there is one."""
+        start, own = candidates.loaded.start, candidates.recipe.evaluation
+        name, split = (validation, None) if validation else (own.eval_dataset_name, "validation")
+        other = replace(own, eval_dataset_name=name, eval_split=split, eval_max_windows=VALIDATION_WINDOWS)
+        if validation:
+            other = replace(other, eval_dataset_config=None, eval_dataset_revision=None)
+        texts = [QualityEvaluation(each, start.tokenizer, start.config).windows.input_ids for each in (other, own)]
+        alike = min(len(text) for text in texts)
+        if torch.equal(texts[0][:alike], texts[1][:alike]):
+            raise SystemExit("--validation: it is the text that scores what is chosen; give another")
+        return cls(*texts)
+
+
+def identity(candidates: TrainedCandidates, texts: Texts, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What decides how the runs of a table go, the searched values aside; the keys `left_out` do not count.
+
+    Where a text lies says nothing of what it is: digests stand for them.
+    """
+    axes, own = candidates.space.axes, candidates.recipe
+    sections = (candidates.search, own.model, own.fresh, own.method)
+    settings = {key: value for section in sections for key, value in vars(section).items()}
+    settings |= {**own.decisive["training"], "seed": own.text.seed}
+    return {
+        **{key: value for key, value in settings.items() if key not in {*MAY_CHANGE, *axes, *left_out}},
+        "searched": sorted(axes),
+        "training text": tensor_digest(candidates.loaded.windows.input_ids),
+        "held-out text": tensor_digest(candidates.loaded.held_out),
+        "validation text": tensor_digest(texts.validation),
+        "test text": tensor_digest(texts.test),
+    }
+
+
+def trained(candidates: TrainedCandidates, texts: Texts, config: DynamicSparseConfig | None) -> Run:
+    """One training, looked at after every epoch; the dense twin's where there is no config."""
+    losses: list[float] = []
+    validation_losses: list[float] = []
     seconds: list[float] = []
-    looked = []
-    final = torch.empty(0)
+    spectra: list[torch.Tensor] = []
+    spectrum_seconds: list[float] = []
+    best: dict[str, torch.Tensor] = {}
     began = time.process_time()
 
     def look(epoch: int, model: Any) -> None:
-        nonlocal began, final
+        nonlocal began, best
         seconds.append(time.process_time() - began)
+        losses.append(candidates.held_out_loss(model))
+        validation_losses.append(float(window_nll(model, texts.validation).mean()))
+        if validation_losses[-1] < min(validation_losses[:-1], default=float("inf")):
+            best = {name: own.clone() for name, own in model.state_dict().items()}
         start = time.process_time()
-        seen.append(candidates.measured(epoch, model))
-        looked.append(time.process_time() - start)
-        if epoch == max(epochs):
-            final = evaluation.measure(model.eval(), "final").nll.mean()
+        if candidates.search.needs_spectrum:
+            spectra.append(candidates.spectrum(model, candidates.setting)[0])
         began = time.process_time()
+        spectrum_seconds.append(began - start)
 
-    candidates.train_to(config, epochs, look)
-    spectra = [own.spectrum for own in seen if own.spectrum is not None]
+    candidates.train_to(config, range(1, candidates.max_budget + 1), look)
+    kept = candidates.loaded.start.make_model(None)
+    kept.load_state_dict(best)
     return Run(
-        torch.tensor([own.loss for own in seen], dtype=torch.float64),
+        torch.tensor(losses, dtype=torch.float64),
+        torch.tensor(validation_losses, dtype=torch.float64),
         torch.tensor(seconds),
-        torch.tensor(looked),
-        torch.stack(spectra) if spectra else torch.empty(len(seen), 0),
-        final.reshape(1),
+        torch.tensor(spectrum_seconds),
+        torch.stack(spectra) if spectra else torch.empty(len(losses), 0),
+        window_nll(kept, texts.test).mean().reshape(1),
     )
-
-
-def evaluation_of(candidates: TrainedCandidates) -> QualityEvaluation:
-    """The text that nothing is chosen by."""
-    start = candidates.loaded.start
-    return QualityEvaluation(candidates.recipe.evaluation, start.tokenizer, start.config)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--truth", type=Path, required=True)
+    parser.add_argument("--validation")
+    parser.add_argument("--part", type=_part, default=(0, 1))
     given, others = parser.parse_known_args()
     quiet_libraries()
     candidates = TrainedCandidates(make_search_recipe(*read_recipe(given.config, parse_flags(others))))
-    evaluation = evaluation_of(candidates)
-    given.truth.mkdir(parents=True, exist_ok=True)
+    texts = Texts.of(candidates, given.validation)
+    claim(given.truth, identity(candidates, texts))
     choices = candidates.space.combinations()
     runs = {DENSE: None} | {
         label(own): candidates.config(own) for own in choices if label(own) not in candidates.space.refused
     }
-    for name, config in runs.items():
-        if not (given.truth / f"{name}.safetensors").is_file():
-            run = trained(candidates, evaluation, config, range(1, candidates.max_budget + 1))
-            save_run(given.truth, name, run)
-            print(f"{name}: perplexity {run.perplexity:.2f}, {float(run.seconds.sum()):.0f} s", flush=True)
+    number, parts = given.part
+    for name, config in list(runs.items())[number::parts]:
+        if is_there(given.truth, name):
+            continue
+        try:
+            run = trained(candidates, texts, config)
+        except RunError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        save_run(given.truth, name, run)
+        took = float(run.seconds.sum())
+        print(f"{name}: perplexity {run.perplexity:.2f} of epoch {run.best_epoch}, {took:.0f} s", flush=True)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write 0/2 and 1/2")
+    return int(number), int(parts)
 
 
 if __name__ == "__main__":

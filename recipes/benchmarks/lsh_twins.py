@@ -5,7 +5,8 @@
 
 Every key of the recipe that holds a list has to be given one value, the last of them as a list of one. A seed decides
 the first weights, the first masks and the order of the batches, alike for a sparse run and its twin. What is finished
-is not trained again. Perplexity is of the evaluation text.
+is not trained again. Each training is left at its best epoch by the validation text (`--validation`, as for
+lsh_truth.py); perplexity is of the evaluation text.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lsh_replay import DENSE, Run, load_run, save_run, spread
-from lsh_truth import evaluation_of, trained
+from lsh_replay import spread
+from lsh_runs import DENSE, Run, claim, is_there, load_run, save_run
+from lsh_truth import Texts, identity, trained
 
 from hf_prune.bench.summary import write_between_markers
 from hf_prune.cli.arguments import quiet_libraries
@@ -32,23 +34,24 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--sparsities", nargs="+", default=["0.67", "0.8"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--validation")
     parser.add_argument("--readme", type=Path)
     given, others = parser.parse_known_args()
     quiet_libraries()
     values, text = read_recipe(given.config, parse_flags(others))
-    given.runs.mkdir(parents=True, exist_ok=True)
     runs: Runs = {}
     for kind in (DENSE, *given.sparsities):
         for seed in range(given.seeds):
             name = f"{kind}, seed={seed}"
-            if not (given.runs / f"{name}.safetensors").is_file():
+            if not is_there(given.runs, name):
                 own = {"seed": seed, "objective": "loss"} | ({} if kind == DENSE else {"sparsity": kind})
                 candidates = TrainedCandidates(make_search_recipe({**values, **own}, text))
                 choice, *more = candidates.space.combinations()
                 if more:
                     raise SystemExit(f"{', '.join(candidates.space.axes)}: give each one value")
-                config = None if kind == DENSE else candidates.config(choice)
-                run = trained(candidates, evaluation_of(candidates), config, [candidates.max_budget])
+                texts = Texts.of(candidates, given.validation)
+                claim(given.runs, {**identity(candidates, texts, ("seed", "sparsity")), **choice})
+                run = trained(candidates, texts, None if kind == DENSE else candidates.config(choice))
                 save_run(given.runs, name, run)
                 print(f"{name}: perplexity {run.perplexity:.2f}", flush=True)
             runs[kind, seed] = load_run(given.runs, name)

@@ -7,19 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lsh_replay import (
-    DENSE,
-    Run,
-    figures,
-    load_truth,
-    look_once,
-    looks_to_markdown,
-    play,
-    replay,
-    save_run,
-    scores,
-    to_markdown,
-)
+from lsh_replay import look_once, looks_to_markdown, play, replay, scores, to_markdown
+from lsh_runs import DENSE, Run, claim, figures, load_truth, save_run
 
 EPOCHS = 20
 
@@ -29,7 +18,7 @@ def run(final: float, away: float, early: float, seconds: float = 2.0) -> Run:
     losses = torch.linspace(early, final, EPOCHS, dtype=torch.float64)
     base = torch.tensor([1.0, -1.0, -2.0, -3.0], dtype=torch.float64)
     spectra = (base + torch.tensor([0.0, 0.0, 0.0, away])).expand(EPOCHS, -1)
-    return Run(losses, torch.full((EPOCHS,), seconds), torch.full((EPOCHS,), 0.5), spectra, losses[-1:])
+    return Run(losses, losses, torch.full((EPOCHS,), seconds), torch.full((EPOCHS,), 0.5), spectra, losses[-1:])
 
 
 DENSE_RUN = run(4.0, 0.0, 6.0)
@@ -86,23 +75,44 @@ def test_runs_are_kept_and_a_replay_fits_embeddings_to_candidates_it_does_not_ju
     assert "8 of 12 candidates a seed, 3 seeds" in text and "160 epochs and 320 seconds" in text
 
 
-def test_of_the_last_two_the_held_out_loss_takes_one_and_not_the_text_that_judges() -> None:
-    # The better by far on the text that judges is the worse of the last two by the loss that a search sees.
-    runs = [run(4.2, 1.0, 6.0), replace(run(4.3, 1.1, 6.0), final_loss=torch.tensor([3.0]))]
-    assert play("raw", DENSE_RUN, runs, [], 0).regret == pytest.approx(math.exp(4.2) - math.exp(3.0))
+def test_of_the_last_two_the_validation_loss_at_the_best_epoch_takes_one_and_not_the_text_that_judges() -> None:
+    # The better by far on the text that judges is the worse of the last two by the validation text.
+    first, second = run(4.2, 1.0, 6.0), replace(run(4.3, 1.1, 6.0), test_loss=torch.tensor([3.0]))
+    assert play("raw", DENSE_RUN, [first, second], [], 0).regret == pytest.approx(math.exp(4.2) - math.exp(3.0))
+    # The other's middle is lower than any end.
+    best = first.validation_losses.clone()
+    best[9] = 4.1
+    second = replace(second, validation_losses=best)
+    assert second.best_epoch == 10 and play("raw", DENSE_RUN, [first, second], [], 0).regret == 0
 
 
-def test_one_look_takes_the_first_by_its_score_and_trains_one() -> None:
+def test_one_look_takes_the_first_by_its_score_and_costs_no_more_by_spectra_than_by_loss() -> None:
     runs = list(RUNS.values())
     by_loss, by_spectrum = (look_once(metric, DENSE_RUN, runs, [], 0, 2) for metric in ("loss", "raw"))
     assert by_spectrum.regret == 0 and by_loss.regret == pytest.approx(math.exp(5.3) - math.exp(4.2))
     assert by_loss.epochs == 12 * 2 + 20 and by_loss.seconds == pytest.approx(2.0 * 44)
-    assert by_spectrum.epochs == 12 * 2 + 20 + 2 and by_spectrum.seconds == pytest.approx(2.0 * 46 + 0.5 * 13)
-    lines = looks_to_markdown(DENSE_RUN, RUNS, range(2)).splitlines()
-    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+    # 48 seconds buy the dense run's two epochs, those of 9 candidates and 10 spectra: 45 seconds.
+    assert by_spectrum.epochs == (1 + 9) * 2 + 20 and by_spectrum.seconds == pytest.approx(45 + 40)
+    # The best stands where nobody looks any more.
+    late = look_once("raw", DENSE_RUN, runs[::-1], [], 0, 2)
+    assert late.regret == pytest.approx(math.exp(4.5) - math.exp(4.2)) and late.correlation == pytest.approx(1)
+    lines = looks_to_markdown(DENSE_RUN, RUNS, range(2), ("loss", "raw")).splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:7]] == [
         ["| 1", "5%"], ["| 2", "10%"], ["| 3", "15%"], ["| 6", "30%"], ["| 9", "45%"],
     ]  # fmt: skip
-    assert all(line.split(" | ")[3] == "0.00 ± 0.00" for line in lines[2:])
+    assert all(line.split(" | ")[2].endswith("; -1.00 ± 0.00") for line in lines[2:7])
+    assert all(line.split(" | ")[3].endswith("; +1.00 ± 0.00 |") for line in lines[2:7])
+
+
+def test_a_folder_belongs_to_its_recipe(tmp_path: Path) -> None:
+    claim(tmp_path, {"learning_rate": 0.01, "test text": "0" * 32})
+    claim(tmp_path, {"learning_rate": 0.01, "test text": "0" * 32})
+    with pytest.raises(SystemExit, match=r"another recipe: learning_rate was 0\.01 and is 0\.1; test text is not"):
+        claim(tmp_path, {"learning_rate": 0.1, "test text": "1" * 32})
+    (tmp_path / "recipe.json").unlink()
+    save_run(tmp_path, DENSE, DENSE_RUN)
+    with pytest.raises(SystemExit, match=r"holds runs and no recipe\.json"):
+        claim(tmp_path, {})
 
 
 def test_candidates_that_were_trained_alike_are_one_and_figures_are_plain(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recurrent language models against torch's LSTM, loops of plain numpy, brute force and automatic derivatives."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -180,6 +181,11 @@ def test_both_ways_give_one_spectrum(kind: str, order: str) -> None:
             for jacobian in ("closed_form", "automatic")
         ]
         np.testing.assert_allclose(*found, atol=1e-5)
+    # In half precision the weights are other numbers, and the arithmetic is float32's.
+    half = copy.deepcopy(model).bfloat16()
+    exact = copy.deepcopy(half).double()
+    found = [recurrent_spectrum(own, tokens(length=14), k=3, warm_up=4, order=order) for own in (half, exact)]
+    np.testing.assert_allclose(*found, atol=1e-4)
     full = recurrent_spectrum(model, tokens(length=14), warm_up=4, order=order, state="full")
     cells = 0 if kind == "rhn" else sum(layer.size for layer in model.layers)
     assert len(full) == sum(layer.size for layer in model.layers) + cells and bool(full.isfinite().all())

@@ -1,5 +1,6 @@
 """A search for real on a tiny model: against every candidate measured by hand, killed and resumed."""
 
+import copy
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from tiny import byte_tokenizer, tiny_model
+from torch import Tensor
 
 pytest.importorskip("optuna")
 
@@ -64,14 +66,31 @@ def test_figures_are_those_of_pruning_by_hand(common: dict[str, Any], tmp_path: 
     _, windows = load_calibration(plain.data, byte_tokenizer(), model.config)
     dense = candidates.dense([2])[2]
     torch.testing.assert_close(dense.spectrum, depth_spectrum(model, windows[8:10, :16], k=6))
-    for budget in (2, 4):
+    few = OneShotCandidates(replace(recipe, search=replace(recipe.search, search_blocks=1)))
+    early: dict[int, Any] = {}
+    few.measure(choice, [2, 8], lambda budget, found: early.update({budget: found}))
+    model = tiny_model("llama")
+    one_block = {"targets": ["model.layers.0"]}
+    torch.testing.assert_close(few.dense([2, 8])[8].spectrum, dense.spectrum)
+    torch.testing.assert_close(few.dense([2, 8])[2].spectrum, first_block_spectrum(model, windows[8:10, :16]))
+    prune(model, make_config({**plain.prune_options, **one_block}), input_ids=windows[:2])
+    assert early[2].loss == pytest.approx(float(window_nll(model, windows[8:]).mean()), rel=1e-6)
+    torch.testing.assert_close(early[2].spectrum, first_block_spectrum(model, windows[8:10, :16]))
+    for budget, found in ((2, seen[2]), (4, seen[4]), (8, early[8])):
         model = tiny_model("llama")
         result = prune(model, make_config(plain.prune_options), input_ids=windows[:budget])
-        assert seen[budget].loss == pytest.approx(float(window_nll(model, windows[8:]).mean()), rel=1e-6)
-        torch.testing.assert_close(seen[budget].spectrum, depth_spectrum(model, windows[8:10, :16], k=6))
+        assert found.loss == pytest.approx(float(window_nll(model, windows[8:]).mean()), rel=1e-6)
+        torch.testing.assert_close(found.spectrum, depth_spectrum(model, windows[8:10, :16], k=6))
         errors = [view.error for view in result.views if view.error is not None]
-        assert seen[budget].layer_error == (pytest.approx(sum(errors) / len(errors)) if errors else None)
+        assert found.layer_error == (pytest.approx(sum(errors) / len(errors)) if errors else None)
     assert (seen[2].spent, seen[4].spent) == (2, 6)
+
+
+def first_block_spectrum(model: Any, windows: Tensor) -> Tensor:
+    """Of a copy that has no further block."""
+    model = copy.deepcopy(model)
+    model.model.layers = model.model.layers[:1]
+    return depth_spectrum(model, windows, k=6)
 
 
 def test_the_order_under_other_settings_is_that_of_spectra_by_hand(common: dict[str, Any], tmp_path: Path) -> None:
@@ -170,6 +189,30 @@ def test_killed_and_resumed_a_search_loses_nothing_and_its_model_says_what_was_t
     assert (tmp_path / "s" / "spectra.png").is_file() and (tmp_path / "s" / "candidates.png").is_file()
     assert cli.main(["search", "--config", str(recipe), "--report"]) == 0
     assert capsys.readouterr().out.splitlines()[:3] == shown.splitlines()[:3]
+
+
+@pytest.mark.slow
+def test_accelerate_starts_two_processes_that_share_a_search(common: dict[str, Any], tmp_path: Path) -> None:
+    own = {"search_dir": str(tmp_path / "s"), "output_dir": str(tmp_path / "o"), "sampler": "random"}
+    values = {**common, **AXES, **own, "num_candidates": 6, "objective": "loss"}
+    recipe = tmp_path / "search.yaml"
+    recipe.write_text(json.dumps(values))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_PRUNE_QUIET": "1"}
+    command = [*launch, "-m", "hf_prune", "search", "--config", str(recipe)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "s" / "search.json").read_text())
+    report = json.loads((tmp_path / "o" / "prune_report.json").read_text())
+    assert summary["drawn"] == 6 and all(row["passed"] for row in report["verification"])
+    # Whichever process measured a candidate, it found what one process finds.
+    candidates, losses = OneShotCandidates(make_search_recipe(values)), []
+    for choice in candidates.space.combinations():
+        candidates.measure(choice, [2], lambda _, found: losses.append(found.loss))
+    by_hand = dict(zip(map(label, candidates.space.combinations()), losses, strict=True))
+    first = {row["candidate"]: row["first_loss"] for row in summary["candidates"]}
+    assert first == pytest.approx({name: by_hand[name] for name in first}, rel=1e-5)
 
 
 def measured(folder: Path) -> dict[str, float]:

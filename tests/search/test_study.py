@@ -22,7 +22,7 @@ pytest.importorskip("optuna")
 from hf_prune.cli.search import without_flag
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.search.arguments import SearchRecipe, make_search_recipe
-from hf_prune.search.candidates import Look, Measurement
+from hf_prune.search.candidates import Look, Measurement, SpectrumSetting
 from hf_prune.search.run import help_search, run_search, show_search  # noqa: F401  # the helper process calls it
 from hf_prune.search.searching import Search
 from hf_prune.search.space import Choice, elimination_rounds, label, make_space
@@ -64,13 +64,14 @@ class Bowl:
         return torch.tensor([1.0, -1.0, -3.0 - away], dtype=torch.float64)
 
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
-        if self.die_after is not None and len(self.measured) >= self.die_after:
-            raise KeyboardInterrupt
+        dies = self.die_after is not None and len(self.measured) >= self.die_after
         time.sleep(self.seconds)
         self.measured.append((label(choice), budgets))
         for budget in budgets:
             loss = self.loss(choice, budget)
             look(budget, Measurement(loss, self.spectrum(2 * loss), spent=budget, spectrum_seconds=0.001))
+            if dies:
+                raise KeyboardInterrupt
 
     def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:
         self.finished = choice
@@ -214,20 +215,38 @@ def test_nothing_is_begun_beyond_what_may_be_spent(tmp_path: Path, limits: dict)
         assert 9 < summary["spent"] <= 30 and summary["spent"] == 9 + sum(own[-1] for _, own in bowl.measured)
 
 
-def test_the_same_seed_is_the_same_search_whole_or_cut(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"objective": "loss", "num_candidates": 13, "search_seed": 5}
+@pytest.mark.parametrize(("pruner", "cuts"), [("elimination", (4, 5)), ("hyperband", (3, 2))])
+def test_the_same_seed_is_the_same_search_whole_or_cut(pruner: str, cuts: tuple[int, int], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"objective": "loss", "num_candidates": 13, "search_seed": 5, "pruner": pruner}
 
     def figures(summary: dict) -> list[tuple]:
         return [(row["candidate"], row["value"], row["budget"]) for row in summary["candidates"]]
 
     whole = run_search(recipe(tmp_path / "whole", **options), Bowl())
     # Cut twice: while the first are drawn at random, and when the sampler has learnt something or a round has begun.
-    for cut in (4, 5):
+    for turn, cut in enumerate(cuts):
         with pytest.raises(KeyboardInterrupt):
-            run_search(recipe(tmp_path / "cut", **options), Bowl(die_after=cut), resume=cut == 5)
+            run_search(recipe(tmp_path / "cut", **options), Bowl(die_after=cut), resume=turn > 0)
     assert figures(run_search(recipe(tmp_path / "cut", **options), Bowl(), resume=True)) == figures(whole)
     other = run_search(recipe(tmp_path / "other", **{**options, "num_candidates": 4, "search_seed": 6}), Bowl())
     assert [row["candidate"] for row in other["candidates"]] != [row["candidate"] for row in whole["candidates"]][:4]
+
+
+def test_a_stability_table_that_fails_costs_no_finished_search(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Bowl):
+        setting = SpectrumSetting(k=3, sequences=1, length=16)
+        least_length = 8
+
+        def spectra(self, *given: Any) -> Any:
+            raise RunError("the spectra fell out of the bowl.")
+
+    bowl = Failing()
+    own = recipe(tmp_path / "s", objective="loss", num_candidates=16, stability_candidates=3)
+    summary = run_search(own, bowl)
+    assert bowl.finished is not None and summary["chosen"] == label(bowl.finished) and "stability" not in summary
+    assert "no table, the spectra fell out of the bowl" in caplog.text
 
 
 def test_what_was_finished_is_not_measured_again_and_more_candidates_can_be_had(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Candidates that are trained: figures against a training by hand, and a search through to its folder."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from hf_prune.search.arguments import make_search_recipe
 from hf_prune.search.trained import TrainedCandidates
 from hf_prune.trained import Start, trainers
 from hf_prune.training.arguments import make_train_recipe
+from hf_prune.training.checkpoints import StopBehind
 from hf_prune.training.dynamic_masks import DynamicMaskCallback
 from hf_prune.training.text import Windows
 
@@ -73,14 +76,18 @@ def test_figures_are_those_of_a_training_by_hand(
     recipe = make_train_recipe({**plain, **family, **choice, "method": "dynamic_sparse"}, DynamicSparseConfig)
     start = Start(recipe)
     held_out = start.windows.input_ids[-5:]
-    for sparse, figures in ((True, seen[3]), (False, dense)):
+    windows = Windows(start.windows.input_ids[:-5])
+    epoch = math.ceil(len(windows) / 8)
+    # After one epoch the figures are of weights before the first of them die: of a training whose masks move later.
+    later = replace(recipe.method, update_steps=epoch + 1)
+    for config, end, figures in ((later, 1, seen[1]), (recipe.method, 3, seen[3]), (None, 3, dense)):
         model = start.make_model(None)
-        callbacks = []
-        if sparse:
+        callbacks: list[Any] = [StopBehind(end * epoch)]
+        if config is not None:
             shapes = {v.parameter_name: tuple(v.stored.shape) for v in select_views(model, None, None)[0]}
             masks = initial_masks(shapes, 0.5, "er", torch.Generator().manual_seed(0))
-            callbacks = [DynamicMaskCallback(masks, recipe.method)]
-        trainers(recipe, Windows(start.windows.input_ids[:-5]))(model, tmp_path / "by hand", callbacks).train()
+            callbacks.append(DynamicMaskCallback(masks, config))
+        trainers(recipe, windows)(model, tmp_path / "by hand", callbacks).train()
         model.eval()
         assert figures.loss == pytest.approx(float(window_nll(model, held_out).mean()), rel=1e-6)
         spectrum = recurrent_spectrum if family is LSTM else depth_spectrum
@@ -107,6 +114,23 @@ def test_a_search_leaves_a_folder_and_an_account(common: dict[str, Any], tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     zeros = sum(int((model.get_parameter(f"{view['name']}.weight") == 0).sum()) for view in report["views"])
     assert zeros >= round(0.5 * report["sparsity"]["pruned_parameters"])
+
+
+def test_a_stability_table_that_cannot_be_made_is_refused_at_the_start_and_may_be_left_out_later(
+    common: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {**common, **LSTM, **AXES, "num_train_epochs": 2, "stability_candidates": 3}
+    values |= {"search_dir": str(tmp_path / "search"), "output_dir": str(tmp_path / "out")}
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(values))
+    # Half of 16 tokens do not even warm the state up.
+    assert cli.main(["search", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert "stability_candidates: the spectra of half the tokens have 8, and 11 are" in capsys.readouterr().err
+    assert not (tmp_path / "search").exists()
+    with_table, without = (make_search_recipe({**values, "stability_candidates": count}) for count in (3, 0))
+    assert with_table.identity == without.identity
+    # Where the windows held out for the table were more, the text to train on was less.
+    held_out = [make_search_recipe({**values, "stability_candidates": own, "loss_windows": 2}) for own in (3, 0)]
+    assert held_out[0].identity != held_out[1].identity
 
 
 def test_an_impossible_combination_is_counted_and_no_more(common: dict[str, Any], tmp_path: Path) -> None:

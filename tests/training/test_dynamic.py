@@ -147,8 +147,13 @@ def test_a_cut_run_goes_on_to_the_same_bits(stop: int, saved: str, tmp_path: Pat
     """Within an epoch, at an update and the end of an epoch, behind the last step, from an epoch's checkpoint."""
     own = {"growth": "momentum", "redistribution": "momentum", "death": "threshold", "averaging": True}
     own |= {"non_monotone": 1, "update_steps": 3}
-    # Falls in no epoch but the first: the average begins with the third.
-    falling = lambda model: float(model.first.weight.abs().sum() > 0)  # noqa: E731
+    alive: list[int] = []
+
+    def falling(model: nn.Module) -> float:
+        """Falls in no epoch but the first: the average begins with the third."""
+        alive.append(sum(int((model.get_parameter(name) != 0).sum()) for name in NAMES))
+        return 1.0
+
     given = {"losses": falling, "num_train_epochs": 4, "save_strategy": saved}
     whole, _ = training(tmp_path / "whole", own, **given).run()
     with pytest.raises(KeyboardInterrupt):
@@ -157,6 +162,8 @@ def test_a_cut_run_goes_on_to_the_same_bits(stop: int, saved: str, tmp_path: Pat
     for name, parameter in whole.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
     assert sum(int((model.get_parameter(name) != 0).sum()) for name in NAMES) <= rounds[-1].kept
+    # Looked at before masks move, when no weight has just grown from zero.
+    assert set(alive) == {rounds[-1].kept}
 
 
 def test_a_folder_has_one_beginning_whatever_the_settings(tmp_path: Path) -> None:
@@ -267,6 +274,23 @@ def test_a_dense_twin_begins_with_the_same_weights(tmp_path: Path) -> None:
     # Read, not trained again.
     again = training(tmp_path, {"train_dense": True}, stop=1).run()[1]
     assert [own.steps for own in again] == [24, 24]
+
+
+def test_a_dense_twin_is_averaged_where_the_sparse_training_is(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            seen.append(kwargs["model"].first.weight.detach().clone())
+
+    plain = training(tmp_path / "plain", {}, num_train_epochs=4)
+    plain.make_trainer(Net(0), tmp_path / "plain", [Weights()]).train()
+    own = {"train_dense": True, "averaging": True, "non_monotone": 1}
+    model, rounds = training(tmp_path / "run", own, losses=lambda model: 1.0, num_train_epochs=4).run()
+    assert [own.kind for own in rounds] == ["dense", "sparse"] and bool((model.first.weight == 0).any())
+    # With the third epoch the loss is not below that of all but the last before it: the mean begins with its last step.
+    twin = load_file(tmp_path / "run" / "averaged-1" / "model.safetensors")["first.weight"]
+    assert torch.allclose(twin, torch.stack(seen[35:]).mean(dim=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
