@@ -17,6 +17,8 @@ from hf_prune.compose import make_config, needs_text
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.pruning import plan_pruning, prune
 from hf_prune.reduction import _padded, search_budget
+from hf_prune.report import findings
+from hf_prune.structure import reduction, transport
 from hf_prune.structure.budget import budget_candidates, plan_structure
 from hf_prune.structure.depth import block_influence
 from hf_prune.structure.groups import MLP, block_shape, find_groups
@@ -355,6 +357,44 @@ def test_a_run_is_named_after_what_it_does(options, name, fuses):
     said = config.describe_run()
     assert said.name == name and ("optimal transport" in said.summary) == fuses
     assert config.make_reducer().fuses(config.units) == fuses
+
+
+def test_a_transport_that_is_less_than_was_asked_for_is_said_with_its_numbers(monkeypatch, caplog):
+    """Too many units for L1 distances, and too few rounds of sinkhorn."""
+    _, plain = reduced("llama", fusion="ot")
+    assert plain.reduction.cost == ["weights, L1"] and plain.reduction.converged and not caplog.messages
+    monkeypatch.setattr(transport, "MOST_EXACT", 40)
+    monkeypatch.setattr(transport, "_ROUNDS", 1)
+    seen = []
+
+    def see(cost, source, target, solver):
+        plan, error = own(cost, source, target, solver)
+        seen.append((cost, error))
+        return plan, error
+
+    own = transport.transport
+    monkeypatch.setattr(reduction, "transport", see)
+    model = tiny_model("llama")
+    group = find_groups(model, 0, MLP, block_shape(model))[0]
+    rows = [[*(part.read()[unit].flatten() for part in (*group.producers, group.consumer))] for unit in range(48)]
+    rows = torch.stack([torch.cat(row) / torch.cat(row).norm() for row in rows])
+    config = make_config({"method": "intra_fusion", "sparsity": 0.25, "fusion_solver": "sinkhorn"})
+    result = prune(model, config, input_ids=None).reduction
+    kept = torch.tensor(result.kept[0]["mlp"])
+    assert torch.allclose(seen[0][0], (rows[:, None] - rows[kept]).square().sum(2).sqrt(), atol=2e-3)
+    # One round from zero potentials, in the plain domain: the columns' masses are met, then the rows'.
+    cost = seen[0][0].double()
+    kernel = (-cost / (0.05 * cost.mean())).exp()
+    kernel = kernel / kernel.sum(dim=0) / len(kept)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True) / 48
+    assert seen[0][1] == pytest.approx(float((kernel.sum(dim=0) - 1 / len(kept)).abs().sum()) / 2, rel=1e-3)
+    worst = max(error for _, error in seen)
+    assert result.marginal_error == worst > 1e-3 and not result.converged
+    assert result.cost == ["weights, L2"] and result.solver == ["sinkhorn"]
+    assert "between 48 units would take hours here; L2 is taken" in caplog.messages[0]
+    assert f"not converged in block 0: {seen[0][1]:.2g} of the mass" in caplog.messages[1]
+    told = findings.fused({"structure": result.to_dict()})
+    assert "L2, as there were too many" in told and f"{100 * worst:.2f} % of the mass is in the wrong place" in told
 
 
 def test_blocks_that_share_weights_are_refused():
