@@ -140,8 +140,8 @@ class BlockReduction:
         if error > TOLERANCE:
             result.converged = False
             logger.warning(
-                "fusion_solver: %s has not converged in block %d: %.2g of the mass is in the wrong place; take emd or nearest.",
-                solver, group.block, error,
+                "fusion_solver: %s did not converge in block %d, %.2g of the mass is in the wrong place; take emd or "
+                "nearest.", solver, group.block, error,
             )  # fmt: skip
         result.solver, result.cost = sorted({*result.solver, solver}), sorted({*result.cost, cost})
         result.marginal_error = max(result.marginal_error, error)

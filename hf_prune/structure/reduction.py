@@ -13,7 +13,15 @@ from hf_prune.structure.fusion import Fusion, drop, from_transport
 from hf_prune.structure.groups import Group
 from hf_prune.structure.importance import IMPORTANCES, Evidence, importance, is_file, least_output_error, most_important
 from hf_prune.structure.refit import damped
-from hf_prune.structure.transport import activation_cost, centroids, cost_norm, features, solver_for, transport, weight_cost
+from hf_prune.structure.transport import (
+    activation_cost,
+    centroids,
+    cost_norm,
+    features,
+    solver_for,
+    transport,
+    weight_cost,
+)
 
 FUSIONS = ("none", "ot", "ot+refit", "refit")
 
