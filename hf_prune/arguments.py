@@ -166,7 +166,8 @@ class StructuredConfig(PruneConfig):
             every key-value group), whole blocks (`depth`).
         budget: how the removed parameters are shared out over the units, `[mlp=0.8, depth=0.2]`; `search` tries several
             ways on calibration windows held out; unless given, `mlp`, `attention` and `heads` lose equal shares of
-            their own parameters, and `depth` its part by number of units.
+            their own parameters, and `depth` its part by number of units; where the stock config cannot say so few
+            groups or heads, more of them stay and the MLPs give the rest.
         round_to: MLP widths stay multiples of this (8, 16, 64, 128).
         layout: `shrink`, the same width in every block; `pad`, widths by `allocation`, stored with zeros to the widest.
     """

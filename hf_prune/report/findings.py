@@ -189,7 +189,13 @@ def fused(report: dict[str, Any]) -> str:
     if not structure.get("solver") or seconds is None or share is None:
         return ""
     solvers = ", ".join(code(solver) for solver in structure["solver"])
-    return f"{percent(share)} of the units that stayed took others in, by {solvers} in {duration(seconds)}"
+    sentence = f"{percent(share)} of the units that stayed took others in, by {solvers} in {duration(seconds)}"
+    if any(cost.endswith("L2") for cost in structure.get("cost") or []):
+        sentence += "; distances between weights are L2, as there were too many units for the published L1"
+    error = number(structure.get("marginal_error"))
+    if error is not None and structure.get("converged") is False:
+        sentence += f"; the solver had not converged: {percent(error, 2)} of the mass is in the wrong place"
+    return sentence
 
 
 def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:

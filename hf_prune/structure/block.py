@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,10 @@ from hf_prune.structure.reduction import Reducer, consumer_columns
 from hf_prune.structure.refit import damped, refit_kept, refit_new
 from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import set_remembered, set_sizes
+from hf_prune.structure.transport import TOLERANCE
 from hf_prune.weights import WeightView, find_views
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -104,7 +108,7 @@ class BlockReduction:
         fused = any(len(fusion.source) > len(fusion.kept) for fusion in fusions)
         if fused:
             self.result.solver_seconds += perf_counter() - start
-            self.result.solver = sorted({*self.result.solver, self.reducer.solver(groups[0].units)})
+            self._note_transport(groups[0], max(fusion.marginal_error for fusion in fusions))
         weight = view.read()
         dense = copy.deepcopy(self.runner.blocks[self.index]) if self.reducer.refits and fused else None
         rewrite(groups, fusions)
@@ -124,6 +128,23 @@ class BlockReduction:
         kept = [int(unit) + at for fusion, at in zip(fusions, offsets, strict=True) for unit in fusion.kept]
         self.result.kept.setdefault(self.index, {})[kind] = kept
         return float(torch.cat([torch.bincount(f.target, minlength=count) > 1 for f in fusions]).float().mean())
+
+    def _note_transport(self, group: Group, error: float) -> None:
+        """Which solver ran on which cost; what of it is less than was asked for is said at once."""
+        solver, result = self.reducer.solver(group.units), self.result
+        cost = self.reducer.cost(group.units, group.consumer.view.parameter.device)
+        if cost.endswith("L2") and cost not in result.cost:
+            logger.warning(
+                "fusion_cost: L1 distances between %d units would take hours here; L2 is taken instead.", group.units
+            )
+        if error > TOLERANCE:
+            result.converged = False
+            logger.warning(
+                "fusion_solver: %s did not converge in block %d, %.2g of the mass is in the wrong place; take emd or "
+                "nearest.", solver, group.block, error,
+            )  # fmt: skip
+        result.solver, result.cost = sorted({*result.solver, solver}), sorted({*result.cost, cost})
+        result.marginal_error = max(result.marginal_error, error)
 
     def _remember(self, shape: Shape) -> None:
         """Modules that ask their config in a forward must not see sizes that other blocks do not have yet."""

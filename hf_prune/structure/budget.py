@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +14,10 @@ from torch import nn
 from hf_prune.arguments import StructuredConfig
 from hf_prune.errors import BadInputError
 from hf_prune.structure.groups import ATTENTION, DEPTH, HEADS, MLP, Shape, block_shape, find_groups
+from hf_prune.structure.stock import accepts
 from hf_prune.weights import find_blocks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
     size, total = sizes[0], sum(sizes)
     unit = _parameters_of_units(model, before, config.units)
     goal = config.sparsity * total
+    given = bool(shares or (config.budget and not config.searches_budget))
     shares = shares or _shares(config, before, unit)
     depth = round(shares.get(DEPTH, 0.0) * goal / size)
     if depth >= len(blocks):
@@ -93,17 +99,16 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
         if MLP in shares and left * gone * unit[kind] > rest:
             # The MLP takes what is too little for one more of these; depth may have taken more than its share.
             gone = max(gone - 1, 0)
+        if MLP in shares and not given:
+            most = rest - left * unit[MLP] * (before.width - config.round_to)
+            gone = _offered(model, before, kind, gone, least=math.ceil(most / (left * unit[kind])))
         if gone >= have:
             raise BadInputError(
                 f"sparsity: {config.sparsity} would take all {have} units of {kind}; lower it or give {kind} a smaller "
                 "share in budget."
             )
         rest -= left * gone * unit[kind]
-        if kind == ATTENTION:
-            share = before.heads // before.groups
-            after = replace(after, groups=have - gone, heads=share * (have - gone))
-        else:
-            after = replace(after, heads=before.groups * (have - gone))
+        after = _without(after, kind, gone)
     if MLP in shares:
         exact = before.width - max(rest, 0) / (left * unit[MLP])
         width = round(exact / config.round_to) * config.round_to
@@ -156,6 +161,37 @@ def budget_of_units(model: nn.Module, units: Sequence[str], share: float) -> tup
             f"smallest step is {1 / max(have[kind] for kind in units):.2g}."
         )
     return len(sizes) * removed / sum(sizes), [f"{kind}={own / removed!r}" for kind, own in gone.items()]
+
+
+def _without(shape: Shape, kind: str, gone: int) -> Shape:
+    """A block's sizes without some of its key-value groups, or of every group's query heads."""
+    share = shape.heads // shape.groups
+    if kind == ATTENTION:
+        return replace(shape, groups=shape.groups - gone, heads=share * (shape.groups - gone))
+    return replace(shape, heads=shape.groups * (share - gone))
+
+
+def _offered(model: nn.Module, shape: Shape, kind: str, wanted: int, least: int) -> int:
+    """How many units of attention or heads go where nobody has said how the budget is split.
+
+    As many as wanted where the stock config can say that, otherwise the next fewer, which leaves the MLPs to give the
+    rest; more only where the MLPs have not got it. A model that can lose none at all is left to `check_stock`.
+
+    Args:
+        least: how many must go so that the MLPs can give the rest.
+    """
+    have = _units_of(shape)[kind]
+    if wanted == 0 or (wanted < have and accepts(model, _without(shape, kind, wanted))):
+        return wanted
+    able = [gone for gone in range(1, have) if accepts(model, _without(shape, kind, gone))]
+    if not able:
+        return wanted
+    gone = min([0, *able], key=lambda own: (own < least, own > wanted, abs(own - wanted)))
+    logger.warning(
+        "budget: the stock config cannot say %d of %d units of %s a block; %d stay, and the MLPs make up for it.",
+        have - wanted, have, kind, have - gone,
+    )  # fmt: skip
+    return gone
 
 
 def _units_of(shape: Shape) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ class Fusion:
         kept: int64 [m], the unit that each new one took its place.
         target, source: int64 [k], pairs of a new and an old unit.
         produced, consumed: float32 [k], weight of the old unit's rows and of its columns in the new one's.
+        marginal_error: of the transport behind it, share of its mass.
     """
 
     kept: Tensor
@@ -25,6 +26,7 @@ class Fusion:
     source: Tensor
     produced: Tensor
     consumed: Tensor
+    marginal_error: float = 0.0
 
     def produce(self, features: Tensor) -> Tensor:
         """Rows of the new units, [m, ...], from those of the old, [n, ...]."""
@@ -36,9 +38,8 @@ class Fusion:
 
     def to(self, device: torch.device) -> Fusion:
         """The same on a device."""
-        return Fusion(
-            *(getattr(self, name).to(device) for name in ("kept", "target", "source", "produced", "consumed"))
-        )
+        names = ("kept", "target", "source", "produced", "consumed")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def _apply(self, features: Tensor, weights: Tensor) -> Tensor:
         shape = (-1, *[1] * (features.ndim - 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,15 @@ from hf_prune.structure.fusion import Fusion, drop, from_transport
 from hf_prune.structure.groups import Group
 from hf_prune.structure.importance import IMPORTANCES, Evidence, importance, is_file, least_output_error, most_important
 from hf_prune.structure.refit import damped
-from hf_prune.structure.transport import activation_cost, centroids, features, solver_for, transport, weight_cost
+from hf_prune.structure.transport import (
+    activation_cost,
+    centroids,
+    cost_norm,
+    features,
+    solver_for,
+    transport,
+    weight_cost,
+)
 
 FUSIONS = ("none", "ot", "ot+refit", "refit")
 
@@ -89,17 +97,21 @@ class Reducer:
         if solver == "nearest" and self.fusion_target == "top":
             # What stays goes to itself, though another that stays be just as near.
             cost[kept.to(cost.device), torch.arange(count, device=cost.device)] = -1
-        moved = transport(
+        moved, error = transport(
             cost,
             mass if self.source_mass == "importance" else ones,
             (mass if self.target_mass == "importance" else ones)[kept],
             solver,
         )
-        return from_transport(moved, kept.to(cost.device), self.normalization)
+        return replace(from_transport(moved, kept.to(cost.device), self.normalization), marginal_error=error)
 
     def solver(self, units: int) -> str:
         """Which transport solver runs for a group of so many units."""
         return solver_for(self.fusion_solver, units)
+
+    def cost(self, units: int, device: torch.device) -> str:
+        """Which distances a transport of so many units goes by."""
+        return "activations" if self.fusion_cost == "activations" else f"weights, L{cost_norm(units, device)}"
 
 
 def consumer_columns(group: Group, kept: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ class ReduceResult:
             are counted through all key-value groups.
         fused: new units that more than one old unit went into, share of all.
         solver: the transport solvers that ran.
+        cost: the distances that they went by.
+        marginal_error: the largest of `sinkhorn`, share of the mass; see `transport`.
+        converged: it was never above the tolerance.
         solver_seconds: spent in choosing and fusing: importances, costs, transports.
         forward_passes: over the calibration set.
         reconstruction: outcome of each block's training by its number, where there was one.
@@ -30,6 +33,9 @@ class ReduceResult:
     kept: dict[int, dict[str, list[int]]] = field(default_factory=dict)
     fused: float = 0.0
     solver: list[str] = field(default_factory=list)
+    cost: list[str] = field(default_factory=list)
+    marginal_error: float = 0.0
+    converged: bool = True
     solver_seconds: float = 0.0
     forward_passes: float = 0.0
     reconstruction: dict[int, BlockOutcome] = field(default_factory=dict)

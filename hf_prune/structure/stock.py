@@ -10,11 +10,12 @@ from torch import nn
 
 from hf_prune.errors import BadInputError
 from hf_prune.families import find_family
-from hf_prune.structure.budget import Structure
 from hf_prune.structure.groups import ATTENTION, Shape, block_shape, find_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from hf_prune.structure.budget import Structure
 
 # What a config says block by block, where it does.
 _BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
@@ -72,10 +73,10 @@ def check_stock(model: nn.Module, structure: Structure) -> None:
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     if structure.blocks_removed and getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise BadInputError("units: this model scales attention by a block's number, which depth changes; take mlp.")
-    if _accepts(model, structure.after):
+    if accepts(model, structure.after):
         return
     before, after = structure.before, structure.after
-    if not _accepts(model, Shape(after.width, before.heads, before.groups, before.head_size)):
+    if not accepts(model, Shape(after.width, before.heads, before.groups, before.head_size)):
         raise BadInputError(
             f"sparsity: the stock config refuses {after.width} neurons an MLP; choose another sparsity."
         )
@@ -84,14 +85,14 @@ def check_stock(model: nn.Module, structure: Structure) -> None:
         counts = [
             count
             for count in range(1, before.groups)
-            if _accepts(model, Shape(before.width, share * count, count, before.head_size))
+            if accepts(model, Shape(before.width, share * count, count, before.head_size))
         ]
         what = f"{after.groups} of {before.groups} key-value groups"
     else:
         counts = [
             count
             for count in range(1, share)
-            if _accepts(model, Shape(before.width, before.groups * count, before.groups, before.head_size))
+            if accepts(model, Shape(before.width, before.groups * count, before.groups, before.head_size))
         ]
         what = f"{after.heads // after.groups} of {share} query heads a group"
     possible = f"it accepts {', '.join(map(str, counts))}" if counts else "it accepts no other number"
@@ -102,7 +103,7 @@ def check_stock(model: nn.Module, structure: Structure) -> None:
     )
 
 
-def _accepts(model: nn.Module, shape: Shape) -> bool:
+def accepts(model: nn.Module, shape: Shape) -> bool:
     """Whether a one-block model of these sizes has the layers that the sizes promise."""
     config: PreTrainedConfig = copy.deepcopy(model.config)  # type: ignore[assignment]
     try:

@@ -159,7 +159,7 @@ def intra_fusion(
     if not normalization:
         return rewrite(network, group, drop(kept))
     every = unit_features(own)
-    plan = transport(weight_cost(every, every[kept]), torch.ones(len(every)), torch.ones(count), solver)
+    plan, _ = transport(weight_cost(every, every[kept]), torch.ones(len(every)), torch.ones(count), solver)
     return rewrite(network, group, from_transport(plan, kept, normalization))
 
 
@@ -180,7 +180,7 @@ def fuse_networks(one: nn.Sequential, other: nn.Sequential, images: Tensor) -> n
     for group in range(len(layers(one)) - 1):
         activations = [_outputs(network, group, images) for network in (other, one)]
         units = len(activations[0])
-        plan = transport(torch.cdist(*activations), torch.ones(units), torch.ones(units), "emd")
+        plan, _ = transport(torch.cdist(*activations), torch.ones(units), torch.ones(units), "emd")
         other = rewrite(other, group, from_transport(plan, torch.arange(units), "preserve"))
     mean = copy.deepcopy(one)
     for own, its in zip(mean.parameters(), other.parameters(), strict=True):

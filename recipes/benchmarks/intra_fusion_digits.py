@@ -5,17 +5,18 @@
 The experiments of the Intra-Fusion paper (Theus et al., 2024) in shape, on scikit-learn's 8 x 8 digits: an MLP and a
 small VGG with its BatchNorm folded, one group of units pruned (l1 importance, exact transport), without and with
 fine-tuning; and its PaF and FaP, which train two networks on halves of the data and make them one. Accuracy is over the
-450 digits that no training saw.
+450 digits that no training saw. What is finished is kept in FOLDER/intra_fusion_digits.json: the same command goes on;
+--networks and --seeds choose a part, which is then what the tables are of.
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas
 import torch
 from digit_networks import (
     BATCH,
@@ -39,7 +40,7 @@ from hf_prune.bench.summary import write_between_markers
 NETWORKS = {"MLP": mlp, "VGG": vgg}
 # Network -> the hidden groups that are pruned, one at a time, by the layer that makes the units.
 GROUPS = {"MLP": {"1st layer": 0, "2nd layer": 1}, "VGG": {"2nd convolution": 1, "4th convolution": 3}}
-REMOVED, TUNED_REMOVED = (0.4, 0.6, 0.8, 0.9), 0.8
+REMOVED, TUNED_REMOVED = (0.4, 0.6, 0.8, 0.9), (0.4, 0.6, 0.8)
 # Rule -> normalisation and solver; where the normalisation is empty, nothing is fused.
 RULES = {
     "dropped": ("", "emd"),
@@ -56,27 +57,74 @@ EPOCHS, TUNING_EPOCHS, REMOVED_EVERYWHERE, SAMPLES = 20, 10, 0.6, 200
 COSTS = {"steps": ".0f", "seconds": ".1f"}
 
 
-def prune_one_group(name: str, seed: int) -> list[dict]:
+class Results:
+    """What is finished, in one file that is replaced in one step.
+
+    Two kinds of rows, "group" and "split", each under the words that name it; a file of other settings is refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = {
+            "training": [TRAINING_STEPS, TRAINING_RATE],
+            "tuning": [SHOWN_STEPS[-1], TUNING_RATE],
+            "split": [EPOCHS, TUNING_EPOCHS, REMOVED_EVERYWHERE, SAMPLES],
+        }
+        self.rows: dict[str, dict[str, dict]] = {"group": {}, "split": {}}
+        if path.exists():
+            content = json.loads(path.read_text())
+            if content["settings"] != self.settings:
+                raise SystemExit(f"{path} was made with other settings; give another --work_folder.")
+            self.rows = content["rows"]
+            for row in self.rows["group"].values():
+                row["curve"] = {int(step): value for step, value in row["curve"].items()}
+
+    def missing(self, kind: str, **words: object) -> bool:
+        """Whether such a row is yet to be made."""
+        return self._key(words) not in self.rows[kind]
+
+    def add(self, kind: str, words: dict, measured: dict) -> None:
+        """Note a row and save all."""
+        self.rows[kind][self._key(words)] = words | measured
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"settings": self.settings, "rows": self.rows}, indent=1))
+        temporary.replace(self.path)
+
+    def of(self, kind: str, networks: list[str], seeds: list[int]) -> list[dict]:
+        """The rows of a kind, oldest first."""
+        return [row for row in self.rows[kind].values() if row["network"] in networks and row["seed"] in seeds]
+
+    @staticmethod
+    def _key(words: dict) -> str:
+        return ", ".join(map(str, words.values()))
+
+
+def prune_one_group(name: str, seed: int, results: Results) -> None:
     """Rows of one trained network, a line for each group, share and rule."""
+    cells = [
+        {"network": name, "group": group, "removed": removed, "rule": rule, "seed": seed}
+        for group in GROUPS[name]
+        for removed in REMOVED
+        for rule in RULES
+    ]
+    cells = [words for words in cells if results.missing("group", **words)]
+    if not cells:
+        return
     training, held_out = load(seed)
     torch.manual_seed(seed)
     dense = NETWORKS[name]()
     train(dense, training, TRAINING_STEPS, TRAINING_RATE, seed)
     dense = fold(dense)
-    rows = []
-    for group, number in GROUPS[name].items():
+    for words in cells:
+        number, removed, rule = GROUPS[name][words["group"]], words["removed"], words["rule"]
         units = layers(dense)[number].weight.shape[0]
-        for removed in REMOVED:
-            for rule, (normalization, solver) in RULES.items():
-                start = time.perf_counter()
-                pruned = intra_fusion(dense, number, units - round(removed * units), normalization, solver)
-                row = {"network": name, "group": group, "removed": removed, "rule": rule, "seed": seed}
-                row |= {"pruning_seconds": time.perf_counter() - start, "dense": accuracy(dense, held_out)}
-                row["curve"] = {0: accuracy(pruned, held_out)}
-                if removed == TUNED_REMOVED and rule in TUNED_RULES:
-                    row |= tune(pruned, training, held_out, seed)
-                rows.append(row)
-    return rows
+        start = time.perf_counter()
+        pruned = intra_fusion(dense, number, units - round(removed * units), *RULES[rule])
+        measured = {"pruning_seconds": time.perf_counter() - start, "dense": accuracy(dense, held_out)}
+        measured["curve"] = {0: accuracy(pruned, held_out)}
+        if removed in TUNED_REMOVED and rule in TUNED_RULES:
+            measured |= tune(pruned, training, held_out, seed)
+        results.add("group", words, measured)
 
 
 def tune(network: nn.Sequential, training: Digits, held_out: Digits, seed: int) -> dict:
@@ -116,7 +164,7 @@ class Trained:
         return slower.changed(lambda network: fuse_networks(network, other.network, training.images[:SAMPLES]))
 
 
-def split_data(name: str, seed: int) -> list[dict]:
+def split_data(name: str, seed: int, results: Results) -> None:
     """Rows of PaF, FaP and what they are measured against; 60 % of the units of every group are removed in each."""
     training, held_out = load(seed)
     half = len(training) // 2
@@ -153,12 +201,12 @@ def split_data(name: str, seed: int) -> list[dict]:
             pruned(fresh(training, epochs=(EPOCHS + TUNING_EPOCHS) / 2)), training
         ),
     }
-    rows = []
     for contestant, work in contestants.items():
-        done = work()
-        row = {"network": name, "contestant": contestant, "seed": seed, "accuracy": accuracy(done.network, held_out)}
-        rows.append(row | {"steps": done.steps, "seconds": done.seconds})
-    return rows
+        words = {"network": name, "contestant": contestant, "seed": seed}
+        if results.missing("split", **words):
+            done = work()
+            measured = {"accuracy": accuracy(done.network, held_out), "steps": done.steps, "seconds": done.seconds}
+            results.add("split", words, measured)
 
 
 def main() -> None:
@@ -169,15 +217,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     arguments = parser.parse_args()
     arguments.work_folder.mkdir(parents=True, exist_ok=True)
-    groups, halves = [], []
+    results = Results(arguments.work_folder / "intra_fusion_digits.json")
     start = time.perf_counter()
     for name in arguments.networks:
         for seed in arguments.seeds:
-            groups += prune_one_group(name, seed)
-            halves += split_data(name, seed)
+            prune_one_group(name, seed, results)
+            split_data(name, seed, results)
             print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    pandas.DataFrame(groups).to_csv(arguments.work_folder / "one_group.csv", index=False)
-    pandas.DataFrame(halves).to_csv(arguments.work_folder / "split_data.csv", index=False)
+    groups, halves = (results.of(kind, arguments.networks, arguments.seeds) for kind in ("group", "split"))
     text = "\n\n".join([at_once_table(groups), tuned_table(groups), split_table(halves)])
     print(text)
     if arguments.readme:
@@ -213,21 +260,21 @@ def at_once_table(rows: list[dict]) -> str:
 
 
 def tuned_table(rows: list[dict]) -> str:
-    """Accuracy by steps of fine-tuning at one share, and when each rule reaches dropping's last accuracy."""
+    """Accuracy by steps of fine-tuning, and when each rule reaches dropping's last accuracy."""
     rows = [row for row in rows if len(row["curve"]) > 1]
     last = SHOWN_STEPS[-1]
-    goals = {
-        (row["network"], row["group"], row["seed"]): row["curve"][last] for row in rows if row["rule"] == "dropped"
-    }
+    case = ("network", "group", "removed")
+    goals = {(*(row[key] for key in case), row["seed"]): row["curve"][last] for row in rows if row["rule"] == "dropped"}
     body = []
-    for name, group, rule in unique(rows, "network", "group", "rule"):
-        own = [row for row in rows if (row["network"], row["group"], row["rule"]) == (name, group, rule)]
-        steps = [first_reached(row["curve"], goals[name, group, row["seed"]]) for row in own]
+    for name, group, removed, rule in unique(rows, *case, "rule"):
+        own = [row for row in rows if tuple(row[key] for key in (*case, "rule")) == (name, group, removed, rule)]
+        steps = [first_reached(row["curve"], goals[name, group, removed, row["seed"]]) for row in own]
         reached = [(row, step) for row, step in zip(own, steps, strict=True) if step is not None]
         seconds = [row["pruning_seconds"] + step * row["step_seconds"] for row, step in reached]
         body.append(
             [
                 f"{name}, {group}",
+                f"{100 * removed:.0f} %",
                 rule,
                 *(spread([row["curve"][step] for row in own]) for step in SHOWN_STEPS),
                 f"{statistics.median(step for _, step in reached):.0f}" if reached else "",
@@ -235,11 +282,11 @@ def tuned_table(rows: list[dict]) -> str:
                 f"{len(reached)} of {len(own)}",
             ]
         )
-    head = ["group", "rule", *(f"{step} steps" for step in SHOWN_STEPS), "steps to it", "seconds to it", "reached it"]
+    shown = [f"{step} steps" for step in SHOWN_STEPS]
+    head = ["group", "units removed", "rule", *shown, "steps to it", "seconds to it", "reached it"]
     return lines(head, body) + (
-        f"\n\n{100 * TUNED_REMOVED:.0f} % of the group's units removed, then fine-tuned. 'It' is dropping's accuracy "
-        f"after {last} steps on the same network, looked for every 10 steps: medians of the networks that reached it, "
-        "with pruning in the seconds."
+        f"\n\nAccuracy in % with fine-tuning. 'It' is dropping's accuracy after {last} steps on the same network, "
+        "looked for every 10 steps: medians of the networks that reached it, with pruning in the seconds."
     )
 
 

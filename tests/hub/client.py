@@ -32,8 +32,8 @@ def sees(repo_id: str, token: str | None = None) -> bool | int:
         return error.response.status_code
 
 
-def publish(token: str, model: str, resharded: str) -> dict:
-    """Log in, push a model twice, once privately, and once in two shapes; say what the Hub then shows."""
+def publish(token: str, model: str, resharded: str, structured: str) -> dict:
+    """Log in, push a model twice, once privately, once in two shapes, and a smaller one; say what the Hub shows."""
     logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
     from huggingface_hub import HfApi, login
 
@@ -44,6 +44,7 @@ def publish(token: str, model: str, resharded: str) -> dict:
     urls.append(push_folder(model, "hidden", private=True))  # without a namespace: the user's own
     push_folder(model, "me/twice")
     push_folder(resharded, "me/twice")
+    push_folder(structured, "me/structured")
     info = HfApi().model_info("me/model")
     return {
         "urls": urls,
@@ -78,7 +79,7 @@ def push_once(model: str, token: str) -> list:
 
 
 def read_models(token: str, token_ids: str, logits_file: str) -> dict:
-    """Load the public and the private model as anybody would, without being logged in, and keep their logits."""
+    """Load the public models and the private one as anybody would, without being logged in, and keep their logits."""
     import torch
     from huggingface_hub import file_exists
     from safetensors.torch import save_file
@@ -86,12 +87,14 @@ def read_models(token: str, token_ids: str, logits_file: str) -> dict:
 
     asked = torch.tensor([json.loads(token_ids)])
     logits = {}
-    for repo_id, credentials in (("me/model", None), ("me/hidden", token)):
+    for repo_id, credentials in (("me/model", None), ("me/hidden", token), ("me/structured", None)):
         model = AutoModelForCausalLM.from_pretrained(repo_id, token=credentials)
         with torch.no_grad():
             logits[repo_id] = model(asked).logits
     save_file(logits, logits_file)
     return {
+        "parameters": model.num_parameters(),
+        "plain": "hf_prune" not in type(model).__module__ and not hasattr(model.config, "quantization_config"),
         "words": AutoTokenizer.from_pretrained("me/model").decode(asked[0]),
         "exists": [file_exists("me/model", "config.json"), file_exists("me/model", "model.bin")],
     }

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from server import Hub
+from transformers import LlamaForCausalLM
 from visits import OTHER_TOKEN, TOKEN, TOKEN_IDS, Visit, command_line
 
+from hf_prune.cli import main
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.hub.push import _one_sentence, check_complete, files_to_upload, push_folder
 
@@ -31,8 +33,24 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def published(visit: Callable[..., Visit], model_folder: Path, resharded_folder: Path) -> Visit:
-    return visit("publish", TOKEN, model_folder, resharded_folder)
+def structured_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with fewer neurons, groups and heads, as `hf-prune prune` leaves it."""
+    place = tmp_path_factory.mktemp("structured")
+    (place / "dense").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_folder / name, place / "dense")
+    options = {"method": "intra_fusion", "fusion": "none", "units": ["mlp", "attention"], "sparsity": 0.4}
+    recipe = {"model_name_or_path": str(place / "dense"), "output_dir": str(place / "out"), **options}
+    (place / "recipe.yaml").write_text(json.dumps({**recipe, "eval_efficiency": False}))
+    assert main(["prune", "--config", str(place / "recipe.yaml")]) == 0
+    return place / "out"
+
+
+@pytest.fixture(scope="module")
+def published(
+    visit: Callable[..., Visit], model_folder: Path, resharded_folder: Path, structured_folder: Path
+) -> Visit:
+    return visit("publish", TOKEN, model_folder, resharded_folder, structured_folder)
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +115,30 @@ def test_large_files_went_in_parts_and_came_out_whole(published: Visit, hub: Hub
 
 
 def test_a_fresh_machine_loads_the_models_with_identical_logits(
-    published: Visit, visit: Callable[..., Visit], expected_logits: torch.Tensor, tmp_path: Path
+    published: Visit,
+    visit: Callable[..., Visit],
+    expected_logits: torch.Tensor,
+    structured_folder: Path,
+    hub: Hub,
+    tmp_path: Path,
 ) -> None:
     seen = visit("read_models", TOKEN, json.dumps(TOKEN_IDS), tmp_path / "logits.safetensors").returned
     logits = load_file(tmp_path / "logits.safetensors")
     assert torch.equal(logits["me/model"], expected_logits) and torch.equal(logits["me/hidden"], expected_logits)
-    assert seen == {"words": "once upon a time there was a model", "exists": [True, False]}
+    assert (seen["words"], seen["exists"]) == ("once upon a time there was a model", [True, False])
+    # The last one that was loaded is smaller: of 64 neurons, 2 groups and 4 heads (9,280 parameters a block) 40 % went.
+    before = LlamaForCausalLM.from_pretrained(structured_folder)
+    with torch.no_grad():
+        assert torch.equal(logits["me/structured"], before(torch.tensor([TOKEN_IDS])).logits)
+    config = json.loads(hub.files("me/structured")["config.json"])
+    kept = [config[key] for key in ("intermediate_size", "num_key_value_heads", "num_attention_heads", "head_dim")]
+    assert kept == [41, 1, 2, 8] and seen["plain"]
+    blocks = 4 * (3 * 32 * 41 + 2 * 32 * 16 + 2 * 32 * 8 + 2 * 32)
+    assert seen["parameters"] == blocks + (2 * config["vocab_size"] + 1) * 32
+    card = " ".join(hub.files("me/structured")["README.md"].decode().split())
+    assert "41 of 64 neurons an MLP, 1 of 2 key-value groups, 2 of 4 query heads" in card
+    assert f"| Parameters of the blocks | {4 * 9280:,} | {blocks:,} |" in card
+    assert "| Neurons an MLP | 64 | 41 |" in card
 
 
 def test_a_private_repository_shows_itself_to_its_owner_alone(refusals: dict[str, list]) -> None:

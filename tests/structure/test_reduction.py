@@ -17,6 +17,8 @@ from hf_prune.compose import make_config, needs_text
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.pruning import plan_pruning, prune
 from hf_prune.reduction import _padded, search_budget
+from hf_prune.report import findings
+from hf_prune.structure import reduction, transport
 from hf_prune.structure.budget import budget_candidates, plan_structure
 from hf_prune.structure.depth import block_influence
 from hf_prune.structure.groups import MLP, block_shape, find_groups
@@ -79,16 +81,50 @@ def test_head_counts_that_the_stock_config_refuses_are_refused(family):
         reduced(family, units=["attention"])
 
 
-def test_a_refusal_says_which_head_counts_are_possible():
+def eight_groups(neurons=48):
+    """A Llama whose hidden size of 32 only 1, 2, 4 and 8 heads divide, which is what its config insists on."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
+        vocab_size=260, hidden_size=32, intermediate_size=neurons, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=8,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    # 8 heads to 6: hidden_size 32 does not divide by it.
-    with pytest.raises(BadInputError, match="it accepts 1, 2, 4: "):
-        plan_pruning(model, make_config({"method": "intra_fusion", "units": ["attention"], "sparsity": 0.12}))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"units": ["attention"], "sparsity": 0.12},
+        {"units": ["mlp", "attention"], "sparsity": 0.15, "budget": ["mlp=0.2", "attention=0.8"]},
+    ],
+)
+def test_a_refusal_says_which_head_counts_are_possible(options):
+    with pytest.raises(BadInputError, match=r"6 of 8 key-value groups .* it accepts 1, 2, 4: "):
+        plan_pruning(eight_groups(), make_config({"method": "intra_fusion", **options}))
+
+
+@pytest.mark.parametrize(
+    ("neurons", "sparsity", "groups", "gone"),
+    [
+        # A block is 8,768 parameters: 512 a group, 96 a neuron. Equal shares are 7, 6, 4, 3 and 1 groups.
+        (48, 0.125, 8, 0.125 * 8768 / 96),
+        (48, 0.25, 8, 0.25 * 8768 / 96),
+        (48, 0.5, 4, (0.5 * 8768 - 4 * 512) / 96),
+        (48, 0.65, 4, (0.65 * 8768 - 4 * 512) / 96),
+        (48, 0.875, 1, (0.875 * 8768 - 7 * 512) / 96),
+        # Of 6,464; 5 groups are the equal share, and these neurons cannot give all of it.
+        (24, 0.4, 4, (0.4 * 6464 - 4 * 512) / 96),
+    ],
+)
+def test_without_a_budget_the_neurons_make_up_for_head_counts_that_are_none(neurons, sparsity, groups, gone, caplog):
+    model = eight_groups(neurons)
+    config = make_config({"method": "intra_fusion", "sparsity": sparsity, "units": ["mlp", "attention"]})
+    after = plan_pruning(model, config).structure["after"]
+    assert after["groups"] == after["heads"] == groups
+    assert after["width"] == round(neurons - gone)
+    equal = 8 - round(8 * sparsity / (1 - 64 / (4160 + 96 * neurons)))
+    assert ("cannot say" in caplog.text) == (equal != groups)
+    assert equal == groups or f"cannot say {equal} of 8 units of attention a block; {groups} stay" in caplog.text
 
 
 @given(
@@ -355,6 +391,44 @@ def test_a_run_is_named_after_what_it_does(options, name, fuses):
     said = config.describe_run()
     assert said.name == name and ("optimal transport" in said.summary) == fuses
     assert config.make_reducer().fuses(config.units) == fuses
+
+
+def test_a_transport_that_is_less_than_was_asked_for_is_said_with_its_numbers(monkeypatch, caplog):
+    """Too many units for L1 distances, and too few rounds of sinkhorn."""
+    _, plain = reduced("llama", fusion="ot")
+    assert plain.reduction.cost == ["weights, L1"] and plain.reduction.converged and not caplog.messages
+    monkeypatch.setattr(transport, "MOST_EXACT", 40)
+    monkeypatch.setattr(transport, "_ROUNDS", 1)
+    seen = []
+
+    def see(cost, source, target, solver):
+        plan, error = own(cost, source, target, solver)
+        seen.append((cost, error))
+        return plan, error
+
+    own = transport.transport
+    monkeypatch.setattr(reduction, "transport", see)
+    model = tiny_model("llama")
+    group = find_groups(model, 0, MLP, block_shape(model))[0]
+    rows = [[*(part.read()[unit].flatten() for part in (*group.producers, group.consumer))] for unit in range(48)]
+    rows = torch.stack([torch.cat(row) / torch.cat(row).norm() for row in rows])
+    config = make_config({"method": "intra_fusion", "sparsity": 0.25, "fusion_solver": "sinkhorn"})
+    result = prune(model, config, input_ids=None).reduction
+    kept = torch.tensor(result.kept[0]["mlp"])
+    assert torch.allclose(seen[0][0], (rows[:, None] - rows[kept]).square().sum(2).sqrt(), atol=2e-3)
+    # One round from zero potentials, in the plain domain: the columns' masses are met, then the rows'.
+    cost = seen[0][0].double()
+    kernel = (-cost / (0.05 * cost.mean())).exp()
+    kernel = kernel / kernel.sum(dim=0) / len(kept)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True) / 48
+    assert seen[0][1] == pytest.approx(float((kernel.sum(dim=0) - 1 / len(kept)).abs().sum()) / 2, rel=1e-3)
+    worst = max(error for _, error in seen)
+    assert result.marginal_error == worst > 1e-3 and not result.converged
+    assert result.cost == ["weights, L2"] and result.solver == ["sinkhorn"]
+    assert "between 48 units would take hours here; L2 is taken" in caplog.messages[0]
+    assert f"not converge in block 0, {seen[0][1]:.2g} of the mass" in caplog.messages[1]
+    told = findings.fused({"structure": result.to_dict()})
+    assert "L2, as there were too many" in told and f"{100 * worst:.2f} % of the mass is in the wrong place" in told
 
 
 def test_blocks_that_share_weights_are_refused():

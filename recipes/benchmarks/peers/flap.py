@@ -21,9 +21,16 @@ so attention is pruned in coarser steps.
 The widths that remain differ from block to block, which no stock config can hold. So the shapes stay, pruned units are
 zero, and the biases are kept by Llama's own `attention_bias` and `mlp_bias` (zeros for the layers without one): the
 published model in numbers, loadable by stock transformers, without its speed. The biases do not count as parameters.
+
+Gemma's config has no `mlp_bias`. Where a layer can hold no bias, --missing_bias says what becomes of it: `fold` (the
+default) adds it to the kept columns by a mix of their features that is one on average, so that the mean output is that
+of the published model, with some variance on top; `leave_out` is FLAP's choice of units alone. Neither is published;
+the report says where it was done. Where a block has one key-value group (Gemma-3-270m), its score is a mean of
+standardised values, which is zero, so that attention stays at moderate sparsities.
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from measure import Measurement, make_parser
@@ -76,16 +83,31 @@ class Coupling:
         scores = (scores - scores.mean()) / scores.std()
         return scores.view(self.units, -1).mean(1)
 
-    def zero(self, gone) -> None:
-        """Zero the units where `gone` is true; their mean contribution becomes the consumer's bias."""
+    def zero(self, gone, fold: bool) -> None:
+        """Zero the units where `gone` is true; their mean contribution becomes the consumer's bias.
+
+        Args:
+            fold: where the consumer has no bias, add it to the kept columns instead.
+        """
         columns = gone.repeat_interleave(self.consumer.in_features // self.units)
         lost = self.consumer.weight[:, columns].double() @ self.moments.mean[columns]
-        self.consumer.bias += lost.to(self.consumer.bias)
         self.consumer.weight[:, columns] = 0
+        if self.consumer.bias is not None:
+            self.consumer.bias += lost.to(self.consumer.bias)
+        elif fold:
+            self.consumer.weight += (lost[:, None] * self.constant(~columns)).to(self.consumer.weight)
         for layer in self.makers:
             rows = gone.repeat_interleave(layer.out_features // self.units)
             layer.weight[rows] = 0
-            layer.bias[rows] = 0
+            if layer.bias is not None:
+                layer.bias[rows] = 0
+
+    def constant(self, kept):
+        """[features]: the mix of kept features that is one on average and, were they independent, varies least."""
+        mean, variance = self.moments.mean, self.moments.variance
+        mix = kept * mean / variance.clamp(min=1e-12 * variance.max())
+        total = mix @ mean
+        return mix / total if total > 0 else mix * 0
 
 
 def find_couplings(model, attention_power: int) -> list[Coupling]:
@@ -130,20 +152,35 @@ def choose(couplings: list[Coupling], goal: float):
     return gone.split([coupling.units for coupling in couplings])
 
 
-def give_biases(model) -> None:
-    """A bias of zeros for every layer of the blocks that has none, and a config that says so."""
+def give_biases(model) -> list[str]:
+    """A bias of zeros for every layer of the blocks that the config lets have one; the parts that stay without."""
     import torch
 
-    for layer in model.model.layers.modules():
-        if isinstance(layer, torch.nn.Linear) and layer.bias is None:
-            layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features))
-    model.config.attention_bias = model.config.mlp_bias = True
+    without = []
+    for name, key in (("self_attn", "attention_bias"), ("mlp", "mlp_bias")):
+        if not hasattr(model.config, key):
+            without.append(name)
+            continue
+        for block in model.model.layers:
+            for layer in getattr(block, name).modules():
+                if isinstance(layer, torch.nn.Linear) and layer.bias is None:
+                    layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features))
+        setattr(model.config, key, True)
+    return without
+
+
+def said(without: Collection[str], fold: bool) -> str:
+    """What became of the bias compensation, for the report."""
+    if not without:
+        return "kept as biases"
+    return f"{'folded into the kept columns' if fold else 'left out'} in {', '.join(without)}"
 
 
 def main() -> None:
     """Load, prune and save, each measured by itself."""
     parser = make_parser(__doc__)
     parser.add_argument("--attention_score", choices=("code", "paper"), default="code", help="squared, or as it is")
+    parser.add_argument("--missing_bias", choices=("fold", "leave_out"), default="fold", help="where none can be held")
     arguments = parser.parse_args()
     measurement = Measurement()
     with measurement.phase("import"):
@@ -154,25 +191,25 @@ def main() -> None:
     with measurement.phase("load"):
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
         input_ids = load_file(arguments.token_ids)["input_ids"]
-    if not (hasattr(model.config, "attention_bias") and hasattr(model.config, "mlp_bias")):
-        raise SystemExit(f"{model.config.model_type}: its config has no attention_bias and mlp_bias to keep biases by.")
     parameters = sum(parameter.numel() for parameter in model.model.layers.parameters())
     with measurement.phase("prune"), torch.no_grad():
         couplings = find_couplings(model, attention_power=2 if arguments.attention_score == "code" else 1)
         observe(model, couplings, input_ids)
         gone = choose(couplings, arguments.sparsity * parameters)
-        give_biases(model)
+        without, fold = give_biases(model), arguments.missing_bias == "fold"
         for coupling, units in zip(couplings, gone, strict=True):
-            coupling.zero(units)
+            coupling.zero(units, fold)
     with measurement.phase("save"):
         model.save_pretrained(arguments.output)
     kept = [int((~units).sum()) for units in gone]
     removed = sum(int(u.sum()) * coupling.parameters_of_a_unit for u, coupling in zip(gone, couplings, strict=True))
+    print(f"bias compensation: {said(without, fold)}")
     measurement.write(
         arguments.report,
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         threads=torch.get_num_threads(),
         removed_share=removed / parameters,
+        compensation=said(without, fold),
         kept_groups=kept[::2],
         kept_neurons=kept[1::2],
     )
