@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_prune.checkpoint.files import write_whole
 from hf_prune.checkpoint.folder import explained_disk_errors
 from hf_prune.engine import distributed
+from hf_prune.structure.paths import collapsed_layers
 from hf_prune.training.checkpoints import IDENTITY, last_checkpoint
 
 INITIAL = "initial.safetensors"
@@ -32,7 +33,7 @@ class Round:
         number: of the round; 0 is the dense training.
         kind: `ticket`, or the control that it is.
         kept: weights left, of `total`.
-        collapsed: layers without any weight left.
+        collapsed: layers without a path from input to output through their weights (structure/paths.py).
         held: layers that have more weights left than their importance would have kept, because of the floor.
         layers: weights left by layer.
         metrics: what the evaluation said of the trained model.
@@ -114,7 +115,7 @@ def make_round(
             kept=sum(kept.values()),
             total=sum(mask.numel() for mask in masks.values()),
             layers=kept,
-            collapsed=[layer for layer, count in kept.items() if not count],
+            collapsed=collapsed_layers(model, masks),
             metrics=measuring.evaluate(model),
             evaluation=measuring.identity,
             steps=trained.steps,
