@@ -226,6 +226,27 @@ def test_a_checkpoint_behind_a_lost_rewind_step_is_no_start(tmp_path: Path) -> N
     assert int(seen[0]["step"]) == 0 and torch.equal(model.first.weight, whole.first.weight)
 
 
+def test_seconds_add_up_over_sessions(tmp_path: Path) -> None:
+    class KillBehindCheckpoint(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            if state.global_step == 9:
+                raise Killed
+
+    own, arguments = {"rounds": 1}, {"save_strategy": "steps", "save_steps": 4}
+    cut = search(tmp_path, [], own, **arguments)
+    make = cut.make_trainer
+    cut.make_trainer = lambda model, folder, callbacks: make(model, folder, [*callbacks, KillBehindCheckpoint()])
+    with pytest.raises(Killed):
+        cut.run()
+    clock = tmp_path / "round-00.unfinished" / "checkpoints" / "checkpoint-8" / "seconds.json"
+    assert 0 < float(clock.read_text()) < 100
+    # As if the first session had taken longer than any test; what a ticket is rewound to is no session of its own.
+    clock.write_text("1000")
+    (tmp_path / "rewind" / "seconds.json").write_text("5000")
+    _, rounds = search(tmp_path, [], own, **arguments).run()
+    assert 1000 < rounds[0].seconds < 1100 and 0 < rounds[1].seconds < 100
+
+
 @pytest.mark.parametrize("strategy", ["no", "epoch", "steps"])
 def test_a_later_round_that_ends_in_no_numbers_says_so(strategy: str, tmp_path: Path) -> None:
     """The dense round is there; a value that grows without bound comes into the second one's training."""
