@@ -43,8 +43,9 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
     Returns:
         {"tickets": names, "layers": [...], "together": {...}}. Layers hold counts; `flips` are signs that differ over
         the `pairs` of tickets that keep a weight; `moved` and `flipped` are means over each ticket's kept weights of
-        |final - initial| and of a changed sign, `deviation` that of a weight's standard deviation over the ends of all
-        rounds, where these are kept. `together` holds shares in [0, 1].
+        |final - initial| and of a changed sign, `displaced` is ||final - initial|| / ||initial|| over them, `deviation`
+        the mean of a weight's standard deviation over the ends of all rounds, where these are kept. `together` holds
+        shares in [0, 1].
 
     Raises:
         BadInputError: fewer than two folders, a folder without a plan, tickets of different models.
@@ -64,15 +65,20 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
         tickets = [_by_model_names(stack, folders[0], plans[0], check_safetensors(folder)) for folder in folders]
         starts = [_initial(stack, folder, plan, initial) for folder, plan in zip(folders, plans, strict=True)]
         rounds = [_rounds(stack, folder) for folder in folders]
-        layers = [
-            _layer(
-                view.name,
-                [view.own_part(own[view.parameter]) for own in tickets],
-                [_find(own, view, tickets[0][view.parameter]) for own in starts],
-                [[view.own_part(own[view.parameter]) for own in each] for each in rounds],
-            )
-            for view in plans[0].views
-        ]
+        found: dict[str, dict[str, Any]] = {}
+        for parameter, views in _by_parameter(plans[0]).items():
+            # Once for all experts in one parameter, which are put together when they are read.
+            weights = [own[parameter] for own in tickets]
+            before = [own[parameter] if own is not None and parameter in own else None for own in starts]
+            ends = [[own[parameter] for own in each] for each in rounds]
+            for view in views:
+                found[view.name] = _layer(
+                    view.name,
+                    [view.own_part(own) for own in weights],
+                    [_part(view, own, weights[0]) for own in before],
+                    [[view.own_part(own) for own in each] for each in ends],
+                )
+        layers = [found[view.name] for view in plans[0].views]
     return {"tickets": [Path(folder).name for folder in folders], "layers": layers, "together": _together(layers)}
 
 
@@ -168,12 +174,16 @@ def _rounds(stack: ExitStack, folder: str) -> list[_Tensors]:
     return [_tensors(stack, [file]) for file in files] if files and all(file.is_file() for file in files) else []
 
 
-def _find(tensors: _Tensors | _Stored | None, view: ViewPlan, like: Tensor) -> Tensor | None:
-    if tensors is None or view.parameter not in tensors:
-        return None
-    found: Tensor = tensors[view.parameter]
+def _by_parameter(plan: Plan) -> dict[str, list[ViewPlan]]:
+    found: dict[str, list[ViewPlan]] = {}
+    for view in plan.views:
+        found.setdefault(view.parameter, []).append(view)
+    return found
+
+
+def _part(view: ViewPlan, found: Tensor | None, like: Tensor) -> Tensor | None:
     # One of another shape is refused where it is compared.
-    return view.own_part(found) if found.shape == like.shape else found
+    return view.own_part(found) if found is not None and found.shape == like.shape else found
 
 
 def _layer(
@@ -201,8 +211,8 @@ def _layer(
         "flips": flips,
     }
     if all(start is not None for start in initial):
-        moved, flipped = zip(*map(_movement, weights, initial, masks), strict=True)
-        entry |= {"moved": list(moved), "flipped": list(flipped)}
+        moved, flipped, displaced = zip(*map(_movement, weights, initial, masks), strict=True)
+        entry |= {"moved": list(moved), "flipped": list(flipped), "displaced": list(displaced)}
     if all(rounds):
         entry["deviation"] = [_deviation(own, mask) for own, mask in zip(rounds, masks, strict=True)]
     return entry
@@ -214,8 +224,11 @@ def _deviation(rounds: Sequence[Tensor], mask: Tensor) -> float:
     return float(kept.std(dim=0, correction=0).mean()) if bool(mask.any()) else 0.0
 
 
-def _movement(weight: Tensor, initial: Tensor | None, mask: Tensor) -> tuple[float, float]:
-    """Means over the kept weights of |final - initial| and of a changed sign; zeros where none is kept."""
+def _movement(weight: Tensor, initial: Tensor | None, mask: Tensor) -> tuple[float, float, float | None]:
+    """Over the kept weights: means of |final - initial| and of a changed sign, and ||final - initial|| / ||initial||.
+
+    Zeros where none is kept; no third where the kept ones began with zeros.
+    """
     assert initial is not None
     if initial.shape != weight.shape:
         raise BadInputError(
@@ -223,9 +236,11 @@ def _movement(weight: Tensor, initial: Tensor | None, mask: Tensor) -> tuple[flo
             "the weights that the tickets began with."
         )
     if not bool(mask.any()):
-        return 0.0, 0.0
-    moved = (weight - initial)[mask].abs().double().mean()
-    return float(moved), float((weight.sign() != initial.sign())[mask].double().mean())
+        return 0.0, 0.0, 0.0
+    before = initial[mask].double()
+    change, norm = weight[mask].double() - before, float(before.norm())
+    flipped = float((weight.sign() != initial.sign())[mask].double().mean())
+    return float(change.abs().mean()), flipped, float(change.norm()) / norm if norm else None
 
 
 def _together(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from hf_prune.recovery_setup import Ready, prepare_recovery
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.report.privacy import is_private, may_show_samples
 from hf_prune.training.arguments import TrainRecipe
-from hf_prune.training.checkpoints import Clock, StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.distillation import DistillationTrainer
 from hf_prune.training.lora import MaskedLora
 from hf_prune.training.masks import MaskCallback, check_zeros, masks_of
@@ -179,12 +179,11 @@ def _claim(ready: Ready, model: nn.Module) -> None:
 def _train(
     ready: Ready, model: Any, dense: Any, views: list[WeightView], masks: dict[str, Tensor]
 ) -> tuple[int, float]:
-    """Train in place; returns the steps and the seconds that it took, those of sessions before a cut included."""
+    """Train in place; returns the steps and the seconds that it took over all sessions."""
     method, work = ready.recipe.method, ready.work
     set_seed(ready.recipe.text.seed)
     checkpoint = last_checkpoint(work)
-    clock = Clock(checkpoint)
-    callbacks: list[TrainerCallback] = [StopAtNaN("recovery", work), clock]
+    callbacks: list[TrainerCallback] = [StopAtNaN("recovery", work)]
     with ExitStack() as stack:
         trained: nn.Module = model
         if method.recovery == "lora":
@@ -205,8 +204,8 @@ def _train(
                 trainer = make_trainer(DistillationTrainer, **common, teacher=dense, temperature=method.temperature)
             else:
                 trainer = make_trainer(Trainer, **common)
-            train(trainer, checkpoint)
-    return int(trainer.state.global_step), clock.seconds
+            seconds = train(trainer, checkpoint)
+    return int(trainer.state.global_step), seconds
 
 
 def _result(plan: Plan, model: nn.Module, views: list[WeightView]) -> PruneResult:

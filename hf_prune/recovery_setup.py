@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from hf_prune.plan import Plan
 from hf_prune.preparation import check_output
 from hf_prune.recipe import parse_yaml
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.lora import require_peft
 from hf_prune.training.recovery import RecoveryConfig
 from hf_prune.training.text import Windows, open_text, training_windows
 
@@ -109,8 +109,8 @@ def prepare_recovery(path: str, recipe: TrainRecipe) -> Ready:
     folder = PrunedFolder(path)
     if recipe.method.recovery == "lora" and any(view.expert is not None for view in folder.plan.views):
         raise BadInputError("recovery: lora has no adapters for the experts of a mixture; set recovery to full.")
-    if recipe.method.recovery == "lora" and find_spec("peft") is None:
-        raise BadInputError("recovery: lora needs peft; pip install hf-prune[recovery].")
+    if recipe.method.recovery == "lora":
+        require_peft()
     check_output(recipe.output)
     assert recipe.output.output_dir is not None
     work = beside(recipe.output.output_dir, ".training")

@@ -1,6 +1,8 @@
 """Tickets made by hand, whose overlap, chance, signs and movement can be counted on paper."""
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 from tiny import matrix_of, tiny_ids, tiny_model
 from torch import Tensor
 
+from hf_prune.checkpoint.source import WeightFiles
 from hf_prune.cli import main
 from hf_prune.comparison import compare_tickets
 from hf_prune.compose import make_config
@@ -51,7 +54,9 @@ def test_overlap_chance_and_signs(three: list[str]) -> None:
     assert whole["flips"] == pytest.approx(3 / 8) and "moved" not in whole
 
 
-def test_experts_are_compared_by_the_names_that_their_model_has(tmp_path: Path) -> None:
+def test_experts_are_compared_by_the_names_that_their_model_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = tiny_model("mixtral")
     dense.save_pretrained(tmp_path / "dense")
     models = []
@@ -61,7 +66,17 @@ def test_experts_are_compared_by_the_names_that_their_model_has(tmp_path: Path) 
         model.save_pretrained(tmp_path / method)
         plan.save(tmp_path / method / "prune_plan.json")
         models.append((plan, model.state_dict()))
+    read, names = WeightFiles.read, []
+
+    def noted(self: WeightFiles, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        found = read(self, wanted)
+        names.extend(found)
+        return found
+
+    monkeypatch.setattr(WeightFiles, "read", noted)
     found = compare_tickets([str(tmp_path / "magnitude"), str(tmp_path / "wanda")], str(tmp_path / "dense"))
+    # Once for each ticket from its own folder and from the dense one, however many experts a parameter holds.
+    assert set(Counter(names).values()) == {4} and any("experts" in name for name in names)
     shared = moved = 0
     for layer, own, other in zip(found["layers"], models[0][0].views, models[1][0].views, strict=True):
         both = (matrix_of(models[0][1], own) != 0) & (matrix_of(models[1][1], other) != 0)
@@ -75,7 +90,11 @@ def test_experts_are_compared_by_the_names_that_their_model_has(tmp_path: Path) 
 def test_movement_since_the_beginning(three: list[str], tmp_path: Path) -> None:
     initial = tmp_path / "initial.safetensors"
     save_file({"x.weight": torch.tensor([[0.5, -1.0, 9.0, 9.0]]), "y.weight": torch.ones(2, 2)}, initial)
-    whole = compare_tickets(three[:2], str(initial))["together"]
+    found = compare_tickets(three[:2], str(initial))
+    whole, x = found["together"], found["layers"][0]
+    # Kept are 1, 2 of a, which began at 0.5, -1, and -1, 2, 3 of b, which began at 0.5, -1, 9.
+    wanted = [((0.5**2 + 3**2) / (0.5**2 + 1)) ** 0.5, ((1.5**2 + 3**2 + 6**2) / (0.5**2 + 1 + 81)) ** 0.5]
+    assert x["displaced"] == pytest.approx(wanted) and found["layers"][1]["displaced"] == [0, 0]
     # a moved by 0.5 and 3 in x, by nothing in y; b by 1.5, 3 and 6 in x, by nothing in y.
     assert whole["moved"] == pytest.approx([3.5 / 4, 10.5 / 5]) and whole["flipped"] == pytest.approx([1 / 4, 2 / 5])
 
@@ -108,8 +127,12 @@ def test_the_command_writes_what_it_prints(
     three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    assert main(["compare", *three, "--output_dir", str(tmp_path / "out")]) == 0
+    initial = tmp_path / "initial.safetensors"
+    save_file({"x.weight": torch.tensor([[1.0, 1.0, 1.0, 0.0]]), "y.weight": torch.ones(2, 2)}, initial)
+    assert main(["compare", *three, "--output_dir", str(tmp_path / "out"), "--initial", str(initial)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
+    # Of x: sqrt(1 / 2), sqrt((4 + 1 + 4) / 3), sqrt((16 + 1) / 1).
+    assert "70.7 / 173.2 / 412.3" in printed
     assert "all keep 25.00 % of the weights, 50.0 % of what a keeps, 1.6 times what chance would" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "comparison.json",

@@ -142,17 +142,22 @@ def rounds_table(rounds: list[dict[str, Any]]) -> Table:
 
 
 def comparison_table(comparison: dict[str, Any]) -> RenderableType:
-    """What tickets share, by layer and together, from comparison.compare_tickets."""
+    """What tickets share, by layer and together, from comparison.compare_tickets.
+
+    `Left` and `Moved` are of each ticket, in %: weights kept, and how far those are from what they began with.
+    """
     table = _table("Weights that all tickets keep")
     table.add_column("Layer", overflow="fold", ratio=1)
-    for name in ("Left", "Shared", "By chance", "Signs differ"):
+    moved = all("displaced" in layer for layer in comparison["layers"])
+    for name in ("Left", "Shared", "By chance", "Signs differ", *(["Moved"] if moved else [])):
         table.add_column(name, justify="right", no_wrap=True)
     names = short_names([layer["layer"] for layer in comparison["layers"]])
     for name, layer in zip(names, comparison["layers"], strict=True):
         left = " / ".join(f"{100 * kept / layer['weights']:.1f}" for kept in layer["kept"])
         flips = percent(layer["flips"] / layer["pairs"]) if layer["pairs"] else ""
         figures = (layer["shared"] / layer["weights"], layer["chance"] / layer["weights"])
-        table.add_row(Text(one_line(name)), left, *(percent(share, 2) for share in figures), flips)
+        far = [" / ".join("" if own is None else f"{100 * own:.1f}" for own in layer["displaced"])] if moved else []
+        table.add_row(Text(one_line(name)), left, *(percent(share, 2) for share in figures), flips, *far)
     whole = comparison["together"]
     lines = [
         f"Together: all keep {percent(whole['shared_of_all'], 2)} of the weights"

@@ -52,11 +52,14 @@ class Stretch:
         """The first feature behind the stretch."""
         return self.offset + self.units * self.size
 
+    def of(self, matrix: Tensor) -> Tensor:
+        """What is the stretch's of a matrix [out, in], [units, size, features of the other side]."""
+        side = matrix if self.rows else matrix.T
+        return side[self.offset : self.stop].reshape(self.units, self.size, -1)
+
     def read(self) -> Tensor:
         """float32 [units, size, features of the other side]."""
-        weight = self.view.read()
-        side = weight if self.rows else weight.T
-        return side[self.offset : self.stop].reshape(self.units, self.size, -1)
+        return self.of(self.view.read())
 
     def read_bias(self) -> Tensor | None:
         """float32 [units, size], where the features are outputs that have a bias."""

@@ -3,11 +3,15 @@
 Hu et al., 2021, https://arxiv.org/abs/2106.09685, by peft; the effective weight is W + mask * (B A) alpha / r, as in
 SQFT (https://arxiv.org/abs/2410.03750). The masked product needs the weight's own gradient: memory is saved on the
 optimizer, not on compute.
+
+Adapters and their product are float32. Beside 16-bit weights the sum is rounded once, in training as in merging: the
+model that trains is the one that is saved, and what of a change the folder's dtype cannot hold is never counted on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +22,12 @@ from hf_prune.errors import BadInputError
 from hf_prune.weights import WeightView
 
 ADAPTER = "default"
+
+
+def require_peft() -> None:
+    """Raise BadInputError where peft is not installed."""
+    if find_spec("peft") is None:
+        raise BadInputError("recovery: lora needs peft; pip install hf-prune[recovery].")
 
 
 class MaskedLora:
@@ -35,10 +45,9 @@ class MaskedLora:
     def __init__(
         self, model: nn.Module, views: Sequence[WeightView], masks: Mapping[str, Tensor], rank: int, alpha: float
     ) -> None:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise BadInputError("recovery: lora needs peft; pip install hf-prune[recovery].") from None
+        require_peft()
+        from peft import LoraConfig, get_peft_model
+
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # a float works
@@ -67,22 +76,26 @@ class MaskedLora:
         """The model itself with every adapter added to its weight; zeros are zeros."""
         with torch.no_grad():
             for layer, _, _ in self._layers:
-                layer.get_base_layer().weight.add_(_change(layer))
+                layer.get_base_layer().weight.copy_(_merged(layer))
                 del layer.forward
         merged: nn.Module = self.model.unload()
         return merged
 
 
-def _change(layer: Any) -> Tensor:
-    delta: Tensor = layer.get_delta_weight(ADAPTER)
+def _merged(layer: Any) -> Tensor:
+    """The layer's weight with its adapter's masked product, in the weight's dtype."""
+    weight: Tensor = layer.get_base_layer().weight
+    # Not in the 16 bits of mixed precision, which a merge does not know.
+    with torch.autocast(weight.device.type, enabled=False):
+        delta: Tensor = layer.get_delta_weight(ADAPTER)
     mask = getattr(layer, "mask", None)
-    return delta if mask is None else delta * mask
+    return (weight + (delta if mask is None else delta * mask)).to(weight.dtype)
 
 
 def _forward(layer: Any, transposed: bool) -> Callable[[Tensor], Tensor]:
     def forward(inputs: Tensor, *_: Any, **__: Any) -> Tensor:
         base = layer.get_base_layer()
-        weight = base.weight + _change(layer).to(base.weight.dtype)
+        weight = _merged(layer)
         return functional.linear(inputs, weight.T if transposed else weight, base.bias)
 
     return forward

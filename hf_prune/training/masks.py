@@ -20,7 +20,9 @@ class MaskHolder:
 
     Gradients are masked before anything sees them, so that clipping and momentum know the survivors alone; weights are
     masked after every step of the optimizer. Parameters that FSDP2 has sharded have no gradient of their own to mask:
-    there clipping counts the masked weights too, and zeros hold all the same.
+    there clipping counts the masked weights too, and zeros hold all the same. That is tested on two processes with
+    `fully_shard` and no Trainer: accelerate shards on accelerators alone, and a Trainer on the CPU that is told to use
+    FSDP trains with DDP instead, without a word.
 
     Args:
         masks: bool tensors by the parameters' names, in the parameters' own layout; True stays. Not copied.
@@ -57,7 +59,8 @@ class MaskHolder:
     def apply(self) -> None:
         """Set what is masked to zero."""
         for parameter, mask in self._held.values():
-            parameter.mul_(mask)
+            # Not multiplied: AdamW's 1e-8 is zero in fp16, and 0 / 0 of a weight without gradient stays NaN times zero.
+            parameter.masked_fill_(~mask, 0)
 
     def replace(self, masks: Mapping[str, Tensor]) -> None:
         """Hold other masks from now on; the tensors handed over at the beginning change with them."""
@@ -92,17 +95,16 @@ def check_fit(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> 
 
 
 def check_zeros(name: str, weight: Tensor, mask: Tensor) -> None:
-    """Raise RunError where a weight is not zero outside its mask, which is on its device."""
+    """Raise RunError where a weight is NaN, or not zero outside its mask, which is on its device."""
     outside = weight.detach().masked_fill(mask, 0)
-    # NaN times zero is NaN: a masked weight that is no number must not pass for a zero.
-    if bool(outside.isnan().any()):
+    if bool(weight.detach().isnan().any()):
         raise RunError(f"{name}: training ended in weights that are no numbers; lower learning_rate.")
     if bool((outside != 0).any()):
         raise RunError(f"{name}: training brought pruned weights back; nothing was saved, please report this.")
 
 
 def _masked_by(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient * mask
+    return lambda gradient: gradient.masked_fill(~mask, 0)
 
 
 def _like(mask: Tensor, parameter: Tensor) -> Tensor:

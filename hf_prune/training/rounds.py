@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from hf_prune.checkpoint.files import write_whole
 from hf_prune.checkpoint.folder import explained_disk_errors
 from hf_prune.engine import distributed
-from hf_prune.training.checkpoints import IDENTITY, last_checkpoint
+from hf_prune.structure.paths import collapsed_layers
+from hf_prune.training.checkpoints import IDENTITY, Clock, last_checkpoint
 
 INITIAL = "initial.safetensors"
-# Step, figure, and seconds since the training was last gone on with.
+# Step, figure, and seconds of the training up to there, as far as looks before a cut reach.
 Look = tuple[int, float, float]
 WEIGHTS, MASKS, RESULT, CHECKPOINTS = "model.safetensors", "masks.safetensors", "round.json", "checkpoints"
 
@@ -32,7 +32,7 @@ class Round:
         number: of the round; 0 is the dense training.
         kind: `ticket`, or the control that it is.
         kept: weights left, of `total`.
-        collapsed: layers without any weight left.
+        collapsed: layers without a path from input to output through their weights (structure/paths.py).
         held: layers that have more weights left than their importance would have kept, because of the floor.
         layers: weights left by layer.
         metrics: what the evaluation said of the trained model.
@@ -40,7 +40,7 @@ class Round:
         steps: that the training took.
         looks: where a figure was watched.
         moved: by layer, the norm of what it has moved up to each look since the one before; empty where that was cut.
-        seconds: of the training and evaluation, since it was last gone on with.
+        seconds: of the training, over all its sessions as far as its checkpoints reach, and of the evaluation.
     """
 
     number: int
@@ -104,9 +104,9 @@ def make_round(
         RunError: the disk is full.
     """
     result = read_round(folder)
-    start = perf_counter()
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if result is None:
+        clock = Clock(last_checkpoint(unfinished / CHECKPOINTS))
         trained = train(unfinished / CHECKPOINTS)
         kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
         result = replace(
@@ -114,13 +114,13 @@ def make_round(
             kept=sum(kept.values()),
             total=sum(mask.numel() for mask in masks.values()),
             layers=kept,
-            collapsed=[layer for layer, count in kept.items() if not count],
+            collapsed=collapsed_layers(model, masks),
             metrics=measuring.evaluate(model),
             evaluation=measuring.identity,
             steps=trained.steps,
             looks=trained.looks,
             moved=trained.moved,
-            seconds=perf_counter() - start,
+            seconds=clock.seconds,
         )
         if distributed.rank() == 0:
             keep_round(folder, model, masks, result)

@@ -26,6 +26,7 @@ from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, check_floor, next_masks, random_masks
 from hf_prune.progress import progress
+from hf_prune.structure.paths import collapsed_layers
 from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
 from hf_prune.training.rounds import (
@@ -93,7 +94,7 @@ class TicketSearch:
             trained = {name: weight.detach().cpu() for name, weight in weights.items()}
             kept = self.config.kept(number)
             masks, held = next_masks(trained, masks, self.config.importance, kept, self.config.min_keep_ratio)
-            self._check_collapse(number, masks)
+            self._check_collapse(number, model, masks)
             rounds.append(self._round(number, "ticket", model, masks, held))
             if self.config.wants_controls(number):
                 rounds += self._controls(number, masks)
@@ -174,10 +175,11 @@ class TicketSearch:
                 "PreTrainedModel alone; make the module one, or set rewind_step to 0."
             )
 
-    def _check_collapse(self, number: int, masks: dict[str, Tensor]) -> None:
-        empty = [name for name, mask in masks.items() if not bool(mask.any())]
-        if empty and self.config.on_collapse == "stop":
+    def _check_collapse(self, number: int, model: nn.Module, masks: dict[str, Tensor]) -> None:
+        cut = collapsed_layers(model, masks) if self.config.on_collapse == "stop" else []
+        if cut:
             raise RunError(
-                f"round {number}: {empty[0]} has no weight left at {1 - self.config.kept(number):.1%} sparsity; "
-                "set min_keep_ratio above 0, choose another importance, or go on with on_collapse: record."
+                f"round {number}: no path from input to output leads through what is left of {cut[0]} at "
+                f"{1 - self.config.kept(number):.1%} sparsity; raise min_keep_ratio, choose another importance, or go "
+                "on with on_collapse: record."
             )

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_prune.checkpoint.folder import explained_disk_errors
+from hf_prune.training.checkpoints import Clock
 from hf_prune.training.masks import MaskCallback
 
 _LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
@@ -46,15 +47,22 @@ def make_trainer(kind: type[Trainer], logs: Path, **arguments: Any) -> Trainer:
     return trainer
 
 
-def train(trainer: Trainer, checkpoint: Path | None) -> None:
+def train(trainer: Trainer, checkpoint: Path | None) -> float:
     """Train from the beginning or from a checkpoint; one of the last step is loaded and not trained on.
+
+    Returns:
+        The seconds that it took, those of sessions before a cut included. A checkpoint of another folder, to which a
+        training was rewound, is no session of this one.
 
     Raises:
         RunError: the disk is full.
     """
     assert trainer.args.output_dir is not None
     folder = Path(trainer.args.output_dir)
+    own = checkpoint is not None and checkpoint.parent.resolve() == folder.resolve()
+    clock = Clock(checkpoint if own else None)
     trainer.add_callback(_AtTheEnd())
+    trainer.add_callback(clock)
     try:
         with explained_disk_errors(folder, folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -65,6 +73,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> None:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, MaskCallback):
                 callback.detach()
+    return clock.seconds
 
 
 class FinishedBefore(Exception):

@@ -6,7 +6,8 @@
 SmolLM2-135M-Instruct, sparse (60 %, the preset balanced) and narrower (20 % of the blocks' parameters, refit), each
 pruned once and then trained on other windows of the same text. STEPS are what two CPU cores do in about 20 minutes; the
 table says how long they really took. A run that was cut goes on with the same command, on another day as well: what is
-finished stands in recovery.json.
+finished stands in recovery.json, and a training that was cut goes on from its last checkpoint. `--seeds 1 2 3` takes as
+many sessions of `--max_minutes` as it needs, a seed after the other.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from statistics import mean, median
 from typing import Any
 
 from hf_prune.bench.summary import write_between_markers
+from hf_prune.checkpoint.files import write_whole
+from hf_prune.checkpoint.folder import REPORT_FILE
 from hf_prune.pipeline import run
 from hf_prune.recipe import make_recipe
 from hf_prune.recovery import recover
@@ -66,23 +69,28 @@ def main() -> None:
     parser.add_argument("--max_minutes", type=float, default=75)
     given = parser.parse_args()
     texts = {"dataset_name": given.dataset_name, "eval_dataset_name": given.eval_dataset_name}
-    started = time.monotonic()
+    started, longest = time.monotonic(), 0.0
     finished = json.loads(given.results.read_text()) if given.results.exists() else []
     for seed, model, kind in product(given.seeds, given.models, given.kinds):
         if any((own["model"], own["kind"], own["seed"]) == (model, kind, seed) for own in finished):
             continue
-        if time.monotonic() - started > 60 * given.max_minutes:
+        began = time.monotonic()
+        # One in any case, and others as long as one like the longest fits.
+        if began - started + longest > 60 * given.max_minutes:
             break
         pruned, done = given.work_folder / _slug(model), given.work_folder / f"{_slug(model)}-{_slug(kind)}-{seed}"
         if not pruned.is_dir():
             own = {**PRUNING, **MODELS[model], **texts, **EVALUATION}
             run(make_recipe({**own, "output_dir": str(pruned)}))
         own = {**TRAINING, **EVALUATION, **texts, **KINDS[kind], "max_steps": STEPS[kind], "seed": seed}
-        shutil.rmtree(done, ignore_errors=True)  # finished, but cut before it was noted
-        report = recover(str(pruned), make_train_recipe({**own, "output_dir": str(done)}, RecoveryConfig))
+        # There already where it was finished and cut before it was noted.
+        if not done.is_dir():
+            recover(str(pruned), make_train_recipe({**own, "output_dir": str(done)}, RecoveryConfig))
+        report = json.loads((done / REPORT_FILE).read_text())
         finished.append({"model": model, "kind": kind, "seed": seed, **_figures(report)})
-        given.results.write_text(json.dumps(finished, indent=1) + "\n")
+        write_whole(given.results, json.dumps(finished, indent=1) + "\n")
         shutil.rmtree(done)
+        longest = max(longest, time.monotonic() - began)
     table = _table(finished)
     print(table)
     if given.readme:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune.errors import BadInputError, RunError
-from hf_prune.training.masks import MaskCallback, hold_masks, masks_of
+from hf_prune.training.masks import MaskCallback, MaskHolder, hold_masks, masks_of
 from hf_prune.training.trainer import make_trainer, train
 
 
@@ -28,23 +28,41 @@ def some_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 OPTIMIZERS = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1),
+    # What is added to its denominators is a number in fp16 as well.
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1, eps=1e-4),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
 }
 
 
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "fp16 autocast": (torch.float32, torch.float16),
+    "fp16 weights": (torch.float16, None),
+    "bf16 weights": (torch.bfloat16, None),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_under_masks_is_training_of_the_masked_network(name: str) -> None:
-    model = Net()
+def test_training_under_masks_is_training_of_the_masked_network(name: str, precision: str) -> None:
+    dtype, inside = PRECISIONS[precision]
+    model = Net().to(dtype)
     masks = some_masks(model)
     reference = copy.deepcopy(model)
     parameters = dict(reference.named_parameters())
     optimizer = OPTIMIZERS[name](reference.parameters())
+
+    def loss_of(network: nn.Module, batch: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+        own = {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+        with torch.autocast("cpu", inside or torch.bfloat16, enabled=inside is not None):
+            return functional_call(network, weights, (), own)["loss"]
+
     for batch in batches():
-        masked = {key: value * masks[key] if key in masks else value for key, value in parameters.items()}
+        masked = {
+            key: value.masked_fill(~masks[key], 0) if key in masks else value for key, value in parameters.items()
+        }
         optimizer.zero_grad()
-        loss = functional_call(reference, masked, (), batch)["loss"]
-        loss.backward()
+        loss_of(reference, batch, masked).backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
         optimizer.step()
 
@@ -52,14 +70,34 @@ def test_training_under_masks_is_training_of_the_masked_network(name: str) -> No
     with hold_masks(model, optimizer, masks):
         for batch in batches():
             optimizer.zero_grad()
-            model(**batch)["loss"].backward()
+            loss_of(model, batch, dict(model.named_parameters())).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
             for key, mask in masks.items():
                 assert not bool((model.get_parameter(key).detach() * ~mask).any())
     for key, parameter in model.named_parameters():
-        wanted = parameters[key] * masks[key] if key in masks else parameters[key]
+        wanted = parameters[key].masked_fill(~masks[key], 0) if key in masks else parameters[key]
+        assert bool(torch.isfinite(parameter).all())
         torch.testing.assert_close(parameter, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_no_gradient_makes_of_fp16_weights_is_zero_all_the_same() -> None:
+    """AdamW's default of 1e-8 is zero there: a weight without gradient becomes 0 / 0."""
+    ends = []
+    for mask in (torch.ones(4, dtype=torch.bool), torch.tensor([True, False, True, False])):
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        holder = MaskHolder({"weight": mask})
+        holder.attach(model, optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model.weight * torch.tensor([30, 0, -30, 0], dtype=torch.float16)).sum().backward()
+            optimizer.step()
+        ends.append(model.weight.detach())
+    # Every step is the learning rate's length.
+    torch.testing.assert_close(ends[1], torch.tensor([0.7, 0, 1.3, 0], dtype=torch.float16), rtol=1e-2, atol=0)
+    assert ends[0].isnan().tolist() == [False, True, False, True]
 
 
 def test_without_masks_momentum_brings_weights_back() -> None:

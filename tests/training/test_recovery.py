@@ -75,6 +75,37 @@ def test_merging_changes_no_logits_and_no_zero(family: str) -> None:
             assert not bool((after * ~masks[name]).any())
 
 
+def test_sixteen_bit_weights_are_rounded_once() -> None:
+    """To the nearest bfloat16 of the exact sum, while it trains as when it is merged."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    views = select_views(model, None, None)[0]
+    with torch.no_grad():
+        for view in views:
+            view.parameter.mul_(torch.rand(view.parameter.shape) < 0.5)
+    masks = masks_of(model, [view.parameter_name for view in views])
+    adapters = MaskedLora(model, views, masks, rank=4, alpha=8)
+    randomise(adapters.model)
+    exact, twice = {}, {}
+    for view in views:
+        layer = model.get_submodule(view.layer)
+        down, up = (own["default"].weight.detach() for own in (layer.lora_A, layer.lora_B))
+        assert down.dtype == up.dtype == torch.float32
+        change = 2 * (up.double() @ down.double()) * masks[view.parameter_name]
+        weight = layer.get_base_layer().weight.detach().clone()
+        exact[view.parameter_name], twice[view.parameter_name] = weight.double() + change, weight + change.bfloat16()
+    with torch.no_grad():
+        wanted = adapters.model(input_ids=tiny_ids(2, 16), use_cache=False).logits
+        assert torch.equal(adapters.merge()(input_ids=tiny_ids(2, 16), use_cache=False).logits, wanted)
+
+    def too_far(found: torch.Tensor, name: str) -> bool:
+        # Half a unit in the last of bfloat16's eight binary digits, and float32's own noise.
+        half = 2.0 ** (torch.frexp(exact[name]).exponent.double() - 9)
+        return bool(((found.double() - exact[name]).abs() > 1.001 * half + 1e-8).any())
+
+    assert not any(too_far(model.get_parameter(name).detach(), name) for name in exact)
+    assert all(too_far(twice[name], name) for name in exact)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_without_masks_it_is_peft(family: str) -> None:
     ids = tiny_ids(2, 16)
@@ -336,13 +367,14 @@ def test_a_killed_recovery_goes_on_to_the_same_bits(
     assert report["recoveries"][0]["training"]["seconds"] > before > 0
 
 
-def test_sixteen_bit_weights_train_in_float32(pruned: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [{"recovery": "full", "bf16": True}, {"recovery": "lora"}], ids=["full", "lora"])
+def test_sixteen_bit_weights_train_in_float32(own: dict[str, Any], pruned: dict[str, Path], tmp_path: Path) -> None:
     """Steps of 1e-5 are far below what bfloat16 weights could take up, and mixed precision leaves nothing behind."""
     half = tmp_path / "half"
     shutil.copytree(pruned["sparse"], half)
     model = AutoModelForCausalLM.from_pretrained(half).to(torch.bfloat16)
     model.save_pretrained(half)
-    own = {"recovery": "full", "max_steps": 30, "learning_rate": 1e-4, "bf16": True}
+    own = {**own, "max_steps": 30, "learning_rate": 1e-4 if own["recovery"] == "full" else 3e-3}
     report = recover(str(half), make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig))
     before, after = (load_file(folder / "model.safetensors") for folder in (half, tmp_path / "out"))
     name = "model.layers.0.mlp.up_proj.weight"

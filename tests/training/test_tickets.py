@@ -128,7 +128,7 @@ def test_same_seed_same_ticket_and_measures_share_the_dense_round(tmp_path: Path
 def test_a_collapsed_layer_stops_or_is_noted(tmp_path: Path) -> None:
     # Softmax scores of a small layer are larger than any of a large one.
     own = {"importance": "softmax", "pruning_rate": 0.8, "rounds": 1, "min_keep_ratio": 0.0}
-    with pytest.raises(RunError, match=r"round 1: first\.weight has no weight left at 80\.6% sparsity"):
+    with pytest.raises(RunError, match=r"round 1: no path .* through what is left of first\.weight at 80\.6% sparsity"):
         search(tmp_path / "stops", [], {**own, "pruning_rate": 0.806}).run()
     _, rounds = search(tmp_path / "noted", [], {**own, "pruning_rate": 0.806, "on_collapse": "record"}).run()
     assert rounds[1].collapsed == ["first.weight"]
@@ -159,7 +159,7 @@ def test_what_cannot_go_on_says_where(tmp_path: Path) -> None:
 def test_collapse_is_known_before_the_training(tmp_path: Path) -> None:
     seen: list[dict[str, torch.Tensor]] = []
     own = {"importance": "softmax", "pruning_rate": 0.806, "rounds": 1, "min_keep_ratio": 0.0}
-    with pytest.raises(RunError, match="has no weight left"):
+    with pytest.raises(RunError, match="no path from input to output"):
         search(tmp_path, seen, own).run()
     assert len(seen) == 1
 
@@ -224,6 +224,27 @@ def test_a_checkpoint_behind_a_lost_rewind_step_is_no_start(tmp_path: Path) -> N
     seen: list[dict[str, torch.Tensor]] = []
     model, _ = search(tmp_path / "cut", seen, **arguments).run()
     assert int(seen[0]["step"]) == 0 and torch.equal(model.first.weight, whole.first.weight)
+
+
+def test_seconds_add_up_over_sessions(tmp_path: Path) -> None:
+    class KillBehindCheckpoint(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            if state.global_step == 9:
+                raise Killed
+
+    own, arguments = {"rounds": 1}, {"save_strategy": "steps", "save_steps": 4}
+    cut = search(tmp_path, [], own, **arguments)
+    make = cut.make_trainer
+    cut.make_trainer = lambda model, folder, callbacks: make(model, folder, [*callbacks, KillBehindCheckpoint()])
+    with pytest.raises(Killed):
+        cut.run()
+    clock = tmp_path / "round-00.unfinished" / "checkpoints" / "checkpoint-8" / "seconds.json"
+    assert 0 < float(clock.read_text()) < 100
+    # As if the first session had taken longer than any test; what a ticket is rewound to is no session of its own.
+    clock.write_text("1000")
+    (tmp_path / "rewind" / "seconds.json").write_text("5000")
+    _, rounds = search(tmp_path, [], own, **arguments).run()
+    assert 1000 < rounds[0].seconds < 1100 and 0 < rounds[1].seconds < 100
 
 
 @pytest.mark.parametrize("strategy", ["no", "epoch", "steps"])
