@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from hf_prune.arguments import PruneConfig, matches
 from hf_prune.errors import BadInputError
+from hf_prune.layers import routers, unseen_experts
 from hf_prune.masks import MaskRule
 from hf_prune.patterns import Pattern
-from hf_prune.weights import Outputs, WeightView, find_blocks, find_views, own_part, routers
+from hf_prune.weights import Outputs, WeightView, find_blocks, find_views, own_part
 
 FORMAT = "hf_prune_plan"
 VERSION = 1
@@ -132,9 +133,17 @@ def select_views(
         whole: fused layers are one matrix each.
 
     Raises:
-        BadInputError: a pattern matches nothing, embeddings or a tied LM head are targeted, or nothing is left.
+        BadInputError: a pattern matches nothing, embeddings or a tied LM head are targeted, or nothing is left; or all
+            is meant, experts in an unknown layout too.
     """
     prefix, blocks = find_blocks(model)
+    unseen = [f"{prefix}.{index}.{name}" for index, block in enumerate(blocks) for name in unseen_experts(block)]
+    if unseen and not targets:
+        raise BadInputError(
+            f"model_name_or_path: {type(model).__name__} keeps experts in a layout that hf_prune does not know "
+            f"({len(unseen)} weights, first {unseen[0]}), which would stay dense; prune other layers alone by naming "
+            "them in targets, or choose another model."
+        )
     everything = find_views(model, whole=whole)
     names = [name for view in everything for name in _names(view)]
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,6 +45,12 @@ def _planned(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """The parameters that a plan is about, sharing their memory."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {view.parameter: parameters[view.parameter].detach() for view in plan.views}
+
+
+def _everywhere(value: object) -> object:
+    """What all processes say; where they differ, all that is said."""
+    said = sorted({str(own) for own in distributed.gather(value)})
+    return value if len(said) == 1 else ", ".join(said)
 
 
 def work_folder(output_dir: str) -> Path:
@@ -95,8 +102,9 @@ class Unfinished:
         """
         recipe = ready.recipe
         sections = {**asdict(recipe.data), **asdict(recipe.evaluation), "dtype": recipe.model.dtype}
-        # Where learned thresholds are kept says nothing of what is learned.
-        del sections["statistics_folder"]
+        # Where learned thresholds are kept says nothing of what is learned; who reads statistics keeps no inputs.
+        if ready.config.propagate:
+            del sections["statistics_folder"]
         identity: dict[str, Any] = {**sections, **asdict(ready.config)}
         scores = getattr(ready.config, "importance", None)
         if scores is not None and is_file(scores):
@@ -107,7 +115,10 @@ class Unfinished:
         said = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
         identity["config"] = text_digest(json.dumps(said, sort_keys=True, default=str))
         identity["processes"] = distributed.world_size()
-        identity["device"] = ready.device.type
+        # Sums in another order have other last bits.
+        identity["threads per process (OMP_NUM_THREADS)"] = _everywhere(torch.get_num_threads())
+        cuda = ready.device.type == "cuda"
+        identity["device"] = _everywhere(torch.cuda.get_device_name(ready.device) if cuda else ready.device.type)
         identity["hf_prune"] = hf_prune.__version__
         identity |= {name: metadata.version(name) for name in ("torch", "transformers")}
         if ready.plan_is_final:

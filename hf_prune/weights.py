@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_prune.errors import BadInputError
 from hf_prune.families import PER_HEAD, fused_layers
+from hf_prune.layers import expert_tensors, is_experts, linear_layers, routers
 
 
 @dataclass(frozen=True)
@@ -152,41 +153,6 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{candidates[1][1]}); hf_prune handles causal language models with one stack of decoder blocks."
         )
     return candidates[0][1], candidates[0][2]
-
-
-def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Every linear layer below `module`: (relative name, layer, stored transposed)."""
-    from transformers.pytorch_utils import Conv1D
-
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear):
-            yield name, layer, False
-        elif isinstance(layer, Conv1D):
-            yield name, layer, True
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds the experts of a mixture as 3-D parameters, in the layout of transformers."""
-    return isinstance(getattr(module, "is_transposed", None), bool) and hasattr(module, "has_gate")
-
-
-def expert_tensors(module: nn.Module) -> tuple[str, str]:
-    """Names of an experts module's parameters: what its tokens meet first, and second."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
-
-
-def routers(module: nn.Module) -> set[str]:
-    """Relative names of the layers that share out tokens: beside some experts, with one output for each or for all."""
-    found = set()
-    for name, parent in module.named_modules():
-        children = dict(parent.named_children())
-        for experts in filter(is_experts, children.values()):
-            count = experts.get_parameter("down_proj").shape[0]
-            for child, layer in children.items():
-                weight = getattr(layer, "weight", None)
-                if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] in (1, count):
-                    found.add(f"{name}.{child}" if name else child)
-    return found
 
 
 def _parts(roles: tuple[str, ...], outputs: int, heads: int, groups: int) -> dict[str, Outputs]:

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from hf_prune import cli
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -105,7 +107,7 @@ def place_of(file: Path, name: str) -> int:
         return 8 + header + json.loads(stream.read(header))[name]["data_offsets"][0]
 
 
-def _child(values: dict, rank: int, world: int, port: int, cut: Cut | None, log: str) -> None:
+def _child(values: dict, rank: int, world: int, port: int, cut: Cut | None, threads: int | None, log: str) -> None:
     os.environ |= {"HF_PRUNE_QUIET": "1", "OMP_NUM_THREADS": "1"}
     if world > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
@@ -113,6 +115,8 @@ def _child(values: dict, rank: int, world: int, port: int, cut: Cut | None, log:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if threads is not None:
+        torch.set_num_threads(threads)
     if cut is not None and cut.action == "dawn":
         # A place on earth where it is 05:59:40.
         west = (time.time() - (6 * 3600 - 20)) % 86400
@@ -135,14 +139,17 @@ def stopped_twice(recipe: dict, folder: Path, **changes: object) -> dict:
     return values
 
 
-def prune(values: dict, folder: Path, world: int = 1, cut: Cut | None = None) -> tuple[Sequence[int | None], str]:
+def prune(
+    values: dict, folder: Path, world: int = 1, cut: Cut | None = None, threads: int | None = None
+) -> tuple[Sequence[int | None], str]:
     """Exit codes of the command line in `world` processes, negative for a signal, and all that they wrote."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [folder / f"log-{rank}.txt" for rank in range(world)]
     started = [
-        CONTEXT.Process(target=_child, args=(values, rank, world, port, cut, str(logs[rank]))) for rank in range(world)
+        CONTEXT.Process(target=_child, args=(values, rank, world, port, cut, threads, str(logs[rank])))
+        for rank in range(world)
     ]
     for process in started:
         process.start()

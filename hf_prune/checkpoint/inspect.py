@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_prune.errors import BadInputError
-from hf_prune.weights import expert_tensors, is_experts, routers
+from hf_prune.layers import expert_tensors, is_experts, routers
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,11 @@ def _layer_kinds(folder: Path) -> tuple[dict[str, str], str]:
         if is_experts(module):
             turned = " transposed" if module.is_transposed else ""
             kinds |= {f"{name.rpartition('.')[-1]}.{tensor}": f"experts{turned}" for tensor in expert_tensors(module)}
-    kinds |= dict.fromkeys((name.rpartition(".")[-1] for name in routers(model)), "other")
+    for router in routers(model):
+        own = router.split(".")
+        kinds.setdefault(own[-1], "other")
+        # A layer inside one may be called as others are elsewhere.
+        kinds[".".join(own[-2:])] = "other"
     ignored = [rf"(?:^|\.)(?:{pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     return kinds, "|".join(ignored)
 
@@ -256,7 +260,8 @@ def _kind(name: str, dimensions: int, block: int | None, kinds: dict[str, str]) 
     if dimensions != 2 or not name.endswith(".weight"):
         return "other"
     by_name = "embedding" if re.search(r"embed|\bwte\b|\bwpe\b", name) else "linear"
-    kind = kinds.get(name.split(".")[-2], by_name)
+    layer = name.split(".")[:-1]
+    kind = kinds.get(".".join(layer[-2:]), kinds.get(layer[-1], by_name))
     return "head" if kind == "linear" and block is None else kind
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hf_prune.engine import distributed
 from hf_prune.engine.stream import Stream
 from hf_prune.errors import BadInputError, RunError
-from hf_prune.weights import WeightView, linear_layers
+from hf_prune.layers import linear_layers
+from hf_prune.weights import WeightView
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.weights import WeightView, expert_tensors
+from hf_prune.layers import expert_tensors
+from hf_prune.weights import WeightView
 
 _NAME = "hf_prune"
 # (the module's own function, hidden states [tokens, width], chosen experts, their weights [tokens, top k]) -> output.

@@ -37,10 +37,13 @@ class StatisticsCache:
         self.kinds = kinds
         self.complete = (self.folder / "complete").exists() and distributed.world_size() == 1
 
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block_{index}.safetensors"
+
     def load(self, index: int) -> Groups:
         """The groups of a block, on the device of their layers."""
         groups = []
-        with safe_open(self.folder / f"block_{index}.safetensors", framework="pt") as file:
+        with safe_open(self._file(index), framework="pt") as file:
             for number, group in enumerate(json.loads(file.metadata()["groups"])):
                 members = [self.views[name] for name in group["members"]]
                 totals = {kind: file.get_tensor(f"{number}.{kind}") for kind in self.kinds}
@@ -61,10 +64,14 @@ class StatisticsCache:
         }
         described = [{"count": own.count, "members": [view.name for view in members]} for own, members in groups]
         # Other runs may be writing, or already reading, the same one.
-        with replaced(self.folder / f"block_{index}.safetensors") as part:
+        with replaced(self._file(index)) as part:
             save_file(tensors, part, {"groups": json.dumps(described)})
 
     def finish(self) -> None:
-        """All blocks are there: from now on they are read instead of gathered."""
-        if distributed.world_size() == 1 and not self.complete:
+        """If all blocks are there, from now on they are read instead of gathered.
+
+        They are not where a walk that had been cut kept the first ones elsewhere, or nowhere.
+        """
+        blocks = {view.block for view in self.views.values()}
+        if distributed.world_size() == 1 and all(self._file(index).exists() for index in blocks):
             (self.folder / "complete").touch()

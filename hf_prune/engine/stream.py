@@ -88,11 +88,13 @@ class Stream:
     ) -> tuple[Groups, list[Tensor | None] | None]:
         """Statistics of every distinct input of a block's views, not yet added up over processes.
 
+        They come in the order of the views, the same on every process, whichever layer was first to see a token there.
+
         Args:
             outputs: also return the block's outputs, which takes the forward to the block's end.
 
         Raises:
-            RunError: a layer saw no token.
+            RunError: a layer saw no token, here or on another process.
         """
         observer = InputObserver(views, kinds, leave_early=not outputs)
         seen: list[Tensor | None] | None = [] if outputs else None
@@ -104,10 +106,7 @@ class Stream:
                     else:
                         seen.append(self.states.keep(self.runner.run(index, chunk, states)))
         self.forward_passes += 1 / len(self.runner.blocks)
-        silent = {view.name for view in views} - {view.name for _, members in observer.groups for view in members}
-        if silent:
-            raise RunError(f"{min(silent)} saw no calibration token; put it on ignore or use more calibration text.")
-        return observer.groups, seen
+        return _agreed(observer.groups, views), seen
 
     def advance(self, index: int, outputs: Sequence[Tensor | None] | None = None) -> None:
         """Move past block `index`: through it, or onto `outputs` where they are known already."""
@@ -117,3 +116,26 @@ class Stream:
         for place, chunk in enumerate(self.chunks):
             self.hidden[place] = self.states.keep(self.runner.run(index, chunk, self.hidden[place]))
         self.forward_passes += 1 / len(self.runner.blocks)
+
+
+def _agreed(groups: Groups, views: list[WeightView]) -> Groups:
+    """Groups in the order of `views`, as all processes have them.
+
+    Raises:
+        RunError: a process has no tokens of a layer, or others share its input.
+    """
+    place = {view.name: at for at, view in enumerate(views)}
+    ordered = [(own, sorted(members, key=lambda view: place[view.name])) for own, members in groups]
+    ordered.sort(key=lambda group: place[group[1][0].name])
+    named = [[view.name for view in members] for _, members in ordered]
+    everywhere = distributed.gather(named)
+    for theirs in everywhere:
+        silent = [name for name in place if name not in {own for members in theirs for own in members}]
+        if silent:
+            where = "" if len(everywhere) == 1 else " on one of the processes"
+            raise RunError(
+                f"{silent[0]} saw no calibration token{where}; put it on ignore or use more calibration text."
+            )
+    if any(theirs != named for theirs in everywhere):
+        raise RunError("the processes do not agree which layers share an input; prune this model with one process.")
+    return ordered

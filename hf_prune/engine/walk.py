@@ -123,6 +123,14 @@ def walk(
             # Named after the dense model: before anything is restored.
             cache = StatisticsCache(statistics_folder, model, input_ids, views, solver.statistics)
         first = checkpoint.restore(runner, streams, result, {view.block for view in views}) if checkpoint else 0
+        if cache is not None and cache.complete:
+            # Nothing goes through the blocks, and nothing is kept as the inputs of one that it does not belong to.
+            stream.hidden = [None] * len(stream.chunks)
+        elif 0 < first <= last and stream.hidden[0] is None:
+            raise BadInputError(
+                "statistics_folder: the statistics by which this unfinished run was going are no longer there; put "
+                "them back, or throw the run away with restart: true."
+            )
         for index in in_turn(model, progress(range(first, last + 1), "pruning blocks", total=last + 1 - first)):
             own = [view for view in views if view.block == index]
             if cache is not None and cache.complete:

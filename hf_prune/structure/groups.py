@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hf_prune.arguments import UNITS
 from hf_prune.errors import BadInputError
 from hf_prune.families import Coupling, Family, find_family
+from hf_prune.layers import linear_layers
 from hf_prune.structure.fusion import Fusion
-from hf_prune.weights import WeightView, find_blocks, linear_layers
+from hf_prune.weights import WeightView, find_blocks
 
 MLP, ATTENTION, HEADS, DEPTH = UNITS
 # Rows that positions turn and that only make sense as a whole head: averages of two heads' queries are neither's.

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import list_mixture
 import pytest
 import torch
+from cut_runs import CONTEXT
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, matrix_of, tiny_model
+from tiny import byte_tokenizer, matrix_of, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_prune.engine.walk import _assign
@@ -86,6 +90,40 @@ def test_two_processes_remove_the_units_that_one_does(tmp_path: Path) -> None:
     for name, weight in one.items():
         # The same units, and weights that differ by the order of float64 sums.
         assert torch.allclose(weight, two[name], rtol=1e-3, atol=1e-5), name
+
+
+def pruned_by_two(ids: torch.Tensor, folder: Path) -> tuple[list[int | None], list[str]]:
+    """Exit codes and errors of two processes that prune the list mixture, whose weights the first one saves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [CONTEXT.Process(target=list_mixture.prune_share, args=(ids, rank, port, folder)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started], [file.read_text() for file in sorted(folder.glob("error-*"))]
+
+
+@pytest.mark.slow
+def test_experts_in_a_list_are_added_up_each_with_itself_wherever_it_is_called_first(tmp_path: Path) -> None:
+    model, ids = list_mixture.model(), tiny_ids(64, 64)
+    orders = [list_mixture.order_of_use(model, own) for own in ids.split(16)[:2]]
+    assert orders[0] == orders[1][::-1], "or this test compares nothing"
+    routers = {name: own.clone() for name, own in model.state_dict().items() if "router" in name}
+    list_mixture.prune_it(model, ids)
+    assert len(routers) == 3 and all(torch.equal(model.state_dict()[name], own) for name, own in routers.items())
+    codes, _ = pruned_by_two(ids, tmp_path)
+    assert codes == [0, 0]
+    for name, one in model.state_dict().items():
+        two = load_file(tmp_path / "pruned.safetensors").get(name, one)
+        assert float(((one != 0) == (two != 0)).float().mean()) >= 0.99, name
+        assert float((one - two).norm() / one.norm()) < 0.02, name
+    # One process's windows are of one token, and reach one expert alone.
+    ids[16:32] = ids[48:] = 5
+    codes, errors = pruned_by_two(ids, tmp_path)
+    assert codes == [1, 1] and len(set(errors)) == 1 and len(errors) == 2, errors
+    assert re.match(r"model\.layers\.0\.mlp\.experts\.\d\.up saw no calibration token on one of the", errors[0])
 
 
 def test_work_is_spread_dearest_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from tiny import MIXTURES, tiny_ids, tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AfmoeConfig,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from hf_prune.checkpoint.displacement import displacement
 from hf_prune.checkpoint.folder import PLAN_FILE, REPORT_FILE
@@ -25,7 +33,7 @@ from hf_prune.recovery_setup import prepare_recovery
 from hf_prune.sensitivity import measure_sensitivity
 from hf_prune.training.arguments import make_train_recipe
 from hf_prune.training.recovery import RecoveryConfig
-from hf_prune.weights import WeightView, find_views
+from hf_prune.weights import WeightView, find_blocks, find_views
 
 COMMON = {
     "vocab_size": 260,
@@ -51,6 +59,16 @@ def gpt_oss() -> PreTrainedModel:
             if parameter.ndim != 1:
                 parameter.normal_(std=0.1)
     return model
+
+
+def afmoe() -> PreTrainedModel:
+    """Routers with their layer inside, a shared expert beside, and a first block without."""
+    torch.manual_seed(0)
+    config = AfmoeConfig(
+        **COMMON, intermediate_size=48, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2,
+        num_dense_layers=1,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 MODELS = {**{name: lambda name=name: tiny_model(name) for name in MIXTURES}, "gpt_oss": gpt_oss}
@@ -244,9 +262,12 @@ def test_an_expert_with_too_few_tokens_is_pruned_by_magnitude(tokens: int, scarc
     assert torch.equal(view.read(), dense * kept) == scarce
 
 
-@pytest.mark.parametrize("name", MODELS)
+SAVED = {**MODELS, "afmoe": afmoe}
+
+
+@pytest.mark.parametrize("name", SAVED)
 def test_a_pruned_mixture_is_verified_inspected_and_reloaded_stock(name: str, tmp_path: Path) -> None:
-    model = MODELS[name]()
+    model = SAVED[name]()
     routers = {key: value.clone() for key, value in model.state_dict().items() if "gate.weight" in key or "rout" in key}
     assert routers
     result = prune(model, make_config({"method": "sparsegpt", "pattern": "2:4"}), input_ids=tiny_ids(6, 32))
@@ -259,8 +280,8 @@ def test_a_pruned_mixture_is_verified_inspected_and_reloaded_stock(name: str, tm
     total = sum(view.numel for view in result.plan.views)
     assert inspection.summary["block_parameters"] == total and inspection.summary["block_nonzeros"] == total // 2
     assert set(inspection.summary["patterns"]) == {"2:4"}
-    before = {view.name: view.read() for view in find_views(MODELS[name]())}
-    moved = displacement(tmp_path, MODELS[name](), result.plan.views)
+    before = {view.name: view.read() for view in find_views(SAVED[name]())}
+    moved = displacement(tmp_path, SAVED[name](), result.plan.views)
     for view in find_views(model)[:-1]:
         kept = view.read() != 0
         distance = (view.read() - before[view.name])[kept].norm() / before[view.name][kept].norm()
@@ -310,6 +331,62 @@ def test_routers_are_left_out_and_what_cannot_train_experts_says_so() -> None:
     config = make_config({"method": "fcpts", "train_weights": True, "sparsity": 0.5})
     with pytest.raises(BadInputError, match="train_weights: experts of a mixture"):
         prune(model, config, input_ids=tiny_ids(4, 16))
+
+
+SIZES = {**COMMON, "intermediate_size": 48, "moe_intermediate_size": 24}
+# What is called a router or gate in each family's own code, inside a block.
+NESTED_ROUTERS: dict[str, tuple[dict[str, object], set[str]]] = {
+    "afmoe": ({"num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 0}, {"mlp.router.gate"}),
+    "gemma4_text": ({"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}, {"router.proj"}),
+    "hunyuan_v1_moe": ({"num_experts": 4, "moe_topk": 2}, {"mlp.gate.wg"}),
+    # As many experts as their shared one has rows.
+    "qwen3_next": (
+        {"num_experts": 24, "shared_expert_intermediate_size": 24},
+        {"mlp.gate", "mlp.shared_expert_gate"},
+    ),
+    "zaya": ({"num_experts": 4}, {f"mlp.gate.{name}" for name in
+                                  ("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj")}),
+}  # fmt: skip
+UNKNOWN_EXPERTS: dict[str, tuple[dict[str, object], set[str]]] = {
+    "dbrx": (
+        {"n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"moe_num_experts": 4}},
+        {"ffn.router.layer"},
+    ),
+    "jetmoe": ({"num_local_experts": 4}, {"mlp.router.layer", "self_attention.experts.router.layer"}),
+    "llama4_text": ({"num_local_experts": 4, "interleave_moe_layer_step": 1}, {"feed_forward.router"}),
+    "longcat_flash": ({"num_hidden_layers": 4, "zero_expert_num": 3}, {"mlp.router.classifier"}),
+}
+
+
+def planned_family(name: str, values: dict[str, object], **keys: list[str]) -> tuple[set[str], dict[str, str]]:
+    """Layers of the second block that a plan prunes, and what it leaves out there with the reason."""
+    sizes = {} if name == "dbrx" else SIZES
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**{**sizes, **values}))
+    views, skipped = select_views(model, keys.get("targets"), None)
+    prefix = f"{find_blocks(model)[0]}.1."
+    return (
+        {view.layer.removeprefix(prefix) for view in views if view.block == 1},
+        {own["name"].removeprefix(prefix): own["reason"] for own in skipped},
+    )
+
+
+@pytest.mark.parametrize("name", NESTED_ROUTERS)
+def test_routers_are_left_out_wherever_a_family_keeps_them(name: str) -> None:
+    values, routers = NESTED_ROUTERS[name]
+    pruned, left = planned_family(name, values)
+    assert {own for own, reason in left.items() if "router" in reason and ".layers.0." not in own} == routers
+    assert not pruned & routers and any("experts" in own for own in pruned)
+    assert any("o_proj" in own or "out_proj" in own for own in pruned)
+
+
+@pytest.mark.parametrize("name", UNKNOWN_EXPERTS)
+def test_experts_in_an_unknown_layout_are_refused_unless_they_are_not_meant(name: str) -> None:
+    values, routers = UNKNOWN_EXPERTS[name]
+    with pytest.raises(BadInputError, match=r"keeps experts in a layout that .* \(\d+ weights, first"):
+        planned_family(name, values)
+    pruned, left = planned_family(name, values, targets=["re:.*\\.1\\..*"])
+    assert pruned and not pruned & routers and routers <= {own for own in left if "router" in left[own]}
 
 
 def test_structured_pruning_and_lora_refuse_mixtures(tmp_path: Path) -> None:

@@ -226,11 +226,12 @@ def test_a_launcher_hands_sigterm_to_its_processes(recipe: dict, tmp_path: Path)
 def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     shutil.copy(recipe["dataset_name"], text)
-    values = stopped_twice(recipe, tmp_path, dataset_name=text)
+    statistics = tmp_path / "statistics"
+    values = stopped_twice(recipe, tmp_path, dataset_name=text, propagate=False, statistics_folder=statistics)
     before = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
 
-    def refused(said: str, **changes: object) -> None:
-        codes, log = prune({**values, **changes}, tmp_path)
+    def refused(said: str, threads: int | None = None, **changes: object) -> None:
+        codes, log = prune({**values, **changes}, tmp_path, threads=threads)
         assert codes == [2] and re.search(said, log) and len(log.strip().splitlines()) == 1, log
         after = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
         assert all(after[name] == content for name, content in before.items() if name != "lock")
@@ -256,6 +257,9 @@ def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: P
     block.write_bytes(before[block.name])
     refused(r"sparsity was 0\.5 and is 0\.6", sparsity=0.6)
     refused("num_calibration_samples was 40 and is 41", num_calibration_samples=41)
+    refused(r'statistics_folder was ".*/statistics" and is ".*/other"', statistics_folder=tmp_path / "other")
+    threads = torch.get_num_threads() + 2
+    refused(rf"threads per process \(OMP_NUM_THREADS\) was \d+ and is {threads}; put that back", threads)
     lock = hold(tmp_path / "out.pruning" / "lock", before["lock"].decode())
     refused(r"process \d+ on .* is making it already")
     assert lock is not None

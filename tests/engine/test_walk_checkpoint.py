@@ -28,12 +28,14 @@ CASES = {
 }
 
 
-def walk(family: str, options: dict, work: WorkFolder | None, stop: StopRequest) -> tuple[torch.nn.Module, PruneResult]:
+def walk(
+    family: str, options: dict, work: WorkFolder | None, stop: StopRequest, statistics: Path | None = None
+) -> tuple[torch.nn.Module, PruneResult]:
     model = tiny_model(family, torch.bfloat16 if family == "gemma3" else torch.float32)
     config, input_ids = make_config({"sparsity": 0.5, **options}), tiny_ids(36)
     plan = with_importance(model, config, plan_pruning(model, config), input_ids)
     checkpoint = WalkCheckpoint(work, stop, every=1) if work else None
-    folder = str(work.path / ".." / "statistics") if work and not config.propagate else None
+    folder = str(statistics) if statistics else None
     return model, prune(model, config, input_ids=input_ids, plan=plan, checkpoint=checkpoint, statistics_folder=folder)
 
 
@@ -46,7 +48,7 @@ def test_stopping_behind_every_block_changes_no_bit(case: str, tmp_path: Path) -
         with WorkFolder.opened(tmp_path / "work") as work:
             work.claim({})
             try:
-                model, result = walk(family, options, work, StopRequest(time_limit="0.001"))
+                model, result = walk(family, options, work, StopRequest(time_limit="0.001"), tmp_path / "kept")
                 break
             except Stopped:
                 sessions += 1
@@ -57,6 +59,35 @@ def test_stopping_behind_every_block_changes_no_bit(case: str, tmp_path: Path) -
     losses = [{index: (own.before, own.after) for index, own in r.reconstruction.items()} for r in (result, expected)]
     assert losses[0] == losses[1] and bool(losses[0]) == ("reconstruct" in options)
     assert result.earlier_seconds > 0
+
+
+def test_statistics_count_where_every_block_has_kept_them(tmp_path: Path) -> None:
+    options, kept = CASES["dense inputs"][1], tmp_path / "kept"
+    whole, _ = walk("llama", options, None, StopRequest())
+
+    def session(folder: str, limit: str | None, statistics: Path | None) -> torch.nn.Module:
+        with WorkFolder.opened(tmp_path / folder) as work:
+            work.claim({})
+            return walk("llama", options, work, StopRequest(time_limit=limit), statistics)[0]
+
+    def same(model: torch.nn.Module) -> bool:
+        return all(torch.equal(own, whole.state_dict()[name]) for name, own in model.state_dict().items())
+
+    with pytest.raises(Stopped):
+        session("work", "0.001", None)
+    assert same(session("work", None, kept))
+    # The first block's are in no file: they are gathered anew, and read from then on.
+    for passes in (1, 0):
+        model, result = walk("llama", options, None, StopRequest(), kept)
+        assert same(model) and result.forward_passes == pytest.approx(passes)
+    # Who reads them keeps no inputs, with which others could do without them.
+    with pytest.raises(Stopped):
+        session("other", "0.001", kept)
+    kept.rename(tmp_path / "away")
+    with pytest.raises(BadInputError, match="statistics_folder: the statistics by which this unfinished run"):
+        session("other", None, kept)
+    (tmp_path / "away").rename(kept)
+    assert same(session("other", None, kept))
 
 
 def test_saving_waits_until_it_is_a_twentieth_of_the_work(tmp_path: Path) -> None:
