@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 from typing import IO
+
+# Seconds; `is_held` takes a lock for an instant.
+_PATIENCE, _PAUSE = 0.1, 0.02
 
 
 def hold(file: Path, about: str = "") -> IO[str] | None:
@@ -14,6 +18,7 @@ def hold(file: Path, about: str = "") -> IO[str] | None:
     Args:
         about: what the file says of its holder.
     """
+    end = time.monotonic() + _PATIENCE
     while True:
         stream = file.open("a+", encoding="utf-8")
         try:
@@ -22,7 +27,10 @@ def hold(file: Path, about: str = "") -> IO[str] | None:
             mine, there = os.fstat(stream.fileno()), file.stat()
         except BlockingIOError:
             stream.close()
-            return None
+            if time.monotonic() >= end:
+                return None
+            time.sleep(_PAUSE)
+            continue
         except FileNotFoundError:
             stream.close()
             continue
