@@ -56,6 +56,7 @@ def finish(
     watch: Stopwatch,
     complete: Callable[[Path], None],
     *,
+    placing: Callable[[Path], None] = lambda folder: None,
     placed: Callable[[], None] = lambda: None,
     trust_remote_code: bool = False,
 ) -> None:
@@ -67,6 +68,7 @@ def finish(
         report: gets its `verification`, the `own_code` that its model brings, and is what the card says.
         recipes: texts by file name, the run's own under `RECIPE_FILE`.
         complete: adds to report and folder what needs the saved files: plots, measurements.
+        placing: called with the whole folder just before it takes its name.
         placed: called once the folder has its name.
 
     Raises:
@@ -99,9 +101,15 @@ def finish(
         complete(folder)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_card(folder, report, recipes[RECIPE_FILE])
+        placing(folder)
     placed()
+    push(output)
+
+
+def push(output: OutputArguments) -> None:
+    """Push the finished folder, if asked."""
     if output.push_to_hub:
-        assert output.hub_model_id is not None
+        assert output.output_dir is not None and output.hub_model_id is not None
         push_folder(output.output_dir, output.hub_model_id, private=output.hub_private_repo)
 
 

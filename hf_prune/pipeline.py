@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_prune.checkpoint.folder import RECIPE_FILE
+from hf_prune.arguments import OutputArguments
+from hf_prune.checkpoint.folder import RECIPE_FILE, REPORT_FILE
 from hf_prune.checkpoint.load import free_memory, load_config, load_tokenizer, pick_device
 from hf_prune.checkpoint.offloaded import open_model
 from hf_prune.compose import make_allocation, needs_text
@@ -18,14 +20,14 @@ from hf_prune.description import add_displacement, describe
 from hf_prune.engine import distributed
 from hf_prune.evaluation.memory import PeakMemory
 from hf_prune.evaluation.quality import QualityEvaluation
-from hf_prune.finish import Stopwatch, efficiency, finish
+from hf_prune.finish import Stopwatch, efficiency, finish, push
 from hf_prune.plan import Plan
 from hf_prune.preparation import Preparation, check_feasible, prepare
 from hf_prune.pruning import PruneResult, load_calibration, plan_pruning, prune, with_importance
 from hf_prune.recipe import Recipe
 from hf_prune.report.plots import plot_sparsity_by_layer, plot_widths
 from hf_prune.report.privacy import may_show_samples
-from hf_prune.unfinished import Unfinished
+from hf_prune.unfinished import Unfinished, is_finished
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +49,25 @@ def run(recipe: Recipe, notes: Mapping[str, Any] | None = None) -> dict[str, Any
     """
     recipe.require("output_dir")
     distributed.initialise(recipe.model.device)
+    if is_finished(recipe, drop=True):
+        return _finished_before(recipe.output)
     watch = Stopwatch()
     with watch.phase("prepare"):
         ready = prepare(recipe)
         check_feasible(ready)
     with Unfinished.opened(recipe) as unfinished:
         return _run(ready, unfinished, watch, notes or {})
+
+
+def _finished_before(output: OutputArguments) -> dict[str, Any]:
+    """The report of a run that died when all but pushing was done."""
+    assert output.output_dir is not None
+    logger.info("%s is finished already, by a run that died while it cleared up.", output.output_dir)
+    file = Path(output.output_dir).expanduser() / REPORT_FILE
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if distributed.rank() == 0:
+        push(output)
+    return report
 
 
 def _run(ready: Preparation, unfinished: Unfinished, watch: Stopwatch, notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +134,7 @@ def _run(ready: Preparation, unfinished: Unfinished, watch: Stopwatch, notes: Ma
         if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
             report["samples"] = evaluation.samples(dense=dense, pruned=pruned)
     if distributed.rank() == 0:
-        write(ready, model, tokenizer, result, report, watch, unfinished.finished)
+        write(ready, model, tokenizer, result, report, watch, unfinished)
     return report
 
 
@@ -130,7 +145,7 @@ def write(
     result: PruneResult,
     report: dict[str, Any],
     watch: Stopwatch,
-    placed: Callable[[], None],
+    unfinished: Unfinished,
 ) -> None:
     """Finish the folder; displacement, sizes and speeds and plots are this run's own."""
 
@@ -167,7 +182,8 @@ def write(
         texts,
         watch,
         complete,
-        placed=placed,
+        placing=unfinished.placing,
+        placed=unfinished.finished,
         trust_remote_code=trust,
     )
 

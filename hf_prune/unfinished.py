@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 import hf_prune
 from hf_prune.checkpoint.files import file_digest, tensor_digest, text_digest
-from hf_prune.checkpoint.folder import beside
+from hf_prune.checkpoint.folder import (
+    RECIPE_FILE,
+    REPORT_FILE,
+    beside,
+    check_output_folder,
+    clear_leftovers,
+)
 from hf_prune.checkpoint.offloaded import shards_of
 from hf_prune.checkpoint.work import WorkFolder
 from hf_prune.engine import distributed
@@ -58,6 +64,28 @@ def work_folder(output_dir: str) -> Path:
     return beside(output_dir, SUFFIX)
 
 
+def is_finished(recipe: Recipe, drop: bool = False) -> bool:
+    """Whether this very run has finished its output folder and died before its working folder went.
+
+    Args:
+        drop: that goes now, also for another run that may replace the folder.
+    """
+
+    def look() -> bool:
+        assert recipe.output.output_dir is not None
+        folder = Path(recipe.output.output_dir).expanduser().resolve()
+        with WorkFolder.left_behind(work_folder(recipe.output.output_dir), folder / REPORT_FILE) as work:
+            if work is None or recipe.run.restart:
+                return False
+            same = (folder / RECIPE_FILE).read_bytes() == recipe.text.encode()
+            if drop and (same or recipe.output.overwrite_output_dir):
+                clear_leftovers(folder)
+                work.discard()
+            return same
+
+    return distributed.all_or_none(lambda: distributed.rank() == 0 and look())[0]
+
+
 class Unfinished:
     """A run's working folder and its requests to stop; made by `opened`.
 
@@ -82,12 +110,23 @@ class Unfinished:
     def opened(cls, recipe: Recipe) -> Iterator[Unfinished]:
         """The working folder beside the recipe's output folder, locked, with SIGTERM listened for.
 
+        What earlier runs have left half done of the output folder is gone, and what they were replacing is back.
+
         Raises:
-            BadInputError: another process is making the same output folder.
+            BadInputError: another process is making the same output folder; what is back must not be replaced.
         """
-        assert recipe.output.output_dir is not None
+        output = recipe.output
+        assert output.output_dir is not None
+        folder = output.output_dir
+
+        def clear() -> None:
+            if distributed.rank() == 0:
+                clear_leftovers(folder)
+                check_output_folder(folder, output.overwrite_output_dir)
+
         stop = StopRequest(recipe.run.time_limit, recipe.run.deadline)
-        with WorkFolder.opened(work_folder(recipe.output.output_dir), recipe.run.restart) as work, stop.listening():
+        with WorkFolder.opened(work_folder(folder), recipe.run.restart) as work, stop.listening():
+            distributed.all_or_none(clear)
             yield cls(work, stop, recipe.run.checkpoint_every)
 
     def claim(self, ready: Preparation, model: PreTrainedModel, texts: dict[str, Tensor | None]) -> None:
@@ -138,6 +177,7 @@ class Unfinished:
         if kept is None:
             kept = measure().to_dict()
             self.work.save({"dense": kept})
+            self._stop_if_asked("the dense model was measured")
         return Quality.from_dict(kept)
 
     def plan(self, make: Callable[[], Plan], device: Any, trained: nn.Module | None = None) -> tuple[Plan, float]:
@@ -162,9 +202,7 @@ class Unfinished:
                 files = {}
             with self._counted():
                 self.work.save({"plan": plan.to_dict(), "plan_seconds": seconds}, files)
-            reason = distributed.gather(self.stop.reason())[0]
-            if reason:
-                raise Stopped(f"stopped by {reason} once the plan was made; start the same run again to go on.")
+            self._stop_if_asked("the plan was made")
             return plan, seconds
         plan = Plan.from_dict(kept)
         if _FISHER in self.work.files:
@@ -178,7 +216,20 @@ class Unfinished:
                 parameter.copy_(weights[name])
         return plan, self.work.entries["plan_seconds"]
 
+    def _stop_if_asked(self, done: str) -> None:
+        reason = distributed.gather(self.stop.reason())[0]
+        if reason:
+            raise Stopped(f"stopped by {reason} once {done}; start the same run again to go on.")
+
+    def placing(self, folder: Path) -> None:
+        """The output folder is whole and about to take its name; the main process alone calls this and `finished`.
+
+        From here on a death leaves what the next start finishes, and SIGTERM comes too late.
+        """
+        self.stop.stop_no_more()
+        self.work.expect_result(folder / REPORT_FILE)
+
     def finished(self) -> None:
         """The output folder has its name: nothing is left to go on with."""
-        self.stop.listen_no_more()
         self.work.discard()
+        self.stop.listen_no_more()

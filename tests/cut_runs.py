@@ -128,12 +128,12 @@ def _child(values: dict, rank: int, world: int, port: int, cut: Cut | None, thre
                                   for key, value in values.items()]]))  # fmt: skip
 
 
-def stopped_twice(recipe: dict, folder: Path, **changes: object) -> dict:
-    """The recipe on a copy of its model, once a run by it has been stopped before its first block and its second."""
+def stopped_early(recipe: dict, folder: Path, **changes: object) -> dict:
+    """The recipe on a copy of its model, once its run has been stopped behind dense scores, plan and first block."""
     shutil.copytree(recipe["model_name_or_path"], folder / "model")
     own = {"model_name_or_path": folder / "model", "output_dir": folder / "out", "time_limit": "0.001"}
     values = {**recipe, **own, **changes}
-    for _ in range(2):
+    for _ in range(3):
         codes, log = prune(values, folder)
         assert codes == [STOPPED], log
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hf_prune.errors import BadInputError, HfPruneError, RunError
@@ -22,6 +23,8 @@ RECIPE_FILE, PLAN_FILE, REPORT_FILE = "hf_prune_recipe.yaml", "prune_plan.json",
 RECOVERY_FILE = "hf_prune_recovery{}.yaml"
 # What tells a model's folder from any other.
 MODEL_MARK = "config.json"
+# The hidden siblings: a folder that is being made, and one that is being replaced.
+_PARTIAL, _REPLACED = ".partial-", ".replaced-"
 logger = logging.getLogger(__name__)
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -42,7 +45,9 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
     parent = next(folder for folder in target.parents if folder.exists())
     try:
         # Trying is the only reliable question: os.access knows nothing of quotas and says yes to root too often.
-        Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=parent)).rmdir()
+        with suppress(FileNotFoundError):
+            # Whoever clears leftovers away may be first.
+            Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=parent)).rmdir()
     except OSError as error:
         raise BadInputError(
             f"output_dir: cannot create {target} because {parent} is not writable ({error.strerror}); "
@@ -103,10 +108,12 @@ def output_folder(path: str | os.PathLike[str], overwrite: bool = False, mark: s
     Raises BadInputError as `check_output_folder` does or where writing is forbidden, RunError where the disk is full.
     """
     target = check_output_folder(path, overwrite, mark)
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+    for leftover in _siblings(target, _PARTIAL):
         logger.warning("%s belongs to a run that is still busy or was killed; delete it if none is running", leftover)
+    for aside in _siblings(target, _REPLACED):
+        logger.warning("%s stood at %s before a run that was killed; rename it back, or delete it", aside, target)
     # Not mkdtemp: its mode is 0700, and a plain mkdir lets the kernel apply the umask.
-    partial = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    partial = target.parent / f".{target.name}{_PARTIAL}{secrets.token_hex(4)}"
     try:
         with explained_disk_errors(partial, target):
             partial.mkdir(parents=True)
@@ -153,14 +160,36 @@ def _put_in_place(partial: Path, target: Path) -> None:
     if not target.exists():
         partial.rename(target)
         return
-    aside = target.parent / f".{target.name}.replaced-{secrets.token_hex(4)}"
-    target.rename(aside)
+    aside = target.parent / f".{target.name}{_REPLACED}{secrets.token_hex(4)}"
     try:
+        target.rename(aside)
         partial.rename(target)
-    except BaseException:
+    finally:
+        _settle_replaced(aside, target)
+
+
+def _settle_replaced(aside: Path, target: Path) -> None:
+    """What was moved aside goes where another folder has taken its name, and comes back where none has."""
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
         aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _siblings(target: Path, kind: str) -> list[Path]:
+    return sorted(target.parent.glob(f".{glob.escape(target.name)}{kind}*"))
+
+
+def clear_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what runs that were killed have left half done of `path`, and bring back what they were replacing.
+
+    Only for whoever knows that nothing else is making `path`.
+    """
+    target = Path(path).expanduser().resolve()
+    for aside in _siblings(target, _REPLACED):
+        _settle_replaced(aside, target)
+    for partial in _siblings(target, _PARTIAL):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _disk_error(error: Exception, partial: Path, target: Path) -> HfPruneError | None:

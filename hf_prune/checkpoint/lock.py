@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from hf_prune.errors import BadInputError
+
+# Seconds; `is_held` takes a lock for an instant.
+_PATIENCE, _PAUSE = 0.1, 0.02
 
 
 def hold(file: Path, about: str = "") -> IO[str] | None:
@@ -18,6 +22,7 @@ def hold(file: Path, about: str = "") -> IO[str] | None:
     Args:
         about: what the file says of its holder.
     """
+    end = time.monotonic() + _PATIENCE
     while True:
         stream = file.open("a+", encoding="utf-8")
         try:
@@ -26,7 +31,10 @@ def hold(file: Path, about: str = "") -> IO[str] | None:
             mine, there = os.fstat(stream.fileno()), file.stat()
         except BlockingIOError:
             stream.close()
-            return None
+            if time.monotonic() >= end:
+                return None
+            time.sleep(_PAUSE)
+            continue
         except FileNotFoundError:
             stream.close()
             continue

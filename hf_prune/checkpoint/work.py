@@ -22,6 +22,8 @@ from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, Stopped
 
 MANIFEST, LOCK = "manifest.json", "lock"
+# The digest of what tells the finished folder from any other, from just before that takes its name.
+RESULT = "result"
 VERSION = 1
 SCRATCH = "scratch"
 
@@ -99,14 +101,12 @@ class WorkFolder:
                     f"output_dir: {file} is damaged or of another release; throw the unfinished run away with "
                     "restart: true."
                 ) from None
-        distributed.barrier()
-        self._sweep()
-
-    def _sweep(self) -> None:
         if distributed.rank() == 0:
             for file in self.path.iterdir():
                 if file.name not in (LOCK, MANIFEST, SCRATCH, *self.files):
                     file.unlink()
+        # No process writes here before that is done.
+        distributed.barrier()
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Say what the run is made of; it is kept from the next `save` on.
@@ -157,6 +157,7 @@ class WorkFolder:
                     written[name] = self._describe(name)
             return written, list(drop)
 
+        before = self.files
         for written, dropped in distributed.all_or_none(write):
             self.files = {name: file for name, file in self.files.items() if name not in dropped} | written
         self.entries = {"identity": self._identity, **self.entries, **entries}
@@ -168,7 +169,10 @@ class WorkFolder:
                     write_whole(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
         distributed.all_or_none(swap)
-        self._sweep()
+        if distributed.rank() == 0:
+            # These alone: the other processes may be writing already what comes next.
+            for name in before.keys() - self.files.keys():
+                (self.path / name).unlink(missing_ok=True)
 
     def file(self, name: str) -> Path:
         """A kept file.
@@ -193,7 +197,36 @@ class WorkFolder:
         if distributed.rank() == 0:
             # First, so that no half of it counts.
             (self.path / MANIFEST).unlink(missing_ok=True)
+            # And the result last, so that a death in between leaves what can be told.
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            for file in self.path.iterdir():
+                if file.name not in (LOCK, RESULT, SCRATCH):
+                    file.unlink(missing_ok=True)
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def expect_result(self, file: Path) -> None:
+        """Say what the finished folder will be known by; the main process alone calls it."""
+        write_whole(self.path / RESULT, file_digest(file))
+
+    @classmethod
+    @contextmanager
+    def left_behind(cls, path: Path, file: Path) -> Iterator[WorkFolder | None]:
+        """The working folder of a run that died once its result had its name, locked; None where there is none.
+
+        Args:
+            file: what the result is known by.
+        """
+        result = path / RESULT
+        if not (result.is_file() and file.is_file() and result.read_text(encoding="utf-8") == file_digest(file)):
+            yield None
+            return
+        work = cls(path)
+        work._locked = hold(path / LOCK)
+        try:
+            yield work if work._locked is not None else None
+        finally:
+            if work._locked is not None:
+                work._locked.close()
 
 
 def holders(path: Path) -> list[int]:

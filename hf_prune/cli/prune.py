@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from hf_prune.cli.arguments import console, quiet_libraries, read_recipe, recipe_help, split_launch_flags
 from hf_prune.errors import RELAUNCHED, BadInputError, Stopped
 from hf_prune.recipe import Recipe
+
+# Seconds between two looks at whether there is a signal to hand on.
+_PAUSE = 0.5
 
 
 def help_text() -> str:
@@ -38,13 +40,14 @@ def execute(recipe: Recipe, command: list[str], launch: Sequence[str] = ()) -> i
         raise BadInputError(f"{launch[0][2:]}: is a flag of accelerate launch; set num_processes to more than 1.")
     if recipe.model.num_processes > 1 and "RANK" not in os.environ:
         from hf_prune.preparation import check_feasible, prepare
-        from hf_prune.unfinished import work_folder
+        from hf_prune.unfinished import is_finished, work_folder
 
         # What can be refused is refused here, in one sentence: the launcher would wrap it in a traceback.
         quiet_libraries()
         recipe.require("output_dir")
-        check_feasible(prepare(recipe))
-        return relaunch(recipe.model.num_processes, command, work_folder(str(recipe.output.output_dir)), launch)
+        if not is_finished(recipe):
+            check_feasible(prepare(recipe))
+            return relaunch(recipe.model.num_processes, command, work_folder(str(recipe.output.output_dir)), launch)
     run_and_show(recipe)
     return 0
 
@@ -55,31 +58,60 @@ def relaunch(num_processes: int, arguments: list[str], work: Path | None = None,
     The launcher knows of failures alone: whether the run has stopped to go on later is seen from its folder.
 
     Args:
-        work: the run's working folder, whose processes are handed SIGTERM; the launcher would give them 30 seconds.
+        work: the run's working folder, whose processes are handed SIGTERM; the launcher, which would give them 30
+            seconds, never sees it, whoever sends it.
         more: flags of the launcher; they win over those that are set here.
     """
     # --multi_gpu is accelerate's word for several processes; without it (and with --cpu) it starts one only.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     launch += more
+    environment = {**os.environ, RELAUNCHED: "1"}
+    command = [*launch, "-m", "hf_prune", *arguments]
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    try:
+        # Launcher and processes are born with SIGTERM held back; the processes take it once they can stop.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if work is not None else set())
+        try:
+            launcher = subprocess.Popen(command, env=environment)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        code = _wait(launcher, work, noted)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return Stopped.exit_code if code == 0 and work is not None and work.exists() else code
+
+
+def _wait(launcher: subprocess.Popen[bytes], work: Path | None, noted: list[int]) -> int:
+    """The launcher's exit code; signals that are `noted` meanwhile are handed on, early ones as soon as they can be."""
+    begun = False
+    with launcher:
+        while True:
+            begun = begun or (work is not None and work.exists())
+            if noted and _hand_on(launcher, work, begun):
+                noted.pop()
+            with suppress(subprocess.TimeoutExpired):
+                return launcher.wait(_PAUSE)
+
+
+def _hand_on(launcher: subprocess.Popen[bytes], work: Path | None, begun: bool) -> bool:
+    """Hand SIGTERM on; whether there was anyone to take it."""
     # Late: it brings torch.
     from hf_prune.checkpoint.work import holders
 
-    environment = {**os.environ, RELAUNCHED: "1"}
-    with subprocess.Popen([*launch, "-m", "hf_prune", *arguments], env=environment) as launcher:
-
-        def hand_on(number: int, frame: Any) -> None:
-            own = holders(work) if work is not None else []
-            for process in own or [launcher.pid]:
-                with suppress(ProcessLookupError):
-                    os.kill(process, number)
-
-        before = signal.signal(signal.SIGTERM, hand_on)
-        try:
-            code = launcher.wait()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    return Stopped.exit_code if code == 0 and work is not None and work.exists() else code
+    if work is None:
+        launcher.terminate()
+        return True
+    own = holders(work)
+    for process in own:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+    # The folder is finished, and may be being pushed for hours.
+    pushing = begun and not own and not work.exists()
+    if pushing:
+        launcher.send_signal(signal.SIGINT)
+    return bool(own) or pushing
 
 
 def run_and_show(recipe: Recipe) -> None:

@@ -15,6 +15,9 @@ from hf_prune.clock import next_time, parse_duration
 from hf_prune.errors import Stopped
 
 SIGNAL = "SIGTERM"
+# One stop may come as several signals: `timeout` signals its child and then the whole group, a batch system every
+# process of a job. Only what comes so many seconds later is another one.
+_ONE_STOP = 5.0
 logger = logging.getLogger(__name__)
 
 
@@ -34,9 +37,14 @@ class StopRequest:
         if deadline is not None:
             ends.append((next_time("deadline", deadline, now).timestamp(), f"deadline {deadline}"))
         self.end = min(ends) if ends else None
-        self.signalled = False
+        self._signalled_at: float | None = None
         self._deferred = False
         self._before: Any = None
+
+    @property
+    def signalled(self) -> bool:
+        """Whether SIGTERM has come."""
+        return self._signalled_at is not None
 
     def reason(self, needed: float = 0.0) -> str | None:
         """Why to stop now, None for no reason: a signal has come, or the end comes within `needed` seconds."""
@@ -46,16 +54,22 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, SIGTERM raises Stopped at once, or is noted where it is deferred; a second one ends the process."""
+        """Inside, SIGTERM raises Stopped at once, or is noted where it is deferred; a later one ends the process.
+
+        One that whoever started this process has had it hold back is taken now.
+        """
         if threading.current_thread() is not threading.main_thread():
             # Python hands signals to the main thread alone.
             yield
             return
         self._before = signal.signal(signal.SIGTERM, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         try:
             yield
         finally:
-            self.listen_no_more()
+            # The rest of the signals that are one stop would end the process on its way out.
+            if not self.signalled:
+                self.listen_no_more()
 
     def listen_no_more(self) -> None:
         """From now on SIGTERM does what it did before."""
@@ -63,12 +77,20 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 
+    def stop_no_more(self) -> None:
+        """From now on SIGTERM comes too late: it is noted, and what is left takes no longer than stopping would."""
+        self._deferred = True
+
     def _stop(self, number: int, frame: Any) -> None:
-        self.signalled = True
-        if not self._deferred:
-            self._raise()
-        logger.info("SIGTERM: stopping after this block; another one stops at once.")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            if not self._deferred:
+                self._raise()
+            logger.info("SIGTERM: stopping once this is done; another one in %.0f seconds stops at once.", _ONE_STOP)
+        elif now - self._signalled_at >= _ONE_STOP:
+            self.listen_no_more()
+            signal.raise_signal(number)
 
     def _raise(self) -> None:
         raise Stopped(f"stopped by {SIGNAL}; start the same run again to go on.")

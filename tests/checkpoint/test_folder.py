@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hf_prune
-from hf_prune.checkpoint.folder import check_free_space, check_output_folder, output_folder
+from hf_prune.checkpoint.folder import check_free_space, check_output_folder, clear_leftovers, output_folder
 from hf_prune.checkpoint.save import save_model
 from hf_prune.errors import BadInputError, RunError
 
@@ -109,6 +109,29 @@ def test_a_killed_run_leaves_what_was_there(old):
     with output_folder(old, overwrite=True) as partial:  # the remains are in nobody's way
         (partial / "config.json").write_text("new")
     assert content(old) == {"config.json": b"new"}
+    assert len(list(old.parent.iterdir())) == 2
+    # A killed run whose remains stand where the folder stood, and then beside it.
+    old.rename(old.with_name(".out.replaced-1"))
+    clear_leftovers(old)
+    assert content(old.parent) == {"out/config.json": b"new"}
+    shutil.copytree(old, old.with_name(".out.replaced-2"))
+    clear_leftovers(old)
+    assert content(old.parent) == {"out/config.json": b"new"}
+
+
+def test_an_interrupt_after_the_old_folder_was_moved_brings_it_back(old, monkeypatch):
+    rename, before = Path.rename, content(old.parent)
+
+    def interrupted(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        if ".replaced-" in target.name:
+            signal.raise_signal(signal.SIGINT)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), output_folder(old, overwrite=True) as partial:
+        (partial / "config.json").write_text("new")
+    assert content(old.parent) == before
 
 
 def test_files_are_readable_as_the_umask_says(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cut_runs import KILLED, RECIPE, TOO_LARGE, Cut, flip, place_of, prune, stopped_twice
+from cut_runs import KILLED, RECIPE, TOO_LARGE, Cut, flip, place_of, prune, stopped_early
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 
@@ -52,8 +52,10 @@ def check_same(folder: Path, expected: Path) -> None:
 
 @pytest.mark.slow
 def test_kills_change_nothing(recipe: dict, in_memory: Path, tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    values = {**recipe, "output_dir": tmp_path / "runs" / "out", "offload": "disk"}
+    output = tmp_path / "runs" / "out"
+    output.mkdir(parents=True)
+    (output / "config.json").write_text("{}")
+    values = {**recipe, "output_dir": output, "offload": "disk", "overwrite_output_dir": True}
     for cut in (
         Cut("open", "shard_0000", 1, "half"),
         Cut("os.rename", "shard_0001", 1),
@@ -62,15 +64,19 @@ def test_kills_change_nothing(recipe: dict, in_memory: Path, tmp_path: Path) -> 
         Cut("os.remove", "inputs_0002", 1),
         Cut("open", "model.safetensors.index.json", 2),
         Cut("open", "hf_prune_recipe.yaml", 1),
+        # The old folder has been moved aside, the new one is about to take its name.
+        Cut("os.rename", "out", 1),
     ):
+        assert [file.name for file in output.iterdir()] == ["config.json"]
         codes, log = prune(values, tmp_path, cut=cut)
         assert codes == [TOO_LARGE if cut.action == "half" else KILLED], (cut, log)
-        assert not (tmp_path / "runs" / "out").exists()
+    assert not output.exists()
+    # Without leave to replace what is back it says so before it does anything.
+    codes, log = prune({**values, "overwrite_output_dir": False}, tmp_path)
+    assert codes == [2] and "exists and is not empty" in log and (output / "config.json").read_text() == "{}", log
     codes, log = prune(values, tmp_path)
     assert codes == [0] and "Going on with block 3" in log, log
-    for leftover in (tmp_path / "runs").glob(".out.partial-*"):
-        shutil.rmtree(leftover)
-    check_same(tmp_path / "runs" / "out", in_memory)
+    check_same(output, in_memory)
 
 
 @pytest.mark.slow
@@ -87,7 +93,7 @@ def test_two_processes_read_the_same_files(recipe: dict, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["llama"], indirect=True)
 def test_what_was_damaged_between_two_sessions_is_named(recipe: dict, tmp_path: Path) -> None:
-    values = stopped_twice(recipe, tmp_path, offload="disk")
+    values = stopped_early(recipe, tmp_path, offload="disk")
     weights, shard = tmp_path / "model" / "model.safetensors", tmp_path / "out.pruning" / "shard_0000.safetensors"
     for file, damage, said in (
         (weights, lambda whole: whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:], "is not what it was;"),

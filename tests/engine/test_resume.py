@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from cut_runs import HALF, KILLED, RECIPE, STOPPED, TOO_LARGE, Cut, prune, stopped_twice
+from cut_runs import HALF, KILLED, RECIPE, STOPPED, TOO_LARGE, Cut, prune, stopped_early
 from safetensors.torch import load, load_file
 from tiny import byte_tokenizer, tiny_model
 
@@ -55,6 +56,8 @@ def test_five_kills_change_nothing(recipe: dict, uncut: dict[str, bytes], tmp_pa
         Cut("open", "block_", drawn.randint(1, 2), "half"),
         Cut("os.remove", "inputs_", 1),
         Cut("open", "hf_prune_recipe.yaml", 1),
+        # The whole folder is about to take its name.
+        Cut("os.rename", "out", 1),
     ]
     for cut in cuts:
         codes, log = prune(values, tmp_path, cut=cut)
@@ -67,10 +70,17 @@ def test_five_kills_change_nothing(recipe: dict, uncut: dict[str, bytes], tmp_pa
             assert not [name for name in left if name.startswith("block_") and name > "block_0000.safetensors"]
         elif cut.action == "half":
             assert [size for name, size in left.items() if re.fullmatch(r"manifest.json.\d+.part", name)] == [HALF]
+    # It has its name, and what was kept of the run is about to go.
+    codes, log = prune(values, tmp_path, cut=Cut("os.remove", "manifest.json"))
+    assert codes == [KILLED] and "Going on with block 3" in log, log
+    assert made(tmp_path / "out") == uncut and (tmp_path / "out.pruning").exists()
+    # Another run than this one is refused as ever.
+    codes, log = prune({**values, "sparsity": 0.6}, tmp_path)
+    assert codes == [2] and "exists and is not empty" in log, log
     codes, log = prune(values, tmp_path)
-    assert codes == [0] and "Going on with block 3" in log, log
+    assert codes == [0] and "is finished already" in log and "pruning blocks" not in log, log
     assert made(tmp_path / "out") == uncut
-    assert not (tmp_path / "out.pruning").exists()
+    assert [entry.name for entry in tmp_path.iterdir() if entry.is_dir()] == ["out"]
 
 
 @pytest.mark.slow
@@ -95,8 +105,9 @@ def test_weights_that_were_trained_with_their_thresholds_outlive_a_cut(recipe: d
     codes, log = prune({**values, "output_dir": tmp_path / "whole"}, tmp_path)
     assert codes == [0], log
     values["output_dir"] = tmp_path / "out"
-    codes, log = prune({**values, "time_limit": "0.001"}, tmp_path)
-    assert codes == [STOPPED] and "once the plan was made" in log, log
+    for place in ("once the dense model was measured", "once the plan was made"):
+        codes, log = prune({**values, "time_limit": "0.001"}, tmp_path)
+        assert codes == [STOPPED] and place in log, log
     codes, log = prune(values, tmp_path)
     assert codes == [0], log
     assert made(tmp_path / "out") == made(tmp_path / "whole")
@@ -174,8 +185,9 @@ def test_a_run_stops_between_blocks_and_goes_on_the_next_night(
     recipe: dict, uncut: dict[str, bytes], tmp_path: Path
 ) -> None:
     values = {**recipe, "output_dir": tmp_path / "out"}
-    # Every session does one block's work at least, however little time it has.
-    for place in ("once the plan was made", "behind block 0", "behind block 1", "behind block 2"):
+    # Every session does one step at least, however little time it has.
+    places = ("once the dense model was measured", "once the plan was made", "behind block 0", "behind block 1")
+    for place in (*places, "behind block 2"):
         codes, log = prune({**values, "time_limit": "0.001"}, tmp_path)
         assert codes == [STOPPED] and f"stopped by time_limit 0.001 {place}" in log, log
     whole = load(uncut["model.safetensors"])
@@ -203,20 +215,29 @@ def test_sigterm_lets_the_block_be_finished(recipe: dict, tmp_path: Path) -> Non
     assert codes == [STOPPED] and "stopped by SIGTERM" in log, log
     codes, log = prune({**values, "checkpoint_every": 1}, tmp_path, cut=Cut("open", "block_0001", 1, "term"))
     assert codes == [STOPPED] and "stopped by SIGTERM behind block 2" in log, log
+    # While the finished folder takes its name: too late, there is nothing to go on with.
+    codes, log = prune(values, tmp_path, cut=Cut("os.rename", "out", 1, "term"))
+    assert codes == [0] and not (tmp_path / "out.pruning").exists(), log
 
 
 @pytest.mark.slow
-def test_a_launcher_hands_sigterm_to_its_processes(recipe: dict, tmp_path: Path) -> None:
+def test_sigterm_to_a_whole_job_stops_several_processes_behind_a_block(recipe: dict, tmp_path: Path) -> None:
     values = {**recipe, "output_dir": tmp_path / "out", "num_processes": 2, "num_calibration_samples": 400}
     command = [sys.executable, "-m", "hf_prune", "prune", *[f"--{key}={value}" for key, value in values.items()]]
     environment = {**os.environ, "HF_PRUNE_QUIET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, **options) as launcher:
+    with subprocess.Popen(command, **options, start_new_session=True) as launcher:
         while launcher.poll() is None and not (tmp_path / "out.pruning" / "block_0000.safetensors").exists():
             time.sleep(0.01)
-        launcher.send_signal(signal.SIGTERM)
+        # As `timeout` signals its child and then all of the group, and a batch system each process there is.
+        job = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+        assert len(job) == 4
+        os.killpg(launcher.pid, signal.SIGTERM)
+        for process in job:
+            process.send_signal(signal.SIGTERM)
         log = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == STOPPED and "stopped by SIGTERM behind block" in log, log
+    assert "Traceback" not in log, log
     assert not (tmp_path / "out").exists()
     done = subprocess.run(command, **options, timeout=300)
     assert done.returncode == 0 and "Going on with block" in done.stdout, done.stdout
@@ -227,7 +248,7 @@ def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: P
     text = tmp_path / "text.txt"
     shutil.copy(recipe["dataset_name"], text)
     statistics = tmp_path / "statistics"
-    values = stopped_twice(recipe, tmp_path, dataset_name=text, propagate=False, statistics_folder=statistics)
+    values = stopped_early(recipe, tmp_path, dataset_name=text, propagate=False, statistics_folder=statistics)
     before = {file.name: file.read_bytes() for file in (tmp_path / "out.pruning").iterdir()}
 
     def refused(said: str, threads: int | None = None, **changes: object) -> None:
@@ -267,7 +288,7 @@ def test_what_changed_under_an_unfinished_run_is_named(recipe: dict, tmp_path: P
     text.write_text(text.read_text().replace("foxes", "hares"))
     refused("calibration windows is not what it was")
     codes, log = prune({**values, "sparsity": 0.6, "restart": True}, tmp_path)
-    assert codes == [STOPPED] and "once the plan was made" in log, log
+    assert codes == [STOPPED] and "once the dense model was measured" in log, log
 
 
 @pytest.mark.slow
@@ -290,7 +311,7 @@ def test_a_disk_that_is_read_only_for_a_while(
 ) -> None:
     with small_disk("20m") as disk:
         values = {**recipe, "output_dir": disk / "out"}
-        for _ in range(2):
+        for _ in range(3):
             codes, log = prune({**values, "time_limit": "0.001"}, tmp_path)
             assert codes == [STOPPED], log
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

@@ -1,5 +1,6 @@
 """A walk that is stopped behind every block ends as one that is not, whatever it carries from block to block."""
 
+import signal
 from datetime import datetime, timedelta
 from pathlib import Path
 from time import time
@@ -122,6 +123,38 @@ def test_a_deadline_is_the_next_one() -> None:
     for text in ("24:00", "6", "6 am"):
         with pytest.raises(BadInputError, match=r"deadline: .* is no time of day"):
             next_time("deadline", text, evening)
+
+
+def test_signals_that_come_together_are_one_stop_and_a_later_one_another() -> None:
+    """`timeout` signals its child and then the group that it is in."""
+    later: list[int] = []
+
+    def ended(number: int, frame: object) -> None:
+        later.append(number)
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        stop = StopRequest()
+        # A signal that is held back while the process starts is taken as soon as it is listened for.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped, match="stopped by SIGTERM"), stop.listening():
+            pytest.fail("it was not taken")
+        # Where it was caught, and on the way out.
+        signal.raise_signal(signal.SIGTERM)
+        assert not later
+        signal.signal(signal.SIGTERM, ended)
+        stop = StopRequest()
+        with pytest.raises(Stopped, match="stopped by SIGTERM"), stop.listening(), stop.deferred():
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.reason() == "SIGTERM" and not later
+            assert stop._signalled_at is not None
+            stop._signalled_at -= 5
+            signal.raise_signal(signal.SIGTERM)
+            assert later == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_block_that_would_end_too_late_is_not_begun() -> None:
