@@ -30,7 +30,7 @@ HEAD = """# Processes and threads
 `python recipes/benchmarks/processes.py --work_folder WORK --dataset_name C4_FOLDER` on two CPU cores:
 SmolLM2-135M-Instruct in float32, 50 %, 32 x 512 tokens of C4. Seconds to load and prune, medians over --repeats
 ({repeats} here); kept is what being able to go on behind a cut adds to the rest of them: fingerprints of all weights,
-plan, state behind blocks.
+plan, state behind blocks. All of it is with offload: none; what keeping costs with disk or cpu is not measured.
 
 """
 

@@ -191,30 +191,6 @@ def test_killed_and_resumed_a_search_loses_nothing_and_its_model_says_what_was_t
     assert capsys.readouterr().out.splitlines()[:3] == shown.splitlines()[:3]
 
 
-@pytest.mark.slow
-def test_accelerate_starts_two_processes_that_share_a_search(common: dict[str, Any], tmp_path: Path) -> None:
-    own = {"search_dir": str(tmp_path / "s"), "output_dir": str(tmp_path / "o"), "sampler": "random"}
-    values = {**common, **AXES, **own, "num_candidates": 6, "objective": "loss"}
-    recipe = tmp_path / "search.yaml"
-    recipe.write_text(json.dumps(values))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_PRUNE_QUIET": "1"}
-    command = [*launch, "-m", "hf_prune", "search", "--config", str(recipe)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    summary = json.loads((tmp_path / "s" / "search.json").read_text())
-    report = json.loads((tmp_path / "o" / "prune_report.json").read_text())
-    assert summary["drawn"] == 6 and all(row["passed"] for row in report["verification"])
-    # Whichever process measured a candidate, it found what one process finds.
-    candidates, losses = OneShotCandidates(make_search_recipe(values)), []
-    for choice in candidates.space.combinations():
-        candidates.measure(choice, [2], lambda _, found: losses.append(found.loss))
-    by_hand = dict(zip(map(label, candidates.space.combinations()), losses, strict=True))
-    first = {row["candidate"]: row["first_loss"] for row in summary["candidates"]}
-    assert first == pytest.approx({name: by_hand[name] for name in first}, rel=1e-5)
-
-
 def measured(folder: Path) -> dict[str, float]:
     """Candidate to value, read behind Optuna's back."""
     if not (folder / "search.db").exists():
