@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from hf_prune.arguments import RunArguments
 from hf_prune.bench.grid import Cell, Grid
+from hf_prune.bench.results import Results
 from hf_prune.checkpoint.inspect import inspect_checkpoint
 from hf_prune.checkpoint.load import free_memory, load_config, load_model, load_tokenizer, pick_device
 from hf_prune.checkpoint.lock import held
@@ -47,52 +48,6 @@ CALIBRATION_KEYS = (
     "dataset_name", "dataset_config", "dataset_split", "dataset_revision", "text_column", "num_calibration_samples",
     "seq_length", "seed",
 )  # fmt: skip
-
-
-class Results:
-    """{"runs": {cell: [report, ...]}, "quality": {identity: {digest of the weights: figures}}}, always saved whole.
-
-    `identity` is that of the dense model and the evaluation: the folder may have served others.
-    """
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path = path
-        self.identity = identity
-        self.content: dict[str, Any] = {"runs": {}, "quality": {}}
-        self.read()
-
-    def read(self) -> None:
-        """Take over what the file holds, if there is one."""
-        if not self.path.exists():
-            return
-        try:
-            self.content = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError:
-            self.content = {}
-        if not isinstance(self.content, dict) or self.content.keys() != {"runs", "quality"}:
-            raise BadInputError(
-                f"results: {self.path} is no file of benchmark results; name another, or remove it to begin anew."
-            )
-
-    def runs(self, cell: Cell) -> list[dict[str, Any]]:
-        """Reports of a cell's finished runs, oldest first; those that this evaluation has not scored do not count."""
-        return [run for run in self.content["runs"].get(cell.key, []) if run["weights"] in self.quality]
-
-    def add(self, cell: Cell, run: dict[str, Any]) -> None:
-        """Note one more run of a cell."""
-        self.content["runs"].setdefault(cell.key, []).append(run)
-        self.save()
-
-    @property
-    def quality(self) -> dict[str, dict[str, Any]]:
-        """What was measured by the digest of the weights, and `dense`; add to it and save."""
-        return self.content["quality"].setdefault(self.identity, {})
-
-    def save(self) -> None:
-        """Replace the file in one step."""
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(_lines(self.content) + "\n")
-        temporary.replace(self.path)
 
 
 class Bench:
@@ -355,21 +310,6 @@ def _place(number: int, at_once: int) -> dict[str, str]:
         devices = [name for name in given.split(",") if name] or [str(n) for n in range(torch.cuda.device_count())]
         place["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
     return place
-
-
-def _lines(content: dict[str, Any]) -> str:
-    """JSON with a line for each run and each model's figures: a file that is kept changes where it was added to."""
-
-    def write(value: Any, depth: int) -> str:
-        if depth == 4 or not value:
-            return json.dumps(value)
-        opened, closed = "[]" if isinstance(value, list) else "{}"
-        names = [""] * len(value) if isinstance(value, list) else [f"{json.dumps(name)}: " for name in value]
-        held = value if isinstance(value, list) else value.values()
-        lines = [" " * depth + name + write(own, depth + 1) for name, own in zip(names, held, strict=True)]
-        return f"{opened}\n" + ",\n".join(lines) + f"\n{' ' * (depth - 1)}{closed}"
-
-    return write(content, 1)
 
 
 def _short_digest(content: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_prune.bench.grid import Grid
-from hf_prune.bench.runner import Results
+from hf_prune.bench.results import Results
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import bootstrap_ratio
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from hf_prune.arguments import SECTIONS, EvaluationArguments, ModelArguments, StructuredConfig
 from hf_prune.bench.grid import Grid, make_grid
-from hf_prune.bench.runner import Results
+from hf_prune.bench.results import Results
 from hf_prune.bench.summary import correlations, summarise
 from hf_prune.checkpoint.folder import PLAN_FILE
 from hf_prune.checkpoint.load import load_config, skeleton

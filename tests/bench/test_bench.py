@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import cli
 from hf_prune.bench.grid import load_grid
-from hf_prune.bench.runner import Bench, Results
+from hf_prune.bench.results import Results
+from hf_prune.bench.runner import Bench
 from hf_prune.bench.summary import _add_ratios, _agreement, _time_ratio, markdown, summarise, write_between_markers
 from hf_prune.compose import make_config
 from hf_prune.data.text import load_text
