@@ -57,7 +57,7 @@ def finish(
     complete: Callable[[Path], None],
     *,
     placing: Callable[[Path], None] = lambda folder: None,
-    placed: Callable[[], None] = lambda: None,
+    placed: Callable[[], bool] = lambda: True,
     trust_remote_code: bool = False,
 ) -> None:
     """Save, verify, complete, describe; the folder takes its name only when all of it worked. Then push, if asked.
@@ -69,7 +69,7 @@ def finish(
         recipes: texts by file name, the run's own under `RECIPE_FILE`.
         complete: adds to report and folder what needs the saved files: plots, measurements.
         placing: called with the whole folder just before it takes its name.
-        placed: called once the folder has its name.
+        placed: called once the folder has its name; says whether it may be pushed.
 
     Raises:
         RunError: verification failed; no folder is made. Where only the push fails, the finished folder stays.
@@ -102,8 +102,10 @@ def finish(
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_card(folder, report, recipes[RECIPE_FILE])
         placing(folder)
-    placed()
-    push(output)
+    if placed():
+        push(output)
+    elif output.push_to_hub:
+        logger.warning("asked to stop: %s is finished and not pushed; hf-prune push does that.", output.output_dir)
 
 
 def push(output: OutputArguments) -> None:

@@ -141,8 +141,9 @@ def select_views(
     if unseen and not targets:
         raise BadInputError(
             f"model_name_or_path: {type(model).__name__} keeps experts in a layout that hf_prune does not know "
-            f"({len(unseen)} weights, first {unseen[0]}), which would stay dense; prune other layers alone by naming "
-            "them in targets, or choose another model."
+            f"({len(unseen)} weights, first {unseen[0]}), which would stay dense; "
+            + ("" if whole else "prune other layers alone by naming them in targets, or ")
+            + "choose another model."
         )
     everything = find_views(model, whole=whole)
     names = [name for view in everything for name in _names(view)]

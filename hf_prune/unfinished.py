@@ -142,8 +142,9 @@ class Unfinished:
         recipe = ready.recipe
         sections = {**asdict(recipe.data), **asdict(recipe.evaluation), "dtype": recipe.model.dtype}
         # Where learned thresholds are kept says nothing of what is learned; who reads statistics keeps no inputs.
-        if ready.config.propagate:
-            del sections["statistics_folder"]
+        statistics = sections.pop("statistics_folder")
+        if statistics is not None and not ready.config.propagate:
+            sections["statistics_folder"] = str(Path(statistics).expanduser().resolve())
         identity: dict[str, Any] = {**sections, **asdict(ready.config)}
         scores = getattr(ready.config, "importance", None)
         if scores is not None and is_file(scores):
@@ -155,8 +156,9 @@ class Unfinished:
         identity["config"] = text_digest(json.dumps(said, sort_keys=True, default=str))
         identity["processes"] = distributed.world_size()
         # Sums in another order have other last bits.
-        identity["threads per process (OMP_NUM_THREADS)"] = _everywhere(torch.get_num_threads())
         cuda = ready.device.type == "cuda"
+        if not cuda:
+            identity["threads per process (OMP_NUM_THREADS)"] = _everywhere(torch.get_num_threads())
         identity["device"] = _everywhere(torch.cuda.get_device_name(ready.device) if cuda else ready.device.type)
         identity["hf_prune"] = hf_prune.__version__
         identity |= {name: metadata.version(name) for name in ("torch", "transformers")}
@@ -229,7 +231,8 @@ class Unfinished:
         self.stop.stop_no_more()
         self.work.expect_result(folder / REPORT_FILE)
 
-    def finished(self) -> None:
-        """The output folder has its name: nothing is left to go on with."""
+    def finished(self) -> bool:
+        """The output folder has its name: nothing is left to go on with. Whether nobody has asked to stop meanwhile."""
         self.work.discard()
         self.stop.listen_no_more()
+        return not self.stop.signalled

@@ -155,4 +155,5 @@ def prune(
         process.start()
     for process in started:
         process.join(300)
+        process.kill()
     return [process.exitcode for process in started], "".join(log.read_text() for log in logs)

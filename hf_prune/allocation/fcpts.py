@@ -285,7 +285,7 @@ class Fcpts(Allocation):
         """The bridge over the weights as they are now."""
         if not self.train_weights:
             return bridge
-        moved = [self.measure_scores(own.view.read(), own.scale) for own in task.views]
+        moved = [self.measure_scores(own.view.read(), own.scale, own.row_scale) for own in task.views]
         return Bridge(moved, bridge.sparsity, bridge.largest)
 
     def _gradient(self, task: ThresholdTask, bridge: Bridge, scores: Tensor, batch: Sequence[int]) -> Tensor:

@@ -123,9 +123,13 @@ class Bench:
             BadInputError: another process runs in the work folder or writes the file of results.
         """
         with ExitStack() as stack:
-            for place in {self.folder / "bench", self.results.path.resolve()}:
-                taken = f"work_folder: {place.parent} has another run under way; wait for it, or name another folder."
-                stack.enter_context(held(place.with_suffix(".lock"), taken))
+            locks = {
+                (self.folder / "bench.lock").resolve(): "work_folder",
+                self.results.path.resolve().with_suffix(".results.lock"): "results",
+            }
+            for lock, key in locks.items():
+                taken = f"{key}: another run is under way in {lock.parent}; wait for it, or name another."
+                stack.enter_context(held(lock, taken))
             # Whoever was here since may have finished something.
             self.results.read()
             return self._run(rows, settings, seeds, at_once, max_minutes)

@@ -161,19 +161,23 @@ def _put_in_place(partial: Path, target: Path) -> None:
         partial.rename(target)
         return
     aside = target.parent / f".{target.name}{_REPLACED}{secrets.token_hex(4)}"
+    placed = False
     try:
         target.rename(aside)
         partial.rename(target)
+        placed = True
     finally:
-        _settle_replaced(aside, target)
+        _settle_replaced(aside, target, placed)
 
 
-def _settle_replaced(aside: Path, target: Path) -> None:
-    """What was moved aside goes where another folder has taken its name, and comes back where none has."""
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-    elif aside.exists():
+def _settle_replaced(aside: Path, target: Path, placed: bool) -> None:
+    """What was moved aside comes back where nothing has its name, and goes where what replaces it has."""
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    if aside.exists() and not target.exists():
         aside.rename(target)
+    elif placed:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _siblings(target: Path, kind: str) -> list[Path]:
@@ -187,7 +191,7 @@ def clear_leftovers(path: str | os.PathLike[str]) -> None:
     """
     target = Path(path).expanduser().resolve()
     for aside in _siblings(target, _REPLACED):
-        _settle_replaced(aside, target)
+        _settle_replaced(aside, target, placed=(target / MODEL_MARK).is_file())
     for partial in _siblings(target, _PARTIAL):
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +24,7 @@ from hf_prune.errors import BadInputError, Stopped
 MANIFEST, LOCK = "manifest.json", "lock"
 # The digest of what tells the finished folder from any other, from just before that takes its name.
 RESULT = "result"
-VERSION = 1
+VERSION = 2
 SCRATCH = "scratch"
 
 
@@ -199,9 +199,10 @@ class WorkFolder:
             (self.path / MANIFEST).unlink(missing_ok=True)
             # And the result last, so that a death in between leaves what can be told.
             shutil.rmtree(self.scratch, ignore_errors=True)
-            for file in self.path.iterdir():
+            for file in list(self.path.iterdir()) if self.path.is_dir() else ():
                 if file.name not in (LOCK, RESULT, SCRATCH):
-                    file.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        file.unlink()
             shutil.rmtree(self.path, ignore_errors=True)
 
     def expect_result(self, file: Path) -> None:
@@ -216,12 +217,11 @@ class WorkFolder:
         Args:
             file: what the result is known by.
         """
-        result = path / RESULT
-        if not (result.is_file() and file.is_file() and result.read_text(encoding="utf-8") == file_digest(file)):
-            yield None
-            return
         work = cls(path)
-        work._locked = hold(path / LOCK)
+        # Whoever is at it may be just about to remove the folder.
+        with suppress(FileNotFoundError):
+            if file.is_file() and (path / RESULT).read_text(encoding="utf-8") == file_digest(file):
+                work._locked = hold(path / LOCK)
         try:
             yield work if work._locked is not None else None
         finally:

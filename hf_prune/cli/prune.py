@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from hf_prune.recipe import Recipe
 
 # Seconds between two looks at whether there is a signal to hand on.
 _PAUSE = 0.5
+# And how long one may find nobody to take it.
+_PATIENCE = 60.0
 
 
 def help_text() -> str:
@@ -47,12 +50,19 @@ def execute(recipe: Recipe, command: list[str], launch: Sequence[str] = ()) -> i
         recipe.require("output_dir")
         if not is_finished(recipe):
             check_feasible(prepare(recipe))
-            return relaunch(recipe.model.num_processes, command, work_folder(str(recipe.output.output_dir)), launch)
+            work, pushes = work_folder(str(recipe.output.output_dir)), recipe.output.push_to_hub
+            return relaunch(recipe.model.num_processes, command, work, launch, pushes)
     run_and_show(recipe)
     return 0
 
 
-def relaunch(num_processes: int, arguments: list[str], work: Path | None = None, more: Sequence[str] = ()) -> int:
+def relaunch(
+    num_processes: int,
+    arguments: list[str],
+    work: Path | None = None,
+    more: Sequence[str] = (),
+    pushes: bool = False,
+) -> int:
     """The same command once per process, through accelerate; its exit code.
 
     The launcher knows of failures alone: whether the run has stopped to go on later is seen from its folder.
@@ -61,6 +71,7 @@ def relaunch(num_processes: int, arguments: list[str], work: Path | None = None,
         work: the run's working folder, whose processes are handed SIGTERM; the launcher, which would give them 30
             seconds, never sees it, whoever sends it.
         more: flags of the launcher; they win over those that are set here.
+        pushes: the run ends with an upload, which SIGTERM interrupts.
     """
     # --multi_gpu is accelerate's word for several processes; without it (and with --cpu) it starts one only.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes)]
@@ -68,8 +79,8 @@ def relaunch(num_processes: int, arguments: list[str], work: Path | None = None,
     launch += more
     environment = {**os.environ, RELAUNCHED: "1"}
     command = [*launch, "-m", "hf_prune", *arguments]
-    noted: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    noted: list[float] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(time.monotonic()))
     try:
         # Launcher and processes are born with SIGTERM held back; the processes take it once they can stop.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if work is not None else set())
@@ -77,25 +88,29 @@ def relaunch(num_processes: int, arguments: list[str], work: Path | None = None,
             launcher = subprocess.Popen(command, env=environment)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        code = _wait(launcher, work, noted)
+        code = _wait(launcher, work, noted, pushes)
     finally:
         signal.signal(signal.SIGTERM, before)
     return Stopped.exit_code if code == 0 and work is not None and work.exists() else code
 
 
-def _wait(launcher: subprocess.Popen[bytes], work: Path | None, noted: list[int]) -> int:
+def _wait(launcher: subprocess.Popen[bytes], work: Path | None, noted: list[float], pushes: bool) -> int:
     """The launcher's exit code; signals that are `noted` meanwhile are handed on, early ones as soon as they can be."""
     begun = False
     with launcher:
         while True:
             begun = begun or (work is not None and work.exists())
-            if noted and _hand_on(launcher, work, begun):
-                noted.pop()
+            if noted and _hand_on(launcher, work, begun, pushes):
+                noted.pop(0)
+            elif noted and time.monotonic() - noted[0] > _PATIENCE:
+                # Nobody has come to listen, and perhaps nobody will.
+                launcher.send_signal(signal.SIGINT)
+                noted.clear()
             with suppress(subprocess.TimeoutExpired):
                 return launcher.wait(_PAUSE)
 
 
-def _hand_on(launcher: subprocess.Popen[bytes], work: Path | None, begun: bool) -> bool:
+def _hand_on(launcher: subprocess.Popen[bytes], work: Path | None, begun: bool, pushes: bool) -> bool:
     """Hand SIGTERM on; whether there was anyone to take it."""
     # Late: it brings torch.
     from hf_prune.checkpoint.work import holders
@@ -107,11 +122,11 @@ def _hand_on(launcher: subprocess.Popen[bytes], work: Path | None, begun: bool) 
     for process in own:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGTERM)
-    # The folder is finished, and may be being pushed for hours.
-    pushing = begun and not own and not work.exists()
-    if pushing:
+    # The folder is finished: what is left takes a moment, or hours where it is pushed.
+    finished = begun and not own and not work.exists()
+    if finished and pushes:
         launcher.send_signal(signal.SIGINT)
-    return bool(own) or pushing
+    return bool(own) or finished
 
 
 def run_and_show(recipe: Recipe) -> None:

@@ -73,5 +73,5 @@ class StatisticsCache:
         They are not where a walk that had been cut kept the first ones elsewhere, or nowhere.
         """
         blocks = {view.block for view in self.views.values()}
-        if distributed.world_size() == 1 and all(self._file(index).exists() for index in blocks):
+        if distributed.world_size() == 1 and not self.complete and all(self._file(index).exists() for index in blocks):
             (self.folder / "complete").touch()

@@ -90,6 +90,9 @@ class StopRequest:
             logger.info("SIGTERM: stopping once this is done; another one in %.0f seconds stops at once.", _ONE_STOP)
         elif now - self._signalled_at >= _ONE_STOP:
             self.listen_no_more()
+            if signal.getsignal(number) in (None, signal.SIG_IGN, self._stop):
+                # Set by no Python code, or deaf: this one ends the process all the same.
+                signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     def _raise(self) -> None:

@@ -133,7 +133,7 @@ class TrainedCandidates:
             callbacks.append(DynamicMaskCallback(masks, config, seed))
         with tempfile.TemporaryDirectory() as folder:
             # What looks at the model comes before masks move: weights that have just grown are zero.
-            callbacks = [_AtEpochs(epochs, look), *callbacks, StopAtNaN("candidate", Path(folder))]
+            callbacks = [StopAtNaN("candidate", Path(folder)), _AtEpochs(epochs, look), *callbacks]
             train(trainers(self.recipe, own.windows)(model, Path(folder), callbacks), None)
 
     @property

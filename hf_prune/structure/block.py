@@ -137,12 +137,12 @@ class BlockReduction:
             logger.warning(
                 "fusion_cost: L1 distances between %d units would take hours here; L2 is taken instead.", group.units
             )
-        if error > TOLERANCE:
-            result.converged = False
+        if error > TOLERANCE and result.converged:
             logger.warning(
                 "fusion_solver: %s did not converge in block %d, %.2g of the mass is in the wrong place; take emd or "
-                "nearest.", solver, group.block, error,
+                "nearest. Of further blocks the report has the largest.", solver, group.block, error,
             )  # fmt: skip
+        result.converged = result.converged and error <= TOLERANCE
         result.solver, result.cost = sorted({*result.solver, solver}), sorted({*result.cost, cost})
         result.marginal_error = max(result.marginal_error, error)
 

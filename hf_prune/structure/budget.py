@@ -100,7 +100,8 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
             # The MLP takes what is too little for one more of these; depth may have taken more than its share.
             gone = max(gone - 1, 0)
         if MLP in shares and not given:
-            most = rest - left * unit[MLP] * (before.width - config.round_to)
+            later = shares.get(HEADS, 0.0) * goal if kind == ATTENTION else 0.0
+            most = rest - later - left * unit[MLP] * (before.width - config.round_to)
             gone = _offered(model, before, kind, gone, least=math.ceil(most / (left * unit[kind])))
         if gone >= have:
             raise BadInputError(

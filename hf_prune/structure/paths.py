@@ -12,6 +12,8 @@ from hf_prune.families import FAMILIES, PER_HEAD
 from hf_prune.structure.groups import ATTENTION, MLP, Group, Stretch, block_shape, find_groups
 from hf_prune.weights import find_blocks
 
+# Families that tell places apart before their blocks alone.
+_WITHOUT_ROTARY = ("gpt2", "opt")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What hands every feature on by itself; behind anything else a sequence begins anew.
 _BY_FEATURE = (
@@ -31,7 +33,8 @@ def collapsed_layers(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]
       and its column in the one that takes it; through its attention: a value's row and a column of one of its heads,
       and for queries and keys a head that has some of both. The residual stream around them carries everything.
       Queries meet keys by whole heads, since rotary positions mix their features. A row without weights but with a
-      bias is a constant: it carries nothing, and multiplies what the other factor carries.
+      bias is a constant: it carries nothing, and multiplies what the other factor carries; but a key that is the same
+      at every place, as without rotary positions, chooses none.
     - in an `nn.Sequential`: through its consecutive linear and convolutional layers;
     - anywhere else: a layer that has a weight left has a path.
 
@@ -81,6 +84,7 @@ def _chains(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             if isinstance(leaf, _BY_FEATURE) or _is_sequence(leaf):
                 continue
             weight = leaf.weight if isinstance(leaf, _LAYERS) and getattr(leaf, "groups", 1) == 1 else None
+            weight = None if weight is not None and any(weight is own for own in chain.values()) else weight
             before = next(reversed(chain.values()), None)
             if before is not None and (weight is None or weight.shape[1] % len(before)):
                 yield chain
@@ -97,7 +101,10 @@ def _is_sequence(module: nn.Module) -> bool:
 
 def _leaves(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What a sequence calls, in turn, and the sequences in it."""
-    for name, own in module.named_children():
+    # Not named_children, which leaves out what is there for the second time.
+    for name, own in module._modules.items():
+        if own is None:
+            continue
         full = f"{prefix}.{name}" if prefix else name
         yield full, own
         if _is_sequence(own):
@@ -110,10 +117,13 @@ def _in_blocks(model: Any, masks: Mapping[str, Tensor]) -> dict[str, bool]:
     if getattr(config, "model_type", None) not in FAMILIES:
         return {}
     shape, found = block_shape(model), {}
+    rotary = config.model_type not in _WITHOUT_ROTARY
     for block in range(len(find_blocks(model)[1])):
         for kind, carried_by in ((MLP, _by_neurons), (ATTENTION, _by_heads)):
             group = find_groups(model, block, kind, shape)[0]
             live, factor = _rows(group, masks)
+            if not rotary and "key" in live:
+                factor["key"] = live["key"]
             matrix = _matrix(group.consumer, masks)
             roles = carried_by(live, factor, matrix.any(2), shape.heads // shape.groups)
             found[group.consumer.view.parameter_name] = roles["input"]

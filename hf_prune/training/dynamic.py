@@ -2,7 +2,7 @@
 
 FOLDER/run.json                  what decides how the training goes
 FOLDER/initial.safetensors       the weights that everything began with
-FOLDER/round-00/                 the dense twin, shared by all settings
+FOLDER/round-00/                 the dense twin of all settings without averaging
 FOLDER/averaged-NON_MONOTONE/    that of settings with averaging, averaged alike
 FOLDER/sparse-IDENTITY/          the sparse training of one setting
 """
@@ -10,7 +10,7 @@ FOLDER/sparse-IDENTITY/          the sparse training of one setting
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,7 @@ class DynamicSparseTraining:
         full = {name: torch.ones(model.get_parameter(name).shape, dtype=torch.bool) for name in self.names}
         if not self.config.averaging:
             return self._round("round-00", Round(0, "dense"), model, full, None)
-        # Full masks do not move: what dies has no other place to grow in.
-        still = replace(self.config, death="magnitude", redistribution="none", growth="random")
-        moving = DynamicMaskCallback(full, still, self.seed, self._average())
+        moving = DynamicMaskCallback(full, self.config, self.seed, self._average())
         return self._round(f"averaged-{self.config.non_monotone}", Round(0, "dense"), model, full, moving)
 
     def _average(self) -> WeightAverage | None:

@@ -179,6 +179,9 @@ class DynamicMaskCallback(MaskCallback):
 
     @torch.no_grad()
     def _update(self, model: nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
+        if all(bool(mask.all()) for mask in self.masks.values()):
+            # A dense twin: what dies has no other place to grow in.
+            return
         weights = {name: model.get_parameter(name) for name in self.masks}
         new, self.threshold = updated_masks(
             _on_cpu(weights),

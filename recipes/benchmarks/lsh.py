@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from lsh_replay import METRICS, looks_to_markdown, replay, to_markdown
-from lsh_runs import DENSE, figures, is_there, load_truth
+from lsh_runs import DENSE, RECIPE, figures, is_there, load_truth
 
 from hf_prune.bench.summary import write_between_markers
 
@@ -29,6 +29,8 @@ def main() -> None:
     given = parser.parse_args()
     if not is_there(given.truth, DENSE):
         raise SystemExit(f"{given.truth} holds no {DENSE}.safetensors: the truth table has to be trained first")
+    if not (given.truth / RECIPE).is_file():
+        raise SystemExit(f"{given.truth} holds no {RECIPE}: its runs are of another release; train them again")
     dense, candidates = load_truth(given.truth)
     if len(candidates) < 9:
         raise SystemExit(f"{given.truth} holds {len(candidates)} candidates; a replay wants 9 or more")

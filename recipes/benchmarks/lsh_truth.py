@@ -132,17 +132,23 @@ def main() -> None:
         label(own): candidates.config(own) for own in choices if label(own) not in candidates.space.refused
     }
     number, parts = given.part
+    failed = []
     for name, config in list(runs.items())[number::parts]:
         if is_there(given.truth, name):
             continue
         try:
             run = trained(candidates, texts, config)
-        except RunError as error:
+        except (RunError, torch.linalg.LinAlgError) as error:
             print(f"{name}: {error}", flush=True)
+            if name == DENSE:
+                raise SystemExit("without the dense twin there is no table") from None
+            failed.append(name)
             continue
         save_run(given.truth, name, run)
         took = float(run.seconds.sum())
         print(f"{name}: perplexity {run.perplexity:.2f} of epoch {run.best_epoch}, {took:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"not in the table: {'; '.join(failed)}")
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -43,14 +43,14 @@ def main() -> None:
     for kind in (DENSE, *given.sparsities):
         for seed in range(given.seeds):
             name = f"{kind}, seed={seed}"
+            own = {"seed": seed, "objective": "loss"} | ({} if kind == DENSE else {"sparsity": kind})
+            candidates = TrainedCandidates(make_search_recipe({**values, **own}, text))
+            choice, *more = candidates.space.combinations()
+            if more:
+                raise SystemExit(f"{', '.join(candidates.space.axes)}: give each one value")
+            texts = Texts.of(candidates, given.validation)
+            claim(given.runs, {**identity(candidates, texts, ("seed", "sparsity")), **choice})
             if not is_there(given.runs, name):
-                own = {"seed": seed, "objective": "loss"} | ({} if kind == DENSE else {"sparsity": kind})
-                candidates = TrainedCandidates(make_search_recipe({**values, **own}, text))
-                choice, *more = candidates.space.combinations()
-                if more:
-                    raise SystemExit(f"{', '.join(candidates.space.axes)}: give each one value")
-                texts = Texts.of(candidates, given.validation)
-                claim(given.runs, {**identity(candidates, texts, ("seed", "sparsity")), **choice})
                 run = trained(candidates, texts, None if kind == DENSE else candidates.config(choice))
                 save_run(given.runs, name, run)
                 print(f"{name}: perplexity {run.perplexity:.2f}", flush=True)

@@ -84,9 +84,10 @@ def main() -> None:
             run(make_recipe({**own, "output_dir": str(pruned)}))
         own = {**TRAINING, **EVALUATION, **texts, **KINDS[kind], "max_steps": STEPS[kind], "seed": seed}
         # There already where it was finished and cut before it was noted.
-        if not done.is_dir():
+        if not (done.is_dir() and _report(done)["recoveries"][-1]["training"]["steps"] == STEPS[kind]):
+            shutil.rmtree(done, ignore_errors=True)
             recover(str(pruned), make_train_recipe({**own, "output_dir": str(done)}, RecoveryConfig))
-        report = json.loads((done / REPORT_FILE).read_text())
+        report = _report(done)
         finished.append({"model": model, "kind": kind, "seed": seed, **_figures(report)})
         write_whole(given.results, json.dumps(finished, indent=1) + "\n")
         shutil.rmtree(done)
@@ -95,6 +96,11 @@ def main() -> None:
     print(table)
     if given.readme:
         write_between_markers(given.readme, "recovery", table)
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text())
+    return report
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Any]:

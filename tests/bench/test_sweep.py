@@ -223,9 +223,9 @@ def test_a_sweep_of_a_tiny_model(
     assert "None fits. Nearest: " in capsys.readouterr().err
     assert (tmp_path / "work" / "results.json").read_bytes() == before
     # Nor while another process is at it, nor as one of several.
-    lock = hold(tmp_path / "work" / "results.lock")
+    lock = hold(tmp_path / "work" / "bench.lock")
     assert lock is not None and cli.main(command) == 2
-    assert "another run under way" in capsys.readouterr().err
+    assert "another run is under way" in capsys.readouterr().err
     lock.close()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(command) == 2
+    assert cli.main(command) == 2 and "without a launcher" in capsys.readouterr().err

@@ -117,6 +117,11 @@ def test_a_killed_run_leaves_what_was_there(old):
     shutil.copytree(old, old.with_name(".out.replaced-2"))
     clear_leftovers(old)
     assert content(old.parent) == {"out/config.json": b"new"}
+    # Or where somebody has made an empty folder since.
+    old.rename(old.with_name(".out.replaced-3"))
+    old.mkdir()
+    clear_leftovers(old)
+    assert content(old.parent) == {"out/config.json": b"new"}
 
 
 def test_an_interrupt_after_the_old_folder_was_moved_brings_it_back(old, monkeypatch):

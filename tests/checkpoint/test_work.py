@@ -40,6 +40,10 @@ def test_entries_and_files_come_back_and_old_ones_go(kept: Path) -> None:
         assert sorted(file.name for file in kept.iterdir()) == ["inputs", "lock", "manifest.json"]
         work.discard()
     assert not kept.exists()
+    # What fails behind it, a push say, is told as it is.
+    with pytest.raises(ValueError, match="bad"), WorkFolder.opened(kept) as work:
+        work.discard()
+        raise ValueError("bad")
 
 
 def test_a_folder_that_keeps_nothing_goes_away(tmp_path: Path) -> None:

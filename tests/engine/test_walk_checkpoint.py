@@ -155,6 +155,7 @@ def test_signals_that_come_together_are_one_stop_and_a_later_one_another() -> No
             assert later == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def test_a_block_that_would_end_too_late_is_not_begun() -> None:
