@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hf_prune.checkpoint.lock import busy, is_busy
 from hf_prune.errors import BadInputError, HfPruneError, RunError
 
 # What hf_prune writes beside the stock files.
@@ -117,10 +118,11 @@ def output_folder(path: str | os.PathLike[str], overwrite: bool = False, mark: s
     try:
         with explained_disk_errors(partial, target):
             partial.mkdir(parents=True)
-            yield partial
-            _settle(partial)
-            check_output_folder(target, overwrite, mark)
-            _put_in_place(partial, target)
+            with busy(partial):
+                yield partial
+                _settle(partial)
+                check_output_folder(target, overwrite, mark)
+                _put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -185,15 +187,13 @@ def _siblings(target: Path, kind: str) -> list[Path]:
 
 
 def clear_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove what runs that were killed have left half done of `path`, and bring back what they were replacing.
-
-    Only for whoever knows that nothing else is making `path`.
-    """
+    """Remove what runs that were killed have left half done of `path`, and bring back what they were replacing."""
     target = Path(path).expanduser().resolve()
     for aside in _siblings(target, _REPLACED):
         _settle_replaced(aside, target, placed=(target / MODEL_MARK).is_file())
     for partial in _siblings(target, _PARTIAL):
-        shutil.rmtree(partial, ignore_errors=True)
+        if not is_busy(partial):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _disk_error(error: Exception, partial: Path, target: Path) -> HfPruneError | None:

@@ -103,6 +103,8 @@ def test_a_killed_run_leaves_what_was_there(old):
     command = [sys.executable, "-c", script, str(old)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert child.stdout.readline() == "busy\n"
+    clear_leftovers(old)
+    assert len(list(old.parent.iterdir())) == 2, "it is at it still"
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert content(old) == {"config.json": b"{}", "plots/old.png": b"old"}
