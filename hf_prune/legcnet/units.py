@@ -162,8 +162,8 @@ def _train(ready: Ready, model: Any, series: UnitSeries, checkpoints: Path) -> T
         logs = beside(str(ready.recipe.output.output_dir), ".runs")
         parts = {"model": model, "args": arguments, "train_dataset": ready.windows, "callbacks": callbacks}
         trainer = make_trainer(Trainer, logs, **parts)
-        train(trainer, last_checkpoint(checkpoints))
-    return Trained(int(trainer.state.global_step))
+        seconds = train(trainer, last_checkpoint(checkpoints))
+    return Trained(int(trainer.state.global_step), seconds=seconds)
 
 
 def _measuring(ready: Ready) -> Measuring:

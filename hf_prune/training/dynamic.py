@@ -136,11 +136,11 @@ class DynamicSparseTraining:
                 callbacks = [*([moving] if moving else []), stop]
                 trainer = self.make_trainer(model, checkpoints, callbacks)
                 try:
-                    train(trainer, checkpoint)
+                    seconds = train(trainer, checkpoint)
                 except BadInputError:
                     # Known when the training began.
                     leave(self.folder, checkpoints)
                     raise
-            return Trained(int(trainer.state.global_step))
+            return Trained(int(trainer.state.global_step), seconds=seconds)
 
         return make_round(self.folder / name, begun, model, masks, train_it, Measuring(self.evaluate, self.evaluation))

@@ -259,8 +259,8 @@ class LEGCNetSearch:
         stop = StopAtNaN(where, folder)
         with only_weights_change(model):
             trainer = self.make_trainer(model, folder, [stop, *callbacks, watch])
-            train(trainer, checkpoint)
-        return watch.seen(trainer.state)
+            seconds = train(trainer, checkpoint)
+        return replace(watch.seen(trainer.state), seconds=seconds)
 
 
 def _highest(score: Tensor, where: Tensor, count: int) -> Tensor:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from hf_prune.checkpoint.files import write_whole
 from hf_prune.checkpoint.folder import explained_disk_errors
 from hf_prune.engine import distributed
 from hf_prune.structure.paths import collapsed_layers
-from hf_prune.training.checkpoints import IDENTITY, Clock, last_checkpoint
+from hf_prune.training.checkpoints import IDENTITY, last_checkpoint
 
 INITIAL = "initial.safetensors"
 # Step, figure, and seconds of the training up to there, as far as looks before a cut reach.
@@ -70,6 +71,7 @@ class Trained:
     steps: int
     looks: list[Look] = field(default_factory=list)
     moved: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass
@@ -106,8 +108,8 @@ def make_round(
     result = read_round(folder)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     if result is None:
-        clock = Clock(last_checkpoint(unfinished / CHECKPOINTS))
         trained = train(unfinished / CHECKPOINTS)
+        began = perf_counter()
         kept = {layer: int(mask.sum()) for layer, mask in masks.items()}
         result = replace(
             begun,
@@ -120,7 +122,7 @@ def make_round(
             steps=trained.steps,
             looks=trained.looks,
             moved=trained.moved,
-            seconds=clock.seconds,
+            seconds=trained.seconds + perf_counter() - began,
         )
         if distributed.rank() == 0:
             keep_round(folder, model, masks, result)

@@ -131,12 +131,12 @@ class TicketSearch:
         folder = (self.ticket_folder if number else self.folder) / name
 
         def train_it(checkpoints: Path) -> Trained:
-            return Trained(self._train(model, masks, kind, number, checkpoints))
+            return self._train(model, masks, kind, number, checkpoints)
 
         begun = Round(number, kind, held=list(held))
         return make_round(folder, begun, model, masks, train_it, Measuring(self.evaluate, self.evaluation))
 
-    def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, folder: Path) -> int:
+    def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, folder: Path) -> Trained:
         where = f"round {number}" + (f" ({kind.replace('_', ' ')})" if kind != "ticket" else "")
         stop = StopAtNaN(where, folder)
         rewind = KeepCheckpoint(self.config.rewind_step, self.folder / "rewind")
@@ -149,12 +149,12 @@ class TicketSearch:
             # What asks for a checkpoint comes before what looks whether there will be one.
             trainer = self.make_trainer(model, folder, [stop, MaskCallback(masks)] if number else [rewind, stop])
             try:
-                train(trainer, checkpoint)
+                seconds = train(trainer, checkpoint)
             except BadInputError:
                 # Known when the training began.
                 leave(self.folder, folder)
                 raise
-        return int(trainer.state.global_step)
+        return Trained(int(trainer.state.global_step), seconds=seconds)
 
     def _controls(self, number: int, masks: dict[str, Tensor]) -> list[Round]:
         """The ticket's mask on other initial weights, and a random mask of its densities on the ticket's own."""
