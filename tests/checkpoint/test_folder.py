@@ -136,8 +136,13 @@ def test_an_interrupt_after_the_old_folder_was_moved_brings_it_back(old, monkeyp
         return moved
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), output_folder(old, overwrite=True) as partial:
-        (partial / "config.json").write_text("new")
+    # Whoever runs tests in the background of a shell has them ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), output_folder(old, overwrite=True) as partial:
+            (partial / "config.json").write_text("new")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert content(old.parent) == before
 
 

@@ -10,7 +10,7 @@ import pytest
 import hf_prune
 from hf_prune.checkpoint.files import file_digest, write_whole
 from hf_prune.checkpoint.lock import hold, is_held
-from hf_prune.checkpoint.work import WorkFolder, holders
+from hf_prune.checkpoint.work import VERSION, WorkFolder, holders
 from hf_prune.errors import BadInputError, RunError, Stopped
 
 IDENTITY = {"sparsity": 0.5, "weight embed": "0" * 32, "targets": ("q", "k")}
@@ -88,7 +88,7 @@ def test_a_damaged_file_is_named_and_nothing_is_lost(kept: Path, damage) -> None
 
 def test_a_damaged_manifest_is_no_reason_to_begin_anew(kept: Path) -> None:
     whole = (kept / "manifest.json").read_text()
-    for broken in (whole[:-20], "{}", whole.replace('"version": 1', '"version": 9')):
+    for broken in (whole[:-20], "{}", whole.replace(f'"version": {VERSION}', '"version": 99')):
         (kept / "manifest.json").write_text(broken)
         with pytest.raises(BadInputError, match=r"manifest.json is damaged or of another release"):
             with WorkFolder.opened(kept):

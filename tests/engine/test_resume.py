@@ -90,8 +90,8 @@ def test_learning_goes_on_where_it_was_killed(recipe: dict, tmp_path: Path) -> N
     codes, log = prune({**values, "output_dir": tmp_path / "whole"}, tmp_path)
     assert codes == [0], log
     values["output_dir"] = tmp_path / "out"
-    # Its state is kept every fifth of the steps: twice before the kill, three times after it and no fourth time.
-    for count, code in ((3, KILLED), (4, 0)):
+    # Its state is kept after every step: eleven of twenty before the kill, nine after it and no tenth.
+    for count, code in ((12, KILLED), (10, 0)):
         codes, log = prune(values, tmp_path, cut=Cut("os.rename", "thresholds-", count))
         assert codes == [code], log
     assert made(tmp_path / "out") == made(tmp_path / "whole")
