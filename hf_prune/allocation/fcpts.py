@@ -120,8 +120,8 @@ class Fcpts(Allocation):
                 raise BadInputError(f"{key}: {getattr(self, key)} must be above 0.")
         if self.fcpts_start == "fisher" != self.fcpts_score:
             raise BadInputError(
-                f"fcpts_start: fisher compares scores of one unit over all layers; set fcpts_score to fisher, or start "
-                f"to {STARTS[0]}."
+                "fcpts_start: fisher compares scores of one unit over all layers; set fcpts_score to fisher, or "
+                f"fcpts_start to {STARTS[0]}."
             )
         if self.fcpts_penalty < 0:
             raise BadInputError(f"fcpts_penalty: {self.fcpts_penalty} must not be negative.")

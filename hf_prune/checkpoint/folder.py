@@ -46,9 +46,10 @@ def check_output_folder(path: str | os.PathLike[str], overwrite: bool = False, m
     parent = next(folder for folder in target.parents if folder.exists())
     try:
         # Trying is the only reliable question: os.access knows nothing of quotas and says yes to root too often.
+        tried = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=parent))
+        # Whoever clears leftovers away may be first.
         with suppress(FileNotFoundError):
-            # Whoever clears leftovers away may be first.
-            Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=parent)).rmdir()
+            tried.rmdir()
     except OSError as error:
         raise BadInputError(
             f"output_dir: cannot create {target} because {parent} is not writable ({error.strerror}); "
