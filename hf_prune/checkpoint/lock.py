@@ -63,6 +63,14 @@ def held(file: Path, refusal: str) -> Iterator[None]:
         stream.close()
 
 
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Inside, no other process is inside with the same file; waits for its turn, and leaves the file there."""
+    with file.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def is_held(file: Path) -> bool:
     """Whether a process, this one included, holds a file's lock."""
     try:

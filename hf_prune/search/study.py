@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_prune.checkpoint.lock import hold, is_held
+from hf_prune.checkpoint.lock import hold, in_turn, is_held
 from hf_prune.errors import BadInputError
 from hf_prune.search.arguments import SearchArguments
 from hf_prune.search.space import Choice, Space
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 STORAGE, SPECTRA, DENSE, PROCESSES = "search.db", "spectra", "dense.safetensors", "processes"
+# Optuna reads that a queued trial waits and writes that it runs in two steps, between which SQLite lets others in.
+TURN = f"{PROCESSES}/turn"
 NAME = "hf_prune"
 # Of a trial: how many were drawn before it, the same when it is measured again after a cut under another number.
 PLACE = "place"
@@ -173,20 +175,14 @@ class StudyFolder:
         """The next trial of the queue, or a new one after so many that were drawn: the same one after the same history,
         whatever was cut in between.
         """
-        from optuna.exceptions import UpdateFinishedTrialError
-
         # A sampler's random numbers are not in the storage: each trial gets its own by its place.
         self.study.sampler = make_sampler(self.arguments, drawn)
-        while True:
-            try:
-                trial = self.study.ask()
-            except UpdateFinishedTrialError:
-                # Another process has taken the queued one, and was done with it before this one could.
-                continue
+        with in_turn(self.folder / TURN):
+            trial = self.study.ask()
             trial.set_user_attr("process", self.process)
             if PLACE not in trial.user_attrs:
                 trial.set_user_attr(PLACE, drawn)
-            return trial
+        return trial
 
     def suggest(self, trial: Trial) -> Choice:
         """The trial's candidate."""
@@ -205,23 +201,24 @@ class StudyFolder:
         from optuna.trial import TrialState
 
         count = 0
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            owner = trial.user_attrs.get("process")
-            if not at_start and owner in (self.process, None):
-                continue
-            if owner != self.process and is_alive(self.folder, owner):
-                continue
-            try:
-                self.study.tell(trial.number, state=TrialState.FAIL)
-            except UpdateFinishedTrialError:
-                # The last thing that its process did was to finish it.
-                continue
-            count += 1
-            kept = {key: trial.user_attrs[key] for key in ("round", "budget", PLACE) if key in trial.user_attrs}
-            choice = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            # One that died before it was drawn will be drawn again.
-            if choice.keys() == self.space.axes.keys():
-                self.enqueue(choice, **kept)
+        with in_turn(self.folder / TURN):
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                owner = trial.user_attrs.get("process")
+                if not at_start and owner in (self.process, None):
+                    continue
+                if owner != self.process and is_alive(self.folder, owner):
+                    continue
+                try:
+                    self.study.tell(trial.number, state=TrialState.FAIL)
+                except UpdateFinishedTrialError:
+                    # The last thing that its process did was to finish it.
+                    continue
+                count += 1
+                kept = {key: trial.user_attrs[key] for key in ("round", "budget", PLACE) if key in trial.user_attrs}
+                choice = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+                # One that died before it was drawn will be drawn again.
+                if choice.keys() == self.space.axes.keys():
+                    self.enqueue(choice, **kept)
         return count
 
     def save_spectra(self, name: str, spectra: dict[int, Tensor]) -> None:

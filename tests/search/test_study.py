@@ -270,6 +270,37 @@ print(len(candidates.measured))
 """
 
 
+TAKER = """
+import sys
+from pathlib import Path
+import test_study
+folder = test_study.StudyFolder(Path(sys.argv[1]), test_study.recipe(sys.argv[1]).search, test_study.Bowl().space, 9)
+print("ready", flush=True)
+sys.stdin.readline()
+print(*(folder.ask(0).number for _ in range(int(sys.argv[2]))))
+"""
+
+
+@pytest.mark.slow
+def test_no_queued_candidate_is_taken_twice(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "s", recipe(tmp_path / "s").search, Bowl().space, 9)
+    choice = {key: choices[0] for key, choices in folder.space.axes.items()}
+    for _ in range(120):
+        folder.enqueue(choice)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", TAKER, str(tmp_path / "s"), "40"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    takers = [subprocess.Popen(command, **pipes) for _ in range(3)]
+    for taker in takers:
+        assert taker.stdout is not None and taker.stdout.readline() == "ready\n"
+    for taker in takers:
+        assert taker.stdin is not None
+        taker.stdin.write("go\n")
+        taker.stdin.flush()
+    taken = [int(number) for taker in takers for number in taker.communicate(timeout=120)[0].split()]
+    assert sorted(taken) == list(range(120))
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_search_and_lose_nothing(tmp_path: Path) -> None:
     places = [str(Path(__file__).parent), *sys.path]
