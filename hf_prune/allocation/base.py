@@ -39,17 +39,20 @@ class Allocation:
 
     `measure` looks at one dense matrix at a time and keeps something small of it; `densities` sees what it kept of all.
     A rule with `needs_weights = False` works on shapes alone, a model on the meta device included; one with
-    `needs_fisher = True` is handed the dense model's Fisher factors instead of what `measure` returns; one with
     `learns = True` takes many passes over calibration windows; one with `train_weights = True` moves weights meanwhile.
     """
 
     needs_weights: ClassVar[bool] = False
-    needs_fisher: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     train_weights = False
     statistics: ClassVar[frozenset[str]] = frozenset()
     summary: ClassVar[str] = ""
     paper: ClassVar[str | None] = None
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether `decide` is handed the dense model's Fisher factors instead of what `measure` returns."""
+        return False
 
     @property
     def needs_text(self) -> bool:

@@ -139,8 +139,7 @@ class Fcpts(Allocation):
         return MEASURED_WINDOWS
 
     @property
-    def needs_fisher(self) -> bool:  # type: ignore[override]
-        """Whether `decide` is handed Fisher factors instead of what `measure` returns."""
+    def needs_fisher(self) -> bool:
         return self.fcpts_score == "fisher"
 
     def measure(self, weight: Tensor, statistics: Statistics | None) -> Layer:

@@ -27,9 +27,12 @@ class Fisher(Allocation):
     """
 
     needs_weights = True
-    needs_fisher = True
     summary = "one threshold over what each weight costs the loss by the Fisher information"
     paper = "https://arxiv.org/abs/2312.17244"
+
+    @property
+    def needs_fisher(self) -> bool:
+        return True
 
     @property
     def needs_text(self) -> bool:

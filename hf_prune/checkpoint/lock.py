@@ -64,7 +64,7 @@ def held(file: Path, refusal: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(file: Path) -> Iterator[None]:
+def taking_turns(file: Path) -> Iterator[None]:
     """Inside, no other process is inside with the same file; waits for its turn, and leaves the file there."""
     with file.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

@@ -17,7 +17,7 @@ OBJECTIVES = {
     "ls_distance": "the distance of Lyapunov spectra to the dense model's",
     "loss": "the loss on held-out windows",
     "both": "loss and distance of Lyapunov spectra",
-    "layer_error": "the layers' output error",
+    "layer_error": "the error of the blocks' output",
 }
 AXES = {
     "ls_distance": "LS distance at the first budget",

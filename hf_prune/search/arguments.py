@@ -49,7 +49,8 @@ class SearchArguments:
             `hyperband`; `none`.
         objective: `ls_distance`, how far the Lyapunov spectrum is from the dense model's; `loss` on windows that no
             candidate is calibrated on; `both`, the sum of the relative excess of the loss and the relative distance
-            (ours); `layer_error`, the mean relative output error of the layers.
+            (ours); `layer_error` (of `one_shot`), how far the output of the last block that is looked at is from the
+            dense model's on these windows.
         num_candidates: candidates drawn, those that were drawn before included.
         first_budget: calibration windows or epochs of a candidate in the first round.
         budget_step: how many more in each further round.
@@ -118,6 +119,8 @@ class SearchArguments:
             )
         if self.search_blocks is not None and self.search != "one_shot":
             raise BadInputError(f"search_blocks: {self.search} trains the whole model; leave it out.")
+        if self.objective == "layer_error" and self.search != "one_shot":
+            raise BadInputError(f"objective: {self.search} has no dense layers to compare with; take another.")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise BadInputError(f"max_minutes: {self.max_minutes} leaves no time; leave it out for no limit.")
         if (self.distance in FITTED) != (self.distance_runs is not None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -21,7 +20,7 @@ from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.fields import field_types
 from hf_prune.pipeline import run
-from hf_prune.pruning import PruneResult, load_calibration, prune
+from hf_prune.pruning import load_calibration, prune
 from hf_prune.recipe import Recipe, dump_yaml, make_recipe
 from hf_prune.search.arguments import SearchArguments, SearchRecipe
 from hf_prune.search.space import Choice, Space, make_space
@@ -35,7 +34,8 @@ class Measurement:
     Attributes:
         loss: nats a token on windows that nothing was calibrated on.
         spectrum: bits a step, float64 [k], the largest first; None where the objective does not ask.
-        layer_error: mean relative output error of the pruned layers; None where no layer has one.
+        layer_error: squared error of what the last of the blocks that are looked at hands on, relative to the dense
+            model's, on the windows of the loss; None where candidates are trained.
         spent: budget that the candidate has used up so far.
         spectrum_seconds: a part of the candidate's seconds.
     """
@@ -153,16 +153,15 @@ class OneShotCandidates:
     def dense(self, budgets: list[int]) -> dict[int, Measurement]:
         """Of all budgets with the same blocks alike: nothing is calibrated."""
         self.loaded.restore()
-        found = {blocks: self._look_at(None, blocks) for blocks in {self._blocks(budget) for budget in budgets}}
+        found = {blocks: self._look_at(blocks) for blocks in {self._blocks(budget) for budget in budgets}}
         return {budget: found[self._blocks(budget)] for budget in budgets}
 
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
         spent = 0
         for budget in budgets:
-            result = self._prune(choice, budget)
+            self._prune(choice, budget)
             spent += budget
-            errors = [view.error for view in result.views if view.error is not None]
-            found = self._look_at(statistics.fmean(errors) if errors else None, self._blocks(budget))
+            found = self._look_at(self._blocks(budget))
             found.spent = spent
             look(budget, found)
 
@@ -170,22 +169,28 @@ class OneShotCandidates:
         """How many blocks are looked at with a budget, the first of them; None for all."""
         return None if budget >= self.max_budget else self.search.search_blocks
 
-    def _prune(self, choice: Choice, budget: int) -> PruneResult:
+    def _prune(self, choice: Choice, budget: int) -> None:
         """Prune the dense model, as much of it as is looked at, with so many calibration windows."""
         own, config, blocks = self.loaded, self._config(choice), self._blocks(budget)
         own.restore()
+        own.keep_dense_outputs(self._last_block(blocks), self.search.loss_windows)
         if blocks is not None:
             prefix, modules = find_blocks(own.model)
             rest = [f"{prefix}.{index}" for index in range(blocks, len(modules))]
             config = replace(config, ignore=[*(config.ignore or []), *rest])
-        return prune(own.model, config, input_ids=own.calibration[:budget], seed=self.recipe.data.seed)
+        prune(own.model, config, input_ids=own.calibration[:budget], seed=self.recipe.data.seed)
 
-    def _look_at(self, layer_error: float | None, blocks: int | None) -> Measurement:
-        own = self.loaded
-        loss = float(window_nll(own.model, own.held_out[: self.search.loss_windows]).mean())
-        found = Measurement(loss, layer_error=layer_error)
+    def _last_block(self, blocks: int | None) -> int:
+        """The last of the blocks that are looked at, by its number."""
+        return (blocks or len(find_blocks(self.loaded.model)[1])) - 1
+
+    def _look_at(self, blocks: int | None) -> Measurement:
+        own, last = self.loaded, self._last_block(blocks)
+        own.keep_dense_outputs(last, self.search.loss_windows)
+        nll, outputs = own.losses_and_outputs(last, self.search.loss_windows)
+        found = Measurement(float(nll.mean()), layer_error=relative_error(outputs, own.dense_outputs[last]))
         if self.search.needs_spectrum:
-            found.spectrum, found.spectrum_seconds = self._spectrum(self.setting, blocks)
+            found.spectrum, found.spectrum_seconds = self.spectrum(self.setting, blocks)
         return found
 
     @property
@@ -193,7 +198,7 @@ class OneShotCandidates:
         """How the search computes spectra."""
         return SpectrumSetting.of(self.search, self.loaded.held_out)
 
-    def _spectrum(self, setting: SpectrumSetting, blocks: int | None) -> tuple[Tensor, float]:
+    def spectrum(self, setting: SpectrumSetting, blocks: int | None) -> tuple[Tensor, float]:
         """Of the model as it is now, and the seconds that it took."""
         start = perf_counter()
         windows = self.loaded.held_out[setting.first : setting.first + setting.sequences, : setting.length]
@@ -215,7 +220,7 @@ class OneShotCandidates:
             self.loaded.restore()
         else:
             self._prune(choice, budget)
-        return [self._spectrum(setting, self._blocks(budget)) for setting in settings]
+        return [self.spectrum(setting, self._blocks(budget)) for setting in settings]
 
     def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:
         # The search's copy of the model is not needed beside the pipeline's own.
@@ -224,8 +229,15 @@ class OneShotCandidates:
         return run(make_recipe(values, f"# Chosen by hf-prune search.\n{dump_yaml(values)}"), notes)
 
 
+def relative_error(outputs: list[Tensor], dense: list[Tensor]) -> float:
+    """Squared error as a share of the dense outputs' squares, over all of them."""
+    pairs = [(one.double(), other.double()) for one, other in zip(outputs, dense, strict=True)]
+    error = sum(float((one - other).square().sum()) for one, other in pairs)
+    return error / sum(float(other.square().sum()) for _, other in pairs)
+
+
 class _Loaded:
-    """A dense model with a copy of its weights, calibration windows, and windows held out."""
+    """A dense model with its tokenizer and a copy of its weights, calibration windows, and windows held out."""
 
     def __init__(self, recipe: Recipe, held_out: int) -> None:
         arguments = recipe.model
@@ -233,10 +245,10 @@ class _Loaded:
         source = resolve_model(arguments.model_name_or_path, arguments.revision)
         revision = source.revision or arguments.revision
         config = load_config(source.path, arguments, revision)
-        tokenizer = load_tokenizer(source.path, arguments, revision)
+        self.tokenizer = load_tokenizer(source.path, arguments, revision)
         samples = recipe.data.num_calibration_samples
         wanted = {**vars(recipe.data), "num_calibration_samples": samples + held_out}
-        _, windows = load_calibration(type(recipe.data)(**wanted), tokenizer, config)
+        _, windows = load_calibration(type(recipe.data)(**wanted), self.tokenizer, config)
         if len(windows) < samples + held_out:
             raise BadInputError(
                 f"num_calibration_samples: {samples} and {held_out} held out are more than the {len(windows)} windows "
@@ -245,6 +257,26 @@ class _Loaded:
         self.calibration, self.held_out = windows[:samples], windows[samples : samples + held_out]
         self.model = load_model(source.path, arguments, pick_device(arguments.device, 0), revision)
         self._weights = {name: own.detach().clone() for name, own in self.model.named_parameters()}
+        # By block, [1, tokens, hidden] a window on the CPU.
+        self.dense_outputs: dict[int, list[Tensor]] = {}
+
+    def keep_dense_outputs(self, block: int, windows: int) -> None:
+        """Remember what a block hands on; the first time, when the model is dense."""
+        if block not in self.dense_outputs:
+            self.dense_outputs[block] = self.losses_and_outputs(block, windows)[1]
+
+    def losses_and_outputs(self, block: int, windows: int) -> tuple[Tensor, list[Tensor]]:
+        """Of the first held-out windows: nats a token, and what a block hands on."""
+        outputs: list[Tensor] = []
+
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            outputs.append((output[0] if isinstance(output, tuple) else output).cpu())
+
+        handle = find_blocks(self.model)[1][block].register_forward_hook(keep)
+        try:
+            return window_nll(self.model, self.held_out[:windows]), outputs
+        finally:
+            handle.remove()
 
     def restore(self) -> None:
         """Make the model dense again."""

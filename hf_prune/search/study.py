@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_prune.checkpoint.lock import hold, in_turn, is_held
+from hf_prune.checkpoint.lock import hold, is_held, taking_turns
 from hf_prune.errors import BadInputError
 from hf_prune.search.arguments import SearchArguments
 from hf_prune.search.space import Choice, Space
@@ -177,7 +177,7 @@ class StudyFolder:
         """
         # A sampler's random numbers are not in the storage: each trial gets its own by its place.
         self.study.sampler = make_sampler(self.arguments, drawn)
-        with in_turn(self.folder / TURN):
+        with taking_turns(self.folder / TURN):
             trial = self.study.ask()
             trial.set_user_attr("process", self.process)
             if PLACE not in trial.user_attrs:
@@ -201,7 +201,7 @@ class StudyFolder:
         from optuna.trial import TrialState
 
         count = 0
-        with in_turn(self.folder / TURN):
+        with taking_turns(self.folder / TURN):
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 owner = trial.user_attrs.get("process")
                 if not at_start and owner in (self.process, None):

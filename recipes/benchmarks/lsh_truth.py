@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--truth", type=Path, required=True)
     parser.add_argument("--validation")
-    parser.add_argument("--part", type=_part, default=(0, 1))
+    parser.add_argument("--part", type=part, default=(0, 1))
     given, others = parser.parse_known_args()
     quiet_libraries()
     candidates = TrainedCandidates(make_search_recipe(*read_recipe(given.config, parse_flags(others))))
@@ -151,7 +151,8 @@ def main() -> None:
         raise SystemExit(f"not in the table: {'; '.join(failed)}")
 
 
-def _part(text: str) -> tuple[int, int]:
+def part(text: str) -> tuple[int, int]:
+    """`0/2` as numbers."""
     number, _, parts = text.partition("/")
     if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
         raise argparse.ArgumentTypeError(f"{text!r} is no part; write 0/2 and 1/2")

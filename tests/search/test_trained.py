@@ -146,6 +146,7 @@ def test_an_impossible_combination_is_counted_and_no_more(common: dict[str, Any]
         ({"learning_rate": [0.1, 0.2]}, "learning_rate: candidates differ in how masks move"),
         ({"num_train_epochs": 2.5}, "num_train_epochs: candidates are compared at whole epochs"),
         ({"first_budget": 4}, "first_budget: 4 epochs of 3"),
+        ({"objective": "layer_error"}, "objective: dynamic_sparse has no dense layers"),
         ({"death": ["old age", "sadness"]}, "no combination can be run; the first: death: 'old age' is unknown"),
     ],
 )
