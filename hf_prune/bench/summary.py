@@ -17,6 +17,8 @@ from hf_prune.evaluation.perplexity import bootstrap_ratio
 
 # Cores that something else had: above the first the machine was not idle, above the second seconds say little.
 QUIET, SHARED = 0.1, 0.5
+# Where a point's number stands, in typographic points: neighbours by height have theirs on different sides.
+CORNERS = ((7, 4), (-7, -5), (7, -5), (-7, 4))
 
 
 def summarise(grid: Grid, results: Results) -> list[dict[str, Any]]:
@@ -234,17 +236,20 @@ def plot(path: Path, grid: Grid, lines: list[dict[str, Any]]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     settings = [setting for setting in grid.settings if any(line["setting"] == setting for line in lines)]
-    figure = Figure(figsize=(3.4 * max(len(settings), 2), 4.6), layout="constrained")
+    figure = Figure(figsize=(3.4 * max(len(settings), 2), 5.4), layout="constrained")
     panels = figure.subplots(1, max(len(settings), 1), squeeze=False)[0]
     points = {}
     for axes, setting in zip(panels, settings, strict=False):
-        for number, row in enumerate(grid.rows, 1):
-            for line in lines:
-                if (line["row"], line["setting"]) == (row["name"], setting):
-                    marker, name = "s" if row.get("command") else "o", f"{number} {row['name']}"
-                    (points[name],) = axes.plot(line["seconds"], line["excess"], marker, color=f"C{(number - 1) % 10}")
-                    place = (line["seconds"], line["excess"])
-                    axes.annotate(str(number), place, xytext=(5, 3), textcoords="offset points", fontsize=8)
+        numbers = {row["name"]: number for number, row in enumerate(grid.rows, 1)}
+        own = sorted((line for line in lines if line["setting"] == setting), key=lambda line: line["excess"])
+        for line, corner in zip(own, itertools.cycle(CORNERS), strict=False):
+            number = numbers[line["row"]]
+            marker = "s" if grid.rows[number - 1].get("command") else "o"
+            place = (line["seconds"], line["excess"])
+            (points[f"{number} {line['row']}"],) = axes.plot(*place, marker, color=f"C{(number - 1) % 10}")
+            axes.annotate(
+                str(number), place, xytext=corner, textcoords="offset points", fontsize=7, ha="center", va="center"
+            )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
