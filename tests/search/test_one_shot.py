@@ -201,6 +201,43 @@ def test_killed_and_resumed_a_search_loses_nothing_and_its_model_says_what_was_t
     assert capsys.readouterr().out.splitlines()[:3] == shown.splitlines()[:3]
 
 
+@pytest.mark.slow
+def test_two_launched_processes_measure_one_search_as_one_does(common: dict[str, Any], tmp_path: Path) -> None:
+    options = {
+        "search_dir": str(tmp_path / "s"), "output_dir": str(tmp_path / "o"), "sampler": "random", "pruner": "none",
+        "num_candidates": 8, "objective": "loss", "num_calibration_samples": 64, "first_budget": 48, **AXES,
+        "sparsity": None, "pattern": ["2:4", "1:4"], "allocation": ["uniform", "owl"],
+    }  # fmt: skip
+    recipe = tmp_path / "search.yaml"
+    recipe.write_text(json.dumps({key: own for key, own in {**common, **options}.items() if own is not None}))
+    launch = (
+        "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 --multi_gpu"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "-m", "hf_prune", "search"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "s" / "search.json").read_text())
+    assert summary["drawn"] == 8
+    connection = sqlite3.connect(tmp_path / "s" / "search.db")
+    query = "SELECT trial_id, value_json FROM trial_user_attributes WHERE key = 'process'"
+    owners = {json.loads(value)["token"] for _, value in connection.execute(query)}
+    connection.close()
+    assert len(owners) == 2
+    alone = OneShotCandidates(make_search_recipe(json.loads(recipe.read_text())))
+    found = measured(tmp_path / "s")
+    assert {row["candidate"] for row in summary["candidates"]} == found.keys()
+    for choice in alone.space.combinations():
+        if label(choice) in found:
+            assert loss_of(alone, choice) == pytest.approx(found[label(choice)], rel=1e-6)
+
+
+def loss_of(candidates: OneShotCandidates, choice: dict[str, Any]) -> float:
+    seen: list[float] = []
+    candidates.measure(choice, [48], lambda _, own: seen.append(own.loss))
+    return seen[0]
+
+
 def measured(folder: Path) -> dict[str, float]:
     """Candidate to value, read behind Optuna's back."""
     if not (folder / "search.db").exists():
