@@ -210,10 +210,9 @@ def test_two_launched_processes_measure_one_search_as_one_does(common: dict[str,
     }  # fmt: skip
     recipe = tmp_path / "search.yaml"
     recipe.write_text(json.dumps({key: own for key, own in {**common, **options}.items() if own is not None}))
-    launch = (
-        "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 --multi_gpu"
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "-m", "hf_prune", "search"]
+    launch = "--num_processes 2 --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--main_process_port", "0"]
+    command += ["-m", "hf_prune", "search", "--config", str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
