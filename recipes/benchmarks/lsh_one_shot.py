@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lsh_replay import JUDGED, spread
+from lsh_replay import JUDGED, rank_correlation, spread
 from lsh_runs import claim
 from lsh_truth import part
-from scipy.stats import spearmanr
 
 from hf_prune.bench.summary import write_between_markers
 from hf_prune.checkpoint.files import tensor_digest
@@ -152,7 +151,7 @@ def to_markdown(rows: dict[str, dict[str, Any]], seeds: int = 20) -> str:
     names = sorted(own)
     everything = sum(row["seconds"] for row in own.values())
     lines = ["| chosen by | first blocks | Spearman | regret, perplexity | of all seconds |", "|---|---|---|---|---|"]
-    samples = [_sample(names, seed) for seed in range(seeds)]
+    samples = [judged(names, seed) for seed in range(seeds)]
     for blocks in LOOKS:
         for metric, title in METRICS.items():
             scores = {name: _last(row[str(blocks)][metric]) for name, row in own.items()}
@@ -175,7 +174,8 @@ def to_markdown(rows: dict[str, dict[str, Any]], seeds: int = 20) -> str:
     ])  # fmt: skip
 
 
-def _sample(names: list[str], seed: int) -> list[str]:
+def judged(names: list[str], seed: int) -> list[str]:
+    """The candidates that a seed judges."""
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     return [names[place] for place in order[: round(JUDGED * len(names))]]
 
@@ -185,7 +185,7 @@ def _judge(scores: dict[str, float], rows: dict[str, dict[str, Any]], sample: li
     final = [rows[name]["perplexity"] for name in sample]
     early = [scores[name] for name in sample]
     chosen = min(sample, key=lambda name: (scores[name], name))
-    return float(spearmanr(early, final).statistic), rows[chosen]["perplexity"] - min(final)
+    return rank_correlation(early, final), rows[chosen]["perplexity"] - min(final)
 
 
 def _cost(look: dict[str, Any], metric: str) -> float:

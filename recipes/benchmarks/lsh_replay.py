@@ -90,7 +90,7 @@ def play(
         seconds += sum(float(dense.spectrum_seconds[epoch - 1]) for epoch in looked if epoch <= reached)
     final = [run.perplexity for run in runs]
     chosen = min(finalists, key=lambda own: _last(runs[own].validation_loss))
-    return Outcome(_rank_correlation(early, final), final[chosen] - min(final), epochs, seconds)
+    return Outcome(rank_correlation(early, final), final[chosen] - min(final), epochs, seconds)
 
 
 def look_once(metric: str, dense: Run, runs: list[Run], fitted: list[Run], seed: int, epoch: int) -> Outcome:
@@ -111,7 +111,7 @@ def look_once(metric: str, dense: Run, runs: list[Run], fitted: list[Run], seed:
     epochs = epoch * (seen + (metric != "loss")) + last
     final = [run.perplexity for run in runs]
     seconds += _cost(runs[chosen], last, "loss")
-    return Outcome(_rank_correlation(early, final), final[chosen] - min(final), epochs, seconds)
+    return Outcome(rank_correlation(early, final), final[chosen] - min(final), epochs, seconds)
 
 
 def _cost(run: Run, epochs: int, metric: str) -> float:
@@ -119,7 +119,8 @@ def _cost(run: Run, epochs: int, metric: str) -> float:
     return float(run.seconds[:epochs].sum()) + look
 
 
-def _rank_correlation(early: list[float], final: list[float]) -> float:
+def rank_correlation(early: list[float], final: list[float]) -> float:
+    """Spearman's; NaN where all of one side are alike."""
     if min(len(set(early)), len(set(final))) < 2:
         return math.nan
     return float(spearmanr(early, [_last(own) for own in final]).statistic)
