@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     recipe = make_search_recipe(values, text)
     quiet_libraries()
     out = console()
-    rank = leave_group()
+    rank = leave_group(recipe.model.device)
     if report:
         if rank == 0:
             out.print(search_markdown(show_search(recipe)), markup=False, soft_wrap=True)

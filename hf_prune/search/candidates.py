@@ -89,6 +89,9 @@ class Candidates(Protocol):
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
         """Measure a candidate at each of some budgets, which grow."""
 
+    def cost(self, budgets: list[int]) -> int:
+        """What a candidate spends that is measured at all of these."""
+
     def spectra(
         self, choice: Choice | None, budget: int, settings: list[SpectrumSetting]
     ) -> list[tuple[Tensor, float]]:
@@ -165,6 +168,10 @@ class OneShotCandidates:
             found.spent = spent
             look(budget, found)
 
+    def cost(self, budgets: list[int]) -> int:
+        """It is pruned anew at each."""
+        return sum(budgets)
+
     def _blocks(self, budget: int) -> int | None:
         """How many blocks are looked at with a budget, the first of them; None for all."""
         return None if budget >= self.max_budget else self.search.search_blocks
@@ -182,7 +189,8 @@ class OneShotCandidates:
 
     def _last_block(self, blocks: int | None) -> int:
         """The last of the blocks that are looked at, by its number."""
-        return (blocks or len(find_blocks(self.loaded.model)[1])) - 1
+        every = len(find_blocks(self.loaded.model)[1])
+        return min(blocks or every, every) - 1
 
     def _look_at(self, blocks: int | None) -> Measurement:
         own, last = self.loaded, self._last_block(blocks)

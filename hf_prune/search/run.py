@@ -22,10 +22,18 @@ from hf_prune.search.candidates import Candidates, OneShotCandidates
 from hf_prune.search.searching import PAUSE, Search
 from hf_prune.search.space import label
 from hf_prune.search.stability import check_variations, rank_stability_if_any
-from hf_prune.search.study import DENSE, STORAGE, attributes_on_disk, check_identity, check_storage, is_alive
+from hf_prune.search.study import (
+    DENSE,
+    STORAGE,
+    anyone_alive,
+    attributes_on_disk,
+    check_identity,
+    check_storage,
+    is_alive,
+)
 from hf_prune.search.summary import write_tables
 
-# Seconds that a process which came first waits for the one that leads; a launcher starts both within SAME_LAUNCH.
+# Seconds that a process waits where nobody leads; a launcher starts both within SAME_LAUNCH.
 LONGEST_WAIT, SAME_LAUNCH = 3600, 60
 # What accelerate and torchrun tell a process of the others.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -40,16 +48,27 @@ def make_candidates(recipe: SearchRecipe) -> Candidates:
     return OneShotCandidates(recipe)
 
 
-def leave_group() -> int:
+def leave_group(device: str) -> int:
     """This process's rank; from here on it stands alone: one that waits for the others would wait for ever, since
-    each measures a candidate of its own. A process with a GPU keeps it.
+    each measures a candidate of its own. Of several GPUs it sees one of its own, unless `device` names one.
     """
     rank = int(os.environ.get("RANK", "0"))
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if "LOCAL_RANK" in os.environ:
+        os.environ.update(own_gpu(device, int(os.environ["LOCAL_RANK"])))
     for name in LAUNCHERS:
         os.environ.pop(name, None)
     return rank
+
+
+def own_gpu(device: str, number: int) -> dict[str, str]:
+    """The environment in which the process of this number sees one GPU of several; empty where there are none, or where
+    `device` says which. To be set before CUDA is used.
+    """
+    count = torch.cuda.device_count()
+    if device not in ("auto", "cuda") or count < 2:
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number % count]}
 
 
 def run_search(
@@ -90,7 +109,7 @@ def run_search(
         if not resume:
             search.folder.discard()
         raise
-    with _helped_by(workers or []) as helpers:
+    with _helped_by(workers or [], recipe.model.device) as helpers:
         search.draw(helpers)
         finalists = search.finals(search.eliminate(helpers), helpers)
     search.folder.study.set_user_attr("finalists", [label(own.params) for own in finalists])
@@ -105,7 +124,7 @@ def run_search(
             search.folder.study.set_user_attr("stability", table)
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     if summary["chosen"] is None:
-        raise RunError("search: no candidate gave finite figures; search.md in search_dir says why.")
+        raise RunError("search: none of the candidates left at the end gave finite figures; search.md says why.")
     report = candidates.finish(finalists[0].params, {"search": summary})
     return {**summary, "report": report}
 
@@ -149,6 +168,9 @@ def _wait_for_leader(folder: Path, identity: str) -> bool:
     """
     started, began = perf_counter(), time.time()
     while perf_counter() - started < LONGEST_WAIT:
+        if anyone_alive(folder):
+            # The dense model may train for hours.
+            started = perf_counter()
         if (folder / STORAGE).exists() and (folder / DENSE).exists():
             attributes = attributes_on_disk(folder / STORAGE)
             leader = attributes.get("leader")
@@ -163,9 +185,12 @@ def _wait_for_leader(folder: Path, identity: str) -> bool:
 
 
 @contextmanager
-def _helped_by(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _helped_by(commands: list[list[str]], device: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Processes that help; those that are still there are ended with the search."""
-    helpers = [subprocess.Popen([sys.executable, "-m", "hf_prune", *command]) for command in commands]
+    helpers = [
+        subprocess.Popen([sys.executable, "-m", "hf_prune", *command], env={**os.environ, **own_gpu(device, number)})
+        for number, command in enumerate(commands, start=1)
+    ]
     try:
         yield helpers
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,9 @@ class Search:
         return [*range(self.arguments.first_budget, last, self.arguments.budget_step), last]
 
     def measure_dense(self) -> None:
-        """Once in the life of a study."""
+        """Once in the life of a study, and of the file of its spectra."""
         study = self.folder.study
-        if "dense" in study.user_attrs:
+        if "dense" in study.user_attrs and self.dense_spectra:
             return
         start = perf_counter()
         seen = self.candidates.dense(self.budgets)
@@ -89,12 +90,23 @@ class Search:
     # What has been spent.
 
     def spent(self, trials: list[FrozenTrial]) -> tuple[int, float]:
-        """Budget and seconds of everything measured so far, the dense model included."""
+        """Budget and seconds of everything measured so far, the dense model included; the budget also of what other
+        processes are measuring.
+        """
+        from optuna.trial import TrialState
+
         dense = self.folder.study.user_attrs.get("dense", {"spent": 0, "seconds": 0.0})
-        return (
-            dense["spent"] + sum(found(trial).get("spent", 0) for trial in trials),
-            dense["seconds"] + sum(found(trial).get("seconds", 0.0) for trial in trials),
-        )
+        budget = dense["spent"]
+        for trial in trials:
+            running = trial.state == TrialState.RUNNING and "found" not in trial.user_attrs
+            budget += self.candidates.cost(self._budgets_of(trial)) if running else found(trial).get("spent", 0)
+        return budget, dense["seconds"] + sum(found(trial).get("seconds", 0.0) for trial in trials)
+
+    def _budgets_of(self, trial: Trial | FrozenTrial) -> list[int]:
+        """What a trial is measured at."""
+        if self.arguments.pruner == "hyperband" and "budget" not in trial.user_attrs:
+            return self.budgets
+        return [int(trial.user_attrs.get("budget", self.arguments.first_budget))]
 
     def may_spend(self, budget: int, trials: list[FrozenTrial]) -> bool:
         """Whether so much more is within the limits."""
@@ -147,7 +159,8 @@ class Search:
             return False
         # A space with hardly anything possible in it is drawn from for a while, and not for ever.
         enough = len(counted(trials)) >= own.num_candidates or len(drawn(trials)) >= 20 * own.num_candidates
-        return not enough and self.may_spend(own.first_budget, trials)
+        budgets = self.budgets if own.pruner == "hyperband" else [own.first_budget]
+        return not enough and self.may_spend(self.candidates.cost(budgets), trials)
 
     def _measure(self, trial: Trial, choice: Choice, before: list[FrozenTrial]) -> None:
         """Measure a trial's candidate, or say why not; `before` are the trials before it."""
@@ -160,7 +173,6 @@ class Search:
             study.tell(trial, state=TrialState.PRUNED)
             return
         last = int(trial.user_attrs.get("budget", self.arguments.first_budget))
-        budgets = self.budgets if self.arguments.pruner == "hyperband" else [last]
         known = self._known(name, last, before)
         if known is not None:
             trial.set_user_attr("duplicate_of", known.number)
@@ -169,7 +181,7 @@ class Search:
             else:
                 study.tell(trial, state=TrialState.PRUNED)
             return
-        self._measure_new(trial, choice, budgets)
+        self._measure_new(trial, choice, self._budgets_of(trial))
 
     def _known(self, name: str, budget: int, before: list[FrozenTrial]) -> FrozenTrial | None:
         """An earlier trial of the same candidate at the same budget, which may still run."""
@@ -206,10 +218,13 @@ class Search:
             self.candidates.measure(choice, budgets, look)
         except optuna.TrialPruned:
             state = optuna.trial.TrialState.PRUNED
-        except (BadInputError, RunError, torch.linalg.LinAlgError) as error:
+        except (BadInputError, RunError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
             # What only the model shows (inputs that do not divide into groups, say) is this candidate's own.
             value = math.inf
             notes["sentence"] = " ".join(str(error).split())
+            if not isinstance(error, BadInputError):
+                # It failed on its way, nobody knows where.
+                notes["spent"] = self.candidates.cost(budgets)
         if not math.isfinite(value):
             notes.setdefault("sentence", "loss or spectrum is not finite.")
         if spectra:
@@ -248,18 +263,18 @@ class Search:
     # Rounds.
 
     def best_drawn(self, whole: bool = True) -> list[FrozenTrial]:
-        """Distinct candidates that were measured to the end, best first.
+        """Distinct candidates that were measured to the end, best first; of those that turned out the same, the first.
 
         Raises:
             RunError: there is none (with `whole`).
         """
         from optuna.trial import TrialState
 
-        done = [
+        done = _different(
             trial
             for trial in counted(self.folder.trials())
             if trial.state == TrialState.COMPLETE and "duplicate_of" not in trial.user_attrs
-        ]
+        )
         if whole and not done:
             raise RunError(
                 "search: no candidate was measured; allow more by num_candidates, total_budget or max_minutes."
@@ -355,6 +370,16 @@ class Search:
             if spectrum is not None:
                 spectra[row["candidate"]] = spectrum
         return spectra
+
+
+def _different(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Without those whose figures are an earlier one's to the last bit: other words for the same candidate."""
+    kept: dict[tuple[Any, ...], FrozenTrial] = {}
+    for trial in trials:
+        own = found(trial)
+        figures = (trial.value, own.get("loss"), own.get("distance"), own.get("layer_error"))
+        kept.setdefault(figures if math.isfinite(trial.value or 0) else (trial.number,), trial)
+    return list(kept.values())
 
 
 def _queued(trials: list[FrozenTrial]) -> bool:

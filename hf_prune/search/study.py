@@ -65,6 +65,11 @@ def is_alive(folder: Path, process: dict[str, Any] | None) -> bool:
     return is_held(folder / PROCESSES / process["token"]) if process else False
 
 
+def anyone_alive(folder: Path) -> bool:
+    """Whether any process that signed in is still there."""
+    return any(is_held(file) for file in (folder / PROCESSES).glob("*"))
+
+
 def check_storage(folder: Path, resume: bool) -> None:
     """Raise BadInputError where the folder holds a search and should not, or should and does not."""
     file = folder / STORAGE
@@ -98,7 +103,8 @@ def attributes_on_disk(file: Path) -> dict[str, Any]:
         "WHERE s.study_name = ?"
     )
     try:
-        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=PATIENCE)
+        # Not read-only: what a process that was killed had half written is undone by whoever opens the file next.
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=rw", uri=True, timeout=PATIENCE)
         try:
             attributes = {key: json.loads(value) for key, value in connection.execute(query, (NAME,))}
         finally:
@@ -157,9 +163,10 @@ class StudyFolder:
                 "processes by num_processes."
             )
         self.study.set_user_attr("identity", identity)
+        # Before the others, for whom a search that is finished and begun just now is one that they came too late for.
+        self.study.set_user_attr("finished", False)
         self.study.set_user_attr("leader", self.process)
         self.study.set_user_attr("begun", time.time())
-        self.study.set_user_attr("finished", False)
         # More candidates may be wanted than last time.
         self.study.set_user_attr("rounds", False)
         self.study.set_user_attr("finalists", [])
@@ -195,7 +202,7 @@ class StudyFolder:
     def put_back(self, at_start: bool = False) -> int:
         """Queue again what processes that are gone were measuring; how many.
 
-        `at_start` also what this process left behind when it was interrupted, and what nobody signed.
+        `at_start` also what this process left behind when it was interrupted.
         """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
@@ -204,7 +211,7 @@ class StudyFolder:
         with taking_turns(self.folder / TURN):
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 owner = trial.user_attrs.get("process")
-                if not at_start and owner in (self.process, None):
+                if owner == self.process and not at_start:
                     continue
                 if owner != self.process and is_alive(self.folder, owner):
                     continue

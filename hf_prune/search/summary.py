@@ -41,10 +41,10 @@ def summarise(
         name = label(trial.params)
         before = rows.get(name)
         if before is not None:
-            for key in ("seconds", "spectrum_seconds", "spent"):
-                row[key] += before[key]
-            row["first_value"], row["trial"] = before["first_value"], before["trial"]
-            row["first_distance"], row["first_loss"] = before["first_distance"], before["first_loss"]
+            kept = row if row["budget"] >= before["budget"] else before
+            costs = {key: row[key] + before[key] for key in ("seconds", "spectrum_seconds", "spent")}
+            first = {key: before[key] for key in ("trial", "first_value", "first_distance", "first_loss")}
+            row = {**kept, **costs, **first}
         rows[name] = row
     finalists: list[str] = folder.study.user_attrs.get("finalists", [])
     order = {name: place for place, name in enumerate(finalists)}
@@ -55,6 +55,9 @@ def summarise(
         return row["value"] is None, order.get(name, len(order)), -row["budget"], value, row["trial"]
 
     ranked = [row for _, row in sorted(rows.items(), key=rank)]
+    finite = [row["candidate"] for row in ranked if row["value"] is not None]
+    # Once there are finalists, nobody else.
+    chosen = next((name for name in finite if name in order or not order), None)
     dense = folder.study.user_attrs.get("dense", {})
     total_budget, seconds = spent
     return {
@@ -76,7 +79,7 @@ def summarise(
         "spectrum_seconds": dense.get("spectrum_seconds", 0.0) + sum(row["spectrum_seconds"] for row in rows.values()),
         "dense": dense,
         "agreement": _agreement(list(rows.values())),
-        "chosen": ranked[0]["candidate"] if ranked and ranked[0]["value"] is not None else None,
+        "chosen": chosen,
         "candidates": ranked,
     }
 

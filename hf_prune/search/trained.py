@@ -98,6 +98,10 @@ class TrainedCandidates:
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
         self._train(self.config(choice), budgets, look)
 
+    def cost(self, budgets: list[int]) -> int:
+        """One training passes all of them."""
+        return max(budgets)
+
     def config(self, choice: Choice) -> DynamicSparseConfig:
         """How the masks of one candidate move."""
         return self._recipe(choice).method

@@ -163,7 +163,7 @@ def test_a_line_for_each_row_and_setting(place: Path, results: dict) -> None:
     assert not list((place / "work").glob("*.model"))
 
 
-def test_the_agreement_of_allocations_is_pandasrank_correlation(place: Path) -> None:
+def test_the_agreement_of_allocations_is_pandas_rank_correlation(place: Path) -> None:
     grid = load_grid(place / "grid.yaml", {})
     grid = replace(grid, allocation_reference="peer")
     densities = pandas.DataFrame(numpy.random.default_rng(0).random((21, 3)).round(1), columns=["0", "3", "peer"])

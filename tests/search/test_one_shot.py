@@ -67,6 +67,8 @@ def test_figures_are_those_of_pruning_by_hand(common: dict[str, Any], tmp_path: 
     dense = candidates.dense([2])[2]
     torch.testing.assert_close(dense.spectrum, depth_spectrum(model, windows[8:10, :16], k=6))
     few = OneShotCandidates(replace(recipe, search=replace(recipe.search, search_blocks=1)))
+    more = OneShotCandidates(replace(recipe, search=replace(recipe.search, search_blocks=99)))
+    torch.testing.assert_close(more.dense([2])[2].spectrum, dense.spectrum)
     early: dict[int, Any] = {}
     few.measure(choice, [2, 8], lambda budget, found: early.update({budget: found}))
     model = tiny_model("llama")

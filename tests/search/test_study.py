@@ -23,10 +23,10 @@ from hf_prune.cli.search import without_flag
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.search.arguments import SearchRecipe, make_search_recipe
 from hf_prune.search.candidates import Look, Measurement, SpectrumSetting
-from hf_prune.search.run import help_search, run_search, show_search  # noqa: F401  # the helper process calls it
+from hf_prune.search.run import help_search, own_gpu, run_search, show_search  # noqa: F401  # the helper calls it
 from hf_prune.search.searching import Search
 from hf_prune.search.space import Choice, elimination_rounds, label, make_space
-from hf_prune.search.study import StudyFolder
+from hf_prune.search.study import StudyFolder, attributes_on_disk
 
 AXES = {"a": [0, 1, 3, 4], "b": ["x", "y", "z"]}
 
@@ -62,6 +62,10 @@ class Bowl:
     @staticmethod
     def spectrum(away: float) -> torch.Tensor:
         return torch.tensor([1.0, -1.0, -3.0 - away], dtype=torch.float64)
+
+    @staticmethod
+    def cost(budgets: list[int]) -> int:
+        return max(budgets)
 
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
         dies = self.die_after is not None and len(self.measured) >= self.die_after
@@ -162,6 +166,110 @@ def test_what_only_the_model_refuses_is_named_and_the_search_goes_on(tmp_path: P
     assert summary["chosen"] == label(BEST)
     refused = next(row for row in summary["candidates"] if row["candidate"] == label({"a": 1, "b": "x"}))
     assert refused["value"] is None and "groups of 5" in refused["why"]
+
+
+def test_other_words_for_one_candidate_do_not_take_a_second_place(tmp_path: Path) -> None:
+    class Twins(Bowl):
+        @staticmethod
+        def loss(choice: Choice, budget: int) -> float:
+            return Bowl.loss({**choice, "b": choice["b"].replace("z", "y")}, budget)
+
+    bowl = Twins()
+    summary = run_search(
+        recipe(tmp_path / "s", objective="loss", pruner="none", num_candidates=40, sampler="random"), bowl
+    )
+    last = [name for name, budgets in bowl.measured if budgets == [9]]
+    # y and z are the same at 3; the runner-up is another one.
+    assert len(last) == 2 and {name.split("b=")[0] + "b=y" for name in last if "b=x" not in name} == {label(BEST)}
+    assert bowl.finished is not None and Twins.loss(bowl.finished, 9) == Twins.loss(BEST, 9)
+    assert summary["candidates"][1]["loss"] > summary["candidates"][0]["loss"]
+
+
+def test_who_fails_late_is_not_followed_by_one_that_nobody_finished(tmp_path: Path) -> None:
+    class Late(Bowl):
+        @staticmethod
+        def loss(choice: Choice, budget: int) -> float:
+            return math.nan if budget == 9 else Bowl.loss(choice, budget)
+
+    bowl = Late()
+    own = recipe(tmp_path / "s", objective="loss", pruner="none", num_candidates=12, sampler="random")
+    with pytest.raises(RunError, match="none of the candidates left"):
+        run_search(own, bowl)
+    assert bowl.finished is None and json.loads((tmp_path / "s" / "search.json").read_text())["chosen"] is None
+
+
+def test_what_failed_on_its_way_was_paid_for(tmp_path: Path) -> None:
+    class Diverging(Bowl):
+        def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
+            self.measured.append((label(choice), budgets))
+            raise RunError("the loss is NaN.")
+
+    bowl = Diverging()
+    with pytest.raises(RunError):
+        run_search(recipe(tmp_path / "s", num_candidates=36, total_budget=9 + 3 * 4, sampler="random"), bowl)
+    assert len(bowl.measured) == 4
+
+
+@pytest.mark.parametrize("pruner", ["hyperband", "none"])
+def test_a_candidate_is_begun_only_where_all_of_it_may_be_spent(tmp_path: Path, pruner: str) -> None:
+    class Anew(Bowl):
+        @staticmethod
+        def cost(budgets: list[int]) -> int:
+            return sum(budgets)
+
+        def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
+            spent = 0
+            for budget in budgets:
+                spent += budget
+                loss = self.loss(choice, budget)
+                look(budget, Measurement(loss, self.spectrum(2 * loss), spent=spent))
+
+    own = recipe(tmp_path / "s", objective="loss", pruner=pruner, num_candidates=36, total_budget=50, sampler="random")
+    summary = run_search(own, Anew())
+    assert 9 < summary["spent"] <= 50
+
+
+def test_spectra_that_are_lost_are_computed_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"sampler": "random", "num_candidates": 4}
+    run_search(recipe(tmp_path / "s", **options), Bowl())
+    before = json.loads((tmp_path / "s" / "search.json").read_text())["candidates"]
+    (tmp_path / "s" / "dense.safetensors").unlink()
+    again = run_search(recipe(tmp_path / "s", **{**options, "num_candidates": 6}), Bowl(), resume=True)
+    values = {row["candidate"]: row["first_value"] for row in again["candidates"]}
+    assert values.items() >= {row["candidate"]: row["first_value"] for row in before}.items() and len(values) > 3
+
+
+KILLED = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")
+connection.execute("BEGIN IMMEDIATE")
+connection.execute("UPDATE study_user_attributes SET value_json = 1")
+connection.execute("CREATE TABLE filler (x)")
+for _ in range(300):
+    connection.execute("INSERT INTO filler VALUES (randomblob(2000))")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_killed_while_it_wrote_leaves_a_search_that_can_be_read(tmp_path: Path) -> None:
+    run_search(recipe(tmp_path / "s", objective="loss", num_candidates=3), Bowl())
+    file = tmp_path / "s" / "search.db"
+    before = attributes_on_disk(file)
+    subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False)
+    assert (tmp_path / "s" / "search.db-journal").stat().st_size > 0
+    assert attributes_on_disk(file) == before and before["finished"] is True
+
+
+def test_each_process_sees_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def visible(device: str, count: int, seen: str | None) -> list[str | None]:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen) if seen else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+        return [own_gpu(device, number).get("CUDA_VISIBLE_DEVICES") for number in range(3)]
+
+    assert visible("auto", 2, None) == ["0", "1", "0"]
+    assert visible("cuda", 2, "3,7") == ["3", "7", "3"]
+    assert visible("auto", 1, None) == visible("auto", 0, None) == visible("cuda:1", 2, None) == [None] * 3
 
 
 def test_a_mistake_that_the_dense_model_shows_leaves_the_folder_to_the_next_recipe(tmp_path: Path) -> None:
