@@ -162,7 +162,7 @@ class OneShotCandidates:
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
         spent = 0
         for budget in budgets:
-            self._prune(choice, budget)
+            self.prune(choice, budget)
             spent += budget
             found = self._look_at(self._blocks(budget))
             found.spent = spent
@@ -176,7 +176,7 @@ class OneShotCandidates:
         """How many blocks are looked at with a budget, the first of them; None for all."""
         return None if budget >= self.max_budget else self.search.search_blocks
 
-    def _prune(self, choice: Choice, budget: int) -> None:
+    def prune(self, choice: Choice, budget: int) -> None:
         """Prune the dense model, as much of it as is looked at, with so many calibration windows."""
         own, config, blocks = self.loaded, self._config(choice), self._blocks(budget)
         own.restore()
@@ -227,7 +227,7 @@ class OneShotCandidates:
         if choice is None:
             self.loaded.restore()
         else:
-            self._prune(choice, budget)
+            self.prune(choice, budget)
         return [self.spectrum(setting, self._blocks(budget)) for setting in settings]
 
     def finish(self, choice: Choice, notes: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,13 @@
     python recipes/benchmarks/lsh_one_shot.py --config recipes/benchmarks/lsh_one_shot.yaml --truth FOLDER \
         [--part 0/2] [--readme recipes/benchmarks/LSH.md] [--json FILE] [--key value ...]
 
-A look prunes the first block, or the first three, with few windows and takes what a search could be guided by: loss on
-windows held out of the calibration text, the mean error of the pruned layers, and the distance of the depth spectrum to
-the dense model's. The truth is the perplexity of the whole model, pruned with all windows. A candidate that is finished
-is not pruned again; `--part 0/2` and `--part 1/2` share them between two processes. Seconds are processor time.
+A look prunes the first block, or the first three, with few windows and takes what a search could be guided by: loss
+on windows held out of the calibration text, the error of what the last of these blocks hands on, and the distance of
+the depth spectrum to the dense model's. The truth is the perplexity of the whole model, pruned with all windows. A
+candidate that is finished is not pruned again; `--part 0/2` and `--part 1/2` share them between two processes.
+Seconds are processor time: of a look with what it measures (loss and error are of one pass, and the dense model's
+spectrum is counted), of the truth the pruning alone. An allocation sees the blocks that are pruned, in a look the
+first ones.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from hf_prune.bench.summary import write_between_markers
 from hf_prune.checkpoint.files import tensor_digest
 from hf_prune.cli.arguments import quiet_libraries
 from hf_prune.dynamics.distance import with_loss
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.recipe import parse_flags, read_recipe
@@ -40,6 +43,7 @@ from hf_prune.search.space import Choice, label
 # First blocks that a look prunes.
 LOOKS = (1, 3)
 DENSE = "dense"
+SPECTRAL = ("distance", "both")
 METRICS = {"loss": "loss", "layer_error": "layer error", "distance": "LS distance", "both": "both"}
 
 
@@ -54,7 +58,12 @@ class Truth:
         ).windows.input_ids
         self.search = candidates.search
         self.budget = self.search.first_budget
-        self.dense = {blocks: self._of(blocks).dense([self.budget])[self.budget] for blocks in LOOKS}
+        self.dense: dict[int, Measurement] = {}
+        self.dense_seconds: dict[int, float] = {}
+        for blocks in LOOKS:
+            began = time.process_time()
+            self.dense[blocks] = self._of(blocks).dense([self.budget])[self.budget]
+            self.dense_seconds[blocks] = time.process_time() - began
 
     def _of(self, blocks: int, objective: str = "both") -> OneShotCandidates:
         self.candidates.search = replace(self.search, search_blocks=blocks, objective=objective)
@@ -65,14 +74,16 @@ class Truth:
         found: dict[str, Any] = {}
         if choice is None:
             self.candidates.loaded.restore()
+            found = {str(blocks): {"seconds": own} for blocks, own in self.dense_seconds.items()}
         else:
             for blocks in LOOKS:
                 found[str(blocks)] = self._look(choice, blocks)
         began = time.process_time()
         if choice is not None:
-            self._of(1, "loss").measure(choice, [self.candidates.max_budget], lambda budget, seen: None)
+            self.candidates.prune(choice, self.candidates.max_budget)
+        took = time.process_time() - began
         nll = float(window_nll(self.candidates.loaded.model, self.test).mean())
-        return {**found, "perplexity": math.exp(nll), "seconds": time.process_time() - began}
+        return {**found, "perplexity": math.exp(nll), "seconds": took}
 
     def _look(self, choice: Choice, blocks: int) -> dict[str, Any]:
         began = time.process_time()
@@ -121,18 +132,23 @@ def main() -> None:
     choices = [own for own in space.combinations() if label(own) not in space.refused]
     number, parts = given.part
     named = [(DENSE, None), *((label(own), own) for own in choices)]
+    failed = []
     for name, choice in named[number::parts]:
         file = given.truth / f"{name}.json"
         if file.is_file():
             continue
         try:
             row = truth.row(choice)
-        except BadInputError as error:
-            raise SystemExit(f"{name}: {error}") from None
+        except (BadInputError, RunError) as error:
+            print(f"{name}: {error}", flush=True)
+            failed.append(name)
+            continue
         partial = file.with_suffix(".tmp")
         partial.write_text(json.dumps(row), encoding="utf-8")
         partial.replace(file)
         print(f"{name}: perplexity {row['perplexity']:.2f}, {row['seconds']:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"not in the table: {'; '.join(failed)}")
     rows = {name: json.loads(file.read_text()) for name, _ in named if (file := given.truth / f"{name}.json").is_file()}
     if len(rows) < len(named):
         print(f"{len(rows)} of {len(named)} are there; the table wants all.")
@@ -157,6 +173,7 @@ def to_markdown(rows: dict[str, dict[str, Any]], seeds: int = 20) -> str:
             scores = {name: _last(row[str(blocks)][metric]) for name, row in own.items()}
             figures = [_judge(scores, own, sample) for sample in samples]
             took = sum(_cost(row[str(blocks)], metric) for row in own.values())
+            took += rows[DENSE][str(blocks)]["seconds"] if metric in SPECTRAL else 0
             lines.append(
                 f"| {title} | {blocks} | {spread([one for one, _ in figures], '+.2f')} | "
                 f"{spread([other for _, other in figures], '.2f')} | {took / everything:.0%} |"
@@ -190,7 +207,7 @@ def _judge(scores: dict[str, float], rows: dict[str, dict[str, Any]], sample: li
 
 def _cost(look: dict[str, Any], metric: str) -> float:
     """Seconds of a look; only what needs the spectrum pays for it."""
-    return look["seconds"] + (look["spectrum_seconds"] if metric in ("distance", "both") else 0)
+    return look["seconds"] + (look["spectrum_seconds"] if metric in SPECTRAL else 0)
 
 
 def _last(value: float | None) -> float:
