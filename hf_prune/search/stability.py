@@ -25,7 +25,9 @@ def variations(own: SpectrumSetting) -> dict[str, SpectrumSetting]:
         "other sequences": replace(own, first=own.sequences),
         "other tangents": replace(own, seed=own.seed + 1),
     }
-    return {name: setting for name, setting in found.items() if min(setting.k, setting.length) > 0}
+    first, *others = found.items()
+    # With one sequence, say, "one sequence" is the search's own way.
+    return dict([first, *((name, way) for name, way in others if way != own and min(way.k, way.length) > 0)])
 
 
 def check_variations(candidates: Candidates) -> None:
