@@ -239,9 +239,11 @@ class OneShotCandidates:
 
 def relative_error(outputs: list[Tensor], dense: list[Tensor]) -> float:
     """Squared error as a share of the dense outputs' squares, over all of them."""
-    pairs = [(one.double(), other.double()) for one, other in zip(outputs, dense, strict=True)]
-    error = sum(float((one - other).square().sum()) for one, other in pairs)
-    return error / sum(float(other.square().sum()) for _, other in pairs)
+    error = square = 0.0
+    for one, other in zip(outputs, dense, strict=True):
+        error += float((one.double() - other.double()).square().sum())
+        square += float(other.double().square().sum())
+    return error / square
 
 
 class _Loaded:
