@@ -33,7 +33,7 @@ from hf_prune.recovery_setup import Ready, prepare_recovery
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.report.privacy import is_private, may_show_samples
 from hf_prune.training.arguments import TrainRecipe
-from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import StopAtNaN, claim, config_of, fingerprint, last_checkpoint
 from hf_prune.training.distillation import DistillationTrainer
 from hf_prune.training.lora import MaskedLora
 from hf_prune.training.masks import MaskCallback, check_zeros, masks_of
@@ -167,7 +167,7 @@ def _trained_names(model: nn.Module, recipe: TrainRecipe, views: list[WeightView
 
 def _claim(ready: Ready, model: nn.Module) -> None:
     """Raise BadInputError where another training's checkpoints are in the way."""
-    decided = [asdict(ready.recipe.method), ready.recipe.decisive]
+    decided = [asdict(ready.recipe.method), ready.recipe.decisive, config_of(model)]
     identity = {
         "training": fingerprint(decided, {"windows": ready.windows.input_ids}),
         "weights": fingerprint("", model.state_dict()),

@@ -124,9 +124,12 @@ def prepare_recovery(path: str, recipe: TrainRecipe) -> Ready:
     length = recipe.text.seq_length or default_seq_length(model_config)
     dense = folder.dense_model(recipe.method)
     if recipe.method.loss == "distillation" and not dense:
-        raise BadInputError(
-            "base_model: distillation needs the dense model, which the folder's recipe does not name; give it."
+        why = (
+            "and what this folder's training began with had not seen its text"
+            if folder.report.get("training")
+            else "which the folder's recipe does not name"
         )
+        raise BadInputError(f"base_model: distillation needs the dense model, {why}; give it.")
     return Ready(
         folder,
         recipe,

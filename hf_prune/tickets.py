@@ -11,7 +11,8 @@ from hf_prune.finish import Stopwatch
 from hf_prune.report.plots import plot_rounds
 from hf_prune.report.privacy import may_show_samples
 from hf_prune.trained import Start, as_pruned, described, hand_over, prepare, procedure, quality_of
-from hf_prune.training.arguments import TrainRecipe
+from hf_prune.training.arguments import TrainRecipe, make_training_arguments, planned_steps
+from hf_prune.training.checkpoints import check_rewind
 from hf_prune.training.rounds import Round
 from hf_prune.training.tickets import TicketSearch
 from hf_prune.weights import WeightView
@@ -72,6 +73,8 @@ def prepare_tickets(recipe: TrainRecipe) -> Prepared:
         BadInputError: something handed over cannot be used; nothing has been written.
     """
     start, evaluation, views = prepare(recipe)
+    arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
+    check_rewind(recipe.method.rewind_step, planned_steps(arguments, len(start.windows)))
     search = TicketSearch(**procedure(recipe, start, evaluation, views), seed=recipe.text.seed)
     return Prepared(start, evaluation, views, search)
 

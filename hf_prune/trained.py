@@ -27,7 +27,7 @@ from hf_prune.preparation import check_output, check_unpruned
 from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments
-from hf_prune.training.checkpoints import fingerprint
+from hf_prune.training.checkpoints import config_of, fingerprint
 from hf_prune.training.rounds import Round
 from hf_prune.training.text import (
     Windows,
@@ -161,7 +161,7 @@ def procedure(
         "evaluate": lambda model: _figures(evaluation.measure(model, "evaluating")),
         "config": method,
         "folder": own,
-        "fingerprint": fingerprint(recipe.decisive, {"windows": windows.input_ids}),
+        "fingerprint": fingerprint([recipe.decisive, config_of(start)], {"windows": windows.input_ids}),
         "evaluation": fingerprint(recipe.evaluation.sample_prompts, {"windows": evaluation.windows.input_ids}),
     }
 

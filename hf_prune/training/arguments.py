@@ -140,6 +140,9 @@ _REFUSED = {
     "eval_strategy": "the evaluation is before and behind the training; leave the key out",
     "eval_on_start": "the evaluation is before and behind the training; leave the key out",
     "load_best_model_at_end": "what is kept is the end of the training; leave the key out",
+    "fsdp": "masks and scores are of whole weights; leave the key out, several processes each hold a copy",
+    "fsdp_config": "masks and scores are of whole weights; leave the key out, several processes each hold a copy",
+    "deepspeed": "masks and scores are of whole weights; leave the key out, several processes each hold a copy",
 }
 
 
@@ -207,9 +210,11 @@ def make_training_arguments(
     """TrainingArguments with our defaults below the recipe's keys: one checkpoint kept, quiet where we are.
 
     Raises:
-        BadInputError: transformers refuses a value, or the device is not there or is named by its number.
+        BadInputError: transformers refuses a value, a logger is not installed, the device is not there or is named by
+            its number, or a launcher has weights sharded.
     """
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
     from transformers.training_args import ParallelMode
 
     if ":" in device:
@@ -217,6 +222,9 @@ def make_training_arguments(
             f"device: {device} names one of several, and a training takes the first that it sees; write "
             f"device: {device.partition(':')[0]} and choose it by CUDA_VISIBLE_DEVICES."
         )
+    for sharding in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{sharding}", "false").lower() in ("true", "1"):
+            raise BadInputError(f"accelerate launch: {_REFUSED['fsdp']} (the launcher's config says {sharding}).")
     device = pick_device(device, int(os.environ.get("LOCAL_RANK", "0"))).type
     defaults = {
         "save_total_limit": 1,
@@ -233,6 +241,11 @@ def make_training_arguments(
     except (ValueError, TypeError, ImportError) as error:
         text = " ".join(str(error).split())[:300].rstrip(".")
         raise BadInputError(f"training: transformers' TrainingArguments refuses these keys ({text}).") from None
+    try:
+        for integration in get_reporting_integration_callbacks(arguments.report_to):
+            integration()
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise BadInputError(f"report_to: {' '.join(str(error).split())[:300].rstrip('.')}.") from None
     if arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         # Otherwise a machine with several GPUs would get torch's DataParallel, which masks know nothing of.
         arguments._n_gpu = min(arguments.n_gpu, 1)

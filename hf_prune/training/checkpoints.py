@@ -32,6 +32,13 @@ def fingerprint(said: Any, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def config_of(model: Any) -> dict[str, Any]:
+    """What the config of a model, or of whatever has one, says of how it computes; empty for a module without."""
+    own = getattr(model, "config", None)
+    left_out = ("transformers_version", "_name_or_path", "dtype", "use_cache")
+    return {key: value for key, value in (own.to_dict() if own else {}).items() if key not in left_out}
+
+
 def claim(folder: Path, identity: Mapping[str, Any], trained: bool) -> None:
     """Write down what trains in `folder`, or refuse: another training's checkpoints must not be gone on from.
 
@@ -160,7 +167,18 @@ class StopAtNaN(TrainerCallback):
     def _error(self, what: str) -> RunError:
         last = last_checkpoint(self.folder)
         kept = f"; {last.name} before it is kept in {self.folder}" if last else ""
-        return RunError(f"{self.where}: {what}{kept}; lower learning_rate and choose another output_dir.")
+        return RunError(
+            f"{self.where}: {what}{kept}; lower learning_rate and choose another output_dir (and rounds_folder, where "
+            "the recipe names one)."
+        )
+
+
+def check_rewind(step: int, steps: int) -> None:
+    """Raise BadInputError where a training of so many steps does not go on behind the step to rewind to."""
+    if step and step >= steps:
+        raise BadInputError(
+            f"rewind_step: {step} is past the end of the training, which takes {steps} steps; lower it or train longer."
+        )
 
 
 class KeepCheckpoint(TrainerCallback):
@@ -177,11 +195,7 @@ class KeepCheckpoint(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.step and self.step >= state.max_steps:
-            raise BadInputError(
-                f"rewind_step: {self.step} is past the end of the training, which takes {state.max_steps} steps; "
-                "lower it or train longer."
-            )
+        check_rewind(self.step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == self.step:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -32,6 +33,7 @@ from hf_prune.training.masks import MaskCallback
 from hf_prune.training.rounds import (
     CHECKPOINTS,
     INITIAL,
+    MASKS,
     Measuring,
     Round,
     Trained,
@@ -134,7 +136,18 @@ class TicketSearch:
             return self._train(model, masks, kind, number, checkpoints)
 
         begun = Round(number, kind, held=list(held))
+        self._check_masks(folder / MASKS, masks)
         return make_round(folder, begun, model, masks, train_it, Measuring(self.evaluate, self.evaluation))
+
+    def _check_masks(self, file: Path, masks: dict[str, Tensor]) -> None:
+        """Raise BadInputError where a round was trained under another mask than today's."""
+        if not file.is_file():
+            return
+        before = load_file(file)
+        if before.keys() != masks.keys() or any(not torch.equal(before[name], own) for name, own in masks.items()):
+            raise BadInputError(
+                f"rounds_folder: {file.parent} was trained under another mask, by another seed or release; remove it."
+            )
 
     def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, folder: Path) -> Trained:
         where = f"round {number}" + (f" ({kind.replace('_', ' ')})" if kind != "ticket" else "")

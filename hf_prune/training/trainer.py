@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -19,12 +21,15 @@ from transformers import (
 )
 
 from hf_prune.checkpoint.folder import explained_disk_errors
+from hf_prune.errors import RunError
 from hf_prune.training.checkpoints import Clock
 from hf_prune.training.masks import MaskCallback
 
 _LOGGING_DIR = "TENSORBOARD_LOGGING_DIR"
 # What mixed precision leaves on a model, under which an evaluation would measure something else.
 WRAPPINGS = ("forward", "_original_forward", "_is_accelerate_prepared")
+# How transformers turns parameters into the names and shapes of the family's files.
+CONVERSIONS = "_weight_conversions"
 
 
 def make_trainer(kind: type[Trainer], logs: Path, **arguments: Any) -> Trainer:
@@ -55,7 +60,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
         training was rewound, is no session of this one.
 
     Raises:
-        RunError: the disk is full.
+        RunError: the disk is full, or the checkpoint lacks a parameter.
     """
     assert trainer.args.output_dir is not None
     folder = Path(trainer.args.output_dir)
@@ -63,6 +68,8 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
     clock = Clock(checkpoint if own else None)
     trainer.add_callback(_AtTheEnd())
     trainer.add_callback(clock)
+    if checkpoint is not None:
+        _check_names(trainer.model, checkpoint)
     try:
         with explained_disk_errors(folder, folder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -74,6 +81,23 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
             if isinstance(callback, MaskCallback):
                 callback.detach()
     return clock.seconds
+
+
+def _check_names(model: nn.Module | None, checkpoint: Path) -> None:
+    """Raise RunError where a parameter would not be read: the Trainer says nothing and goes on with what it had."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    if not isinstance(model, PreTrainedModel) or not files:
+        return
+    there: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            there |= set(content.keys())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for own in names.values():
+        if not there.intersection(own):
+            raise RunError(f"{checkpoint}: it holds no {own[0]}; remove the folder, and the training begins anew.")
 
 
 class FinishedBefore(Exception):
@@ -105,8 +129,14 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def only_weights_change(model: nn.Module) -> Iterator[None]:
-    """Behind it the model's mode, its config, its gradients and its `forward` are what they were before."""
+    """Behind it the model's mode, its config, its gradients and its `forward` are what they were before.
+
+    Inside, a checkpoint has the parameters' own names and shapes. A Trainer writes those of the family's files, experts
+    apart and some names others, and reads only what has its own.
+    """
     config, training = getattr(model, "config", None), model.training
+    conversions = vars(model).get(CONVERSIONS, ())
+    setattr(model, CONVERSIONS, [])
     cache = getattr(config, "use_cache", None)
     before = {key: value for key, value in vars(model).items() if key in WRAPPINGS}
     try:
@@ -115,6 +145,9 @@ def only_weights_change(model: nn.Module) -> Iterator[None]:
         for key in WRAPPINGS:
             vars(model).pop(key, None)
         vars(model).update(before)
+        vars(model).pop(CONVERSIONS)
+        if conversions != ():
+            setattr(model, CONVERSIONS, conversions)
         if config is not None:
             config.use_cache = cache
         model.zero_grad(set_to_none=True)

@@ -4,7 +4,7 @@
         --readme README.md --dataset_name C4_FOLDER --eval_dataset_name WIKITEXT_TEST
 
 SmolLM2-135M-Instruct, sparse (60 %, the preset balanced) and narrower (20 % of the blocks' parameters, refit), each
-pruned once and then trained on other windows of the same text. STEPS are what two CPU cores do in about 20 minutes; the
+pruned once and then trained on windows of the same text. STEPS are what two CPU cores do in about 20 minutes; the
 table says how long they really took. A run that was cut goes on with the same command, on another day as well: what is
 finished stands in recovery.json, and a training that was cut goes on from its last checkpoint. `--seeds 1 2 3` takes as
 many sessions of `--max_minutes` as it needs, a seed after the other.

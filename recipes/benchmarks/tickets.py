@@ -29,6 +29,7 @@ from hf_prune.methods.lottery_ticket import LotteryTicketConfig
 from hf_prune.recipe import read_recipe
 from hf_prune.tickets import prepare_tickets
 from hf_prune.training.arguments import make_train_recipe, make_training_arguments
+from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.tickets import Round, TicketSearch
 
 MEASURES = ("magnitude", "l1", "l2", "softmax", "minmax")
@@ -87,7 +88,14 @@ def search_digits(config: LotteryTicketConfig, seed: int, folder: Path) -> Ticke
 
     names = [name for name, parameter in Classifier(0).named_parameters() if parameter.ndim > 1]
     return TicketSearch(
-        lambda other: Classifier(seed if other is None else seed + other), names, make_trainer, evaluate, config, folder
+        lambda other: Classifier(seed if other is None else seed + other),
+        names,
+        make_trainer,
+        evaluate,
+        config,
+        folder,
+        fingerprint=fingerprint([options, seed], {}),
+        seed=seed,
     )
 
 
@@ -252,13 +260,17 @@ def main() -> None:
                         )
                     )
     rows: dict[str, list[dict[str, Any]]] = {"digits": [], "model": []}
-    started = time.monotonic()
+    started, longest = time.monotonic(), 0.0
     for part, seed, floor, measure, make in sorted(jobs, key=lambda job: (job[0], job[1])):
-        if time.monotonic() - started > 60 * given.max_minutes:
-            print("Out of time; the same command goes on.")
+        began = time.monotonic()
+        # One in any case, and others as long as one like the longest fits.
+        if began - started + longest > 60 * given.max_minutes:
+            print("Out of time; the same command goes on. Tables of a part of the runs are not written to the page.")
+            given.readme = None
             break
         print(f"{part}, seed {seed}, {measure}" + (", floor on" if floor else ""), flush=True)
         rows[part] += rows_of(make(), seed, floor)
+        longest = max(longest, time.monotonic() - began)
     shown = {"digits": SHOWN_DIGITS, "model": SHOWN_MODEL}
     for part, found in rows.items():
         if not found:

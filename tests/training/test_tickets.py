@@ -25,8 +25,9 @@ from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, check_floor, next_masks
 from hf_prune.plan import select_views
 from hf_prune.recipe import dump_yaml
-from hf_prune.tickets import run_tickets
+from hf_prune.tickets import prepare_tickets, run_tickets
 from hf_prune.training.arguments import make_train_recipe, make_training_arguments
+from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.text import Windows
 from hf_prune.training.tickets import TicketSearch
 
@@ -285,6 +286,26 @@ def test_random_masks_follow_the_seed(tmp_path: Path) -> None:
     assert any(not torch.equal(found[0][name], found[1][name]) for name in NAMES)
 
 
+def test_a_round_under_another_mask_is_not_taken_over(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"rounds": 1, "controls": ["random_mask"]}
+    search(tmp_path, [], own).run()
+    other = search(tmp_path, [], own)
+    other.seed = 1
+    with pytest.raises(BadInputError, match=r"round-01-random_mask was trained under another mask"):
+        other.run()
+
+
+def test_another_config_is_another_training(tmp_path: Path) -> None:
+    """Even where all initial weights are the same."""
+    told = []
+    for dropout in (0.0, 0.1):
+        start = {**FRESH, "config_overrides": f"{FRESH['config_overrides']},attention_dropout={dropout}"}
+        values = {**RECIPE, **start, "output_dir": str(tmp_path / "out")}
+        ready = prepare_tickets(make_train_recipe(values, LotteryTicketConfig))
+        told.append((ready.search.fingerprint, fingerprint("", ready.start.make_model(None).state_dict())))
+    assert told[0][0] != told[1][0] and told[0][1] == told[1][1]
+
+
 def test_no_checkpoint_holds_what_is_no_number(tmp_path: Path) -> None:
     """The loss is looked at when it is logged, which may be later."""
     with pytest.raises(
@@ -440,6 +461,7 @@ def test_two_processes_find_a_ticket(tmp_path: Path) -> None:
         ({"device": "cuda:1"}, "device: cuda:1 names one of several"),
         ({"hub_token": "secret"}, "hub_token: log in with `hf auth login`"),
         ({"eval_dataset_name": None}, "eval_dataset_name: the recipe does not say"),
+        ({"rewind_step": 6}, "rewind_step: 6 is past the end of the training, which takes 6 steps"),
     ],
 )
 def test_bad_recipes_write_nothing(values: dict[str, Any], message: str, tmp_path: Path) -> None:
