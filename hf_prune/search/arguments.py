@@ -17,7 +17,7 @@ from hf_prune.fields import field_types, fill
 KINDS = ("one_shot", "dynamic_sparse")
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("elimination", "hyperband", "none")
-OBJECTIVES = ("ls_distance", "loss", "both", "layer_error")
+OBJECTIVES = ("loss", "ls_distance", "both", "layer_error")
 CHOICES = {
     "search": KINDS,
     "sampler": SAMPLERS,
@@ -47,8 +47,8 @@ class SearchArguments:
         sampler: `tpe` (tree-structured Parzen estimator) or `random`.
         pruner: `elimination`, the published one (keep floor(n/2) + 1, measure them again with more, until 2 are left);
             `hyperband`; `none`.
-        objective: `ls_distance`, how far the Lyapunov spectrum is from the dense model's; `loss` on windows that no
-            candidate is calibrated on; `both`, the sum of the relative excess of the loss and the relative distance
+        objective: `loss`, on windows that no candidate is calibrated on; `ls_distance`, how far the Lyapunov spectrum
+            is from the dense model's; `both`, the sum of the relative excess of the loss and the relative distance
             (ours); `layer_error` (of `one_shot`), how far the output of the last block that is looked at is from the
             dense model's on these windows.
         num_candidates: candidates drawn, those that were drawn before included.
@@ -76,7 +76,7 @@ class SearchArguments:
     search_dir: str | None = None
     sampler: str = "tpe"
     pruner: str = "elimination"
-    objective: str = "ls_distance"
+    objective: str = "loss"
     num_candidates: int = 40
     first_budget: int = 4
     budget_step: int = 4

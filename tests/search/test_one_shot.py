@@ -47,7 +47,8 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "model_name_or_path": str(folder / "model"), "sparsity": 0.6, "dataset_name": str(folder / "text.txt"),
         "num_calibration_samples": 8, "seq_length": 48, "eval_dataset_name": str(folder / "text.txt"),
         "eval_seq_length": 48, "eval_max_windows": 8, "eval_efficiency": False, "device": "cpu",
-        "first_budget": 2, "budget_step": 2, "loss_windows": 3, "num_exponents": 6, "spectrum_length": 16,
+        "objective": "ls_distance", "first_budget": 2, "budget_step": 2, "loss_windows": 3, "num_exponents": 6,
+        "spectrum_length": 16,
     }  # fmt: skip
 
 

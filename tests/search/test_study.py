@@ -84,6 +84,7 @@ class Bowl:
 
 def recipe(folder: Path, **values: Any) -> SearchRecipe:
     own = {"search_dir": str(folder), "output_dir": f"{folder}-out", "first_budget": 3, "budget_step": 3}
+    own |= {"objective": "ls_distance"}
     return make_search_recipe({**own, **values})
 
 

@@ -49,7 +49,8 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "vocab_size": 20, "dataset_name": str(file), "seq_length": 16, "eval_dataset_name": str(file),
         "eval_seq_length": 16, "eval_max_windows": 8, "eval_efficiency": False, "device": "cpu", "sparsity": 0.5,
         "num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "save_strategy": "no",
-        "search": "dynamic_sparse", "first_budget": 1, "budget_step": 1, "loss_windows": 5, "num_exponents": 6,
+        "search": "dynamic_sparse", "objective": "ls_distance",
+        "first_budget": 1, "budget_step": 1, "loss_windows": 5, "num_exponents": 6,
         "spectrum_sequences": 2, "death_rate": 0.4,
     }  # fmt: skip
 
