@@ -121,6 +121,11 @@ class SearchArguments:
             raise BadInputError(f"search_blocks: {self.search} trains the whole model; leave it out.")
         if self.objective == "layer_error" and self.search != "one_shot":
             raise BadInputError(f"objective: {self.search} has no dense layers to compare with; take another.")
+        if self.distance != DISTANCES[0] and not self.needs_spectrum:
+            raise BadInputError(
+                f"distance: objective {self.objective} looks at no spectra; set objective to ls_distance, or leave the "
+                "key out."
+            )
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise BadInputError(f"max_minutes: {self.max_minutes} leaves no time; leave it out for no limit.")
         if (self.distance in FITTED) != (self.distance_runs is not None):

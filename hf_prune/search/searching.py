@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -90,17 +89,12 @@ class Search:
     # What has been spent.
 
     def spent(self, trials: list[FrozenTrial]) -> tuple[int, float]:
-        """Budget and seconds of everything measured so far, the dense model included; the budget also of what other
-        processes are measuring.
-        """
-        from optuna.trial import TrialState
-
+        """Budget and seconds of everything measured so far, the dense model included."""
         dense = self.folder.study.user_attrs.get("dense", {"spent": 0, "seconds": 0.0})
-        budget = dense["spent"]
-        for trial in trials:
-            running = trial.state == TrialState.RUNNING and "found" not in trial.user_attrs
-            budget += self.candidates.cost(self._budgets_of(trial)) if running else found(trial).get("spent", 0)
-        return budget, dense["seconds"] + sum(found(trial).get("seconds", 0.0) for trial in trials)
+        return (
+            dense["spent"] + sum(found(trial).get("spent", 0) for trial in trials),
+            dense["seconds"] + sum(found(trial).get("seconds", 0.0) for trial in trials),
+        )
 
     def _budgets_of(self, trial: Trial | FrozenTrial) -> list[int]:
         """What a trial is measured at."""
@@ -109,11 +103,15 @@ class Search:
         return [int(trial.user_attrs.get("budget", self.arguments.first_budget))]
 
     def may_spend(self, budget: int, trials: list[FrozenTrial]) -> bool:
-        """Whether so much more is within the limits."""
+        """Whether so much more is within the limits, beside what other processes are measuring."""
+        from optuna.trial import TrialState
+
         own = self.arguments
         if own.total_budget is None and own.max_minutes is None:
             return True
         used, seconds = self.spent(trials)
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING and not found(trial)]
+        used += sum(self.candidates.cost(self._budgets_of(trial)) for trial in running)
         within = own.total_budget is None or used + budget <= own.total_budget
         return within and (own.max_minutes is None or seconds < 60 * own.max_minutes)
 
@@ -121,9 +119,13 @@ class Search:
 
     def draw(self, helpers: list[Any]) -> None:
         """Draw candidates until there are enough, or what may be spent is."""
-        while self.step():
-            pass
-        self._settle(helpers)
+        while True:
+            while self.step():
+                pass
+            self._settle(helpers)
+            # What another process was thought to spend may have cost nothing.
+            if not self._may_draw(self.folder.trials()):
+                return
 
     def step(self) -> bool:
         """Measure one trial, from the queue or drawn; False where there is nothing to do just now."""
@@ -263,18 +265,18 @@ class Search:
     # Rounds.
 
     def best_drawn(self, whole: bool = True) -> list[FrozenTrial]:
-        """Distinct candidates that were measured to the end, best first; of those that turned out the same, the first.
+        """Distinct candidates that were measured to the end, best first.
 
         Raises:
             RunError: there is none (with `whole`).
         """
         from optuna.trial import TrialState
 
-        done = _different(
+        done = [
             trial
             for trial in counted(self.folder.trials())
             if trial.state == TrialState.COMPLETE and "duplicate_of" not in trial.user_attrs
-        )
+        ]
         if whole and not done:
             raise RunError(
                 "search: no candidate was measured; allow more by num_candidates, total_budget or max_minutes."
@@ -285,11 +287,12 @@ class Search:
         """The best two or fewer, best first, after the rounds that there are."""
         survivors = self.best_drawn()
         if self.arguments.pruner != "elimination":
-            return survivors[:2]
+            return _last_two(survivors, [])
+        before = survivors
         for number, (kept, budget) in enumerate(
             elimination_rounds(len(survivors), self.arguments.first_budget, self.arguments.budget_step), start=1
         ):
-            survivors = survivors[:kept]
+            before, survivors = survivors, survivors[:kept]
             budget = min(budget, self.candidates.max_budget)
             # With the whole budget nothing more can be found out about them.
             if any(self._budget(own) != budget for own in survivors):
@@ -297,7 +300,7 @@ class Search:
                 if measured is None:
                     break
                 survivors = best_first(measured)
-        return survivors[:2]
+        return _last_two(survivors, before)
 
     def finals(self, finalists: list[FrozenTrial], helpers: list[Any]) -> list[FrozenTrial]:
         """The finalists with the whole budget, the lowest loss first, whatever the objective was."""
@@ -372,14 +375,21 @@ class Search:
         return spectra
 
 
-def _different(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Without those whose figures are an earlier one's to the last bit: other words for the same candidate."""
-    kept: dict[tuple[Any, ...], FrozenTrial] = {}
-    for trial in trials:
+def _last_two(ranked: list[FrozenTrial], before: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The best two that differ, or fewer, best first.
+
+    Two with the same figures to the last bit are one candidate in other words; where it holds both places, the next
+    best `before` gets the second. Earlier rounds keep them: at first all candidates may be the same.
+    """
+    different: dict[tuple[Any, ...], FrozenTrial] = {}
+    for trial in ranked:
         own = found(trial)
         figures = (trial.value, own.get("loss"), own.get("distance"), own.get("layer_error"))
-        kept.setdefault(figures if math.isfinite(trial.value or 0) else (trial.number,), trial)
-    return list(kept.values())
+        different.setdefault(figures if math.isfinite(trial.value or 0) else (trial.number,), trial)
+    names = {label(trial.params) for trial in ranked}
+    others = [trial for trial in before if label(trial.params) not in names]
+    numbers = {trial.number for trial in different.values()}
+    return [*different.values(), *others, *(trial for trial in ranked if trial.number not in numbers)][:2]
 
 
 def _queued(trials: list[FrozenTrial]) -> bool:

@@ -45,7 +45,7 @@ def rank_stability_if_any(candidates: Candidates, choices: list[Choice], budget:
     """As `rank_stability`; None, and a warning, where it fails: a finished search is worth more than this table."""
     try:
         return rank_stability(candidates, choices, budget)
-    except (BadInputError, RunError, torch.linalg.LinAlgError) as error:
+    except (BadInputError, RunError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
         logger.warning("stability_candidates: no table, %s", error)
         return None
 

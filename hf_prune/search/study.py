@@ -52,7 +52,7 @@ def sign_in(folder: Path) -> dict[str, Any]:
     processes come again, and the times at which they began move with the clock.
     """
     place = folder.resolve()
-    if place not in _signed_in:
+    if place not in _signed_in or not (place / PROCESSES / TOKEN).exists():
         (place / PROCESSES).mkdir(parents=True, exist_ok=True)
         file = hold(place / PROCESSES / TOKEN)
         assert file is not None  # nobody else has this name

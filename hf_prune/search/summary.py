@@ -54,10 +54,11 @@ def summarise(
         value = row["value"] if row["value"] is not None else math.inf
         return row["value"] is None, order.get(name, len(order)), -row["budget"], value, row["trial"]
 
-    ranked = [row for _, row in sorted(rows.items(), key=rank)]
-    finite = [row["candidate"] for row in ranked if row["value"] is not None]
+    named = sorted(rows.items(), key=rank)
+    ranked = [row for _, row in named]
     # Once there are finalists, nobody else.
-    chosen = next((name for name in finite if name in order or not order), None)
+    eligible = (row for name, row in named if name in order or not order)
+    chosen = next((row["candidate"] for row in eligible if row["value"] is not None), None)
     dense = folder.study.user_attrs.get("dense", {})
     total_budget, seconds = spent
     return {

@@ -132,33 +132,29 @@ def main() -> None:
     choices = [own for own in space.combinations() if label(own) not in space.refused]
     number, parts = given.part
     named = [(DENSE, None), *((label(own), own) for own in choices)]
-    failed = []
     for name, choice in named[number::parts]:
         file = given.truth / f"{name}.json"
         if file.is_file():
             continue
         try:
             row = truth.row(choice)
-        except (BadInputError, RunError) as error:
-            print(f"{name}: {error}", flush=True)
-            failed.append(name)
-            continue
+            said = f"perplexity {row['perplexity']:.2f}, {row['seconds']:.0f} s"
+        except (BadInputError, RunError, torch.linalg.LinAlgError) as error:
+            row, said = {"failed": str(error)}, str(error)
         partial = file.with_suffix(".tmp")
         partial.write_text(json.dumps(row), encoding="utf-8")
         partial.replace(file)
-        print(f"{name}: perplexity {row['perplexity']:.2f}, {row['seconds']:.0f} s", flush=True)
-    if failed:
-        raise SystemExit(f"not in the table: {'; '.join(failed)}")
+        print(f"{name}: {said}", flush=True)
     rows = {name: json.loads(file.read_text()) for name, _ in named if (file := given.truth / f"{name}.json").is_file()}
     if len(rows) < len(named):
         print(f"{len(rows)} of {len(named)} are there; the table wants all.")
         return
-    table = to_markdown(rows)
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table = to_markdown({name: row for name, row in rows.items() if "failed" not in row})
     print(table)
     if given.readme:
         write_between_markers(given.readme, "lsh-one-shot", table)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def to_markdown(rows: dict[str, dict[str, Any]], seeds: int = 20) -> str:

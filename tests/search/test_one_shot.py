@@ -208,8 +208,8 @@ def test_killed_and_resumed_a_search_loses_nothing_and_its_model_says_what_was_t
 def test_two_launched_processes_measure_one_search_as_one_does(common: dict[str, Any], tmp_path: Path) -> None:
     options = {
         "search_dir": str(tmp_path / "s"), "output_dir": str(tmp_path / "o"), "sampler": "random", "pruner": "none",
-        "num_candidates": 8, "objective": "loss", "num_calibration_samples": 64, "first_budget": 48, **AXES,
-        "sparsity": None, "pattern": ["2:4", "1:4"], "allocation": ["uniform", "owl"],
+        "num_candidates": 8, "objective": "loss", "num_calibration_samples": 128, "first_budget": 96,
+        "loss_windows": 40, **AXES, "sparsity": None, "pattern": ["2:4", "1:4"], "allocation": ["uniform", "owl"],
     }  # fmt: skip
     recipe = tmp_path / "search.yaml"
     recipe.write_text(json.dumps({key: own for key, own in {**common, **options}.items() if own is not None}))
@@ -217,7 +217,7 @@ def test_two_launched_processes_measure_one_search_as_one_does(common: dict[str,
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--main_process_port", "0"]
     command += ["-m", "hf_prune", "search", "--config", str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "s" / "search.json").read_text())
     assert summary["drawn"] == 8
@@ -236,7 +236,7 @@ def test_two_launched_processes_measure_one_search_as_one_does(common: dict[str,
 
 def loss_of(candidates: OneShotCandidates, choice: dict[str, Any]) -> float:
     seen: list[float] = []
-    candidates.measure(choice, [48], lambda _, own: seen.append(own.loss))
+    candidates.measure(choice, [96], lambda _, own: seen.append(own.loss))
     return seen[0]
 
 
