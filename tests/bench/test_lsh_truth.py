@@ -32,7 +32,7 @@ def recipe(tmp_path: Path) -> Path:
         "eval_dataset_name": str(texts["test"]), "eval_seq_length": 16, "eval_max_windows": 8, "eval_efficiency": False,
         "device": "cpu", "sparsity": 0.5, "death_rate": [0.4, 0.8], "num_train_epochs": 3,
         "per_device_train_batch_size": 8, "learning_rate": 0.3, "lr_scheduler_type": "constant",
-        "save_strategy": "no", "search": "dynamic_sparse",
+        "save_strategy": "no", "search": "dynamic_sparse", "objective": "ls_distance",
         "search_dir": str(tmp_path / "search"), "first_budget": 1, "loss_windows": 5, "num_exponents": 6,
     }  # fmt: skip
     path = tmp_path / "recipe.yaml"
