@@ -127,11 +127,12 @@ def make_round(
         if distributed.rank() == 0:
             keep_round(folder, model, masks, result)
         distributed.barrier()
+    else:
+        # An earlier release may have counted otherwise.
+        result.collapsed = collapsed_layers(model, load_file(folder / MASKS))
     if distributed.rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     load_weights(model, folder / WEIGHTS)
-    # Cheap, and an earlier release may have counted otherwise.
-    result.collapsed = collapsed_layers(model, load_file(folder / MASKS))
     if result.evaluation != measuring.identity:
         result.metrics, result.evaluation = measuring.evaluate(model), measuring.identity
         # Nobody writes before everybody has read.

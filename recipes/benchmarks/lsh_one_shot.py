@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lsh_replay import JUDGED, rank_correlation, spread
+from lsh_replay import judged, rank_correlation, spread
 from lsh_runs import claim
 from lsh_truth import part
 
@@ -163,7 +163,7 @@ def to_markdown(rows: dict[str, dict[str, Any]], seeds: int = 20) -> str:
     names = sorted(own)
     everything = sum(row["seconds"] for row in own.values())
     lines = ["| chosen by | first blocks | Spearman | regret, perplexity | of all seconds |", "|---|---|---|---|---|"]
-    samples = [judged(names, seed) for seed in range(seeds)]
+    samples = [judged({name: name for name in names}, seed)[0] for seed in range(seeds)]
     for blocks in LOOKS:
         for metric, title in METRICS.items():
             scores = {name: _last(row[str(blocks)][metric]) for name, row in own.items()}
@@ -185,12 +185,6 @@ def to_markdown(rows: dict[str, dict[str, Any]], seeds: int = 20) -> str:
         f"{min(final):.2f} ({min(own, key=lambda name: own[name]['perplexity'])}) to {max(final):.2f}, dense "
         f"{rows[DENSE]['perplexity']:.2f}.",
     ])  # fmt: skip
-
-
-def judged(names: list[str], seed: int) -> list[str]:
-    """The candidates that a seed judges."""
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [names[place] for place in order[: round(JUDGED * len(names))]]
 
 
 def _judge(scores: dict[str, float], rows: dict[str, dict[str, Any]], sample: list[str]) -> tuple[float, float]:

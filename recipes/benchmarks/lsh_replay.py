@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lsh_runs import Run
@@ -16,6 +16,7 @@ from hf_prune.dynamics.distance import make_distance, with_loss
 from hf_prune.dynamics.names import FITTED
 from hf_prune.search.space import elimination_rounds
 
+Candidate = TypeVar("Candidate")
 # Share of the candidates that one seed searches; to the others embeddings are fitted.
 JUDGED = 2 / 3
 METRICS = {
@@ -126,7 +127,7 @@ def rank_correlation(early: list[float], final: list[float]) -> float:
     return float(spearmanr(early, [_last(own) for own in final]).statistic)
 
 
-def judged(candidates: dict[str, Run], seed: int) -> tuple[list[Run], list[Run]]:
+def judged(candidates: dict[str, Candidate], seed: int) -> tuple[list[Candidate], list[Candidate]]:
     """The candidates that a seed searches, and the others."""
     names = sorted(candidates)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -2,6 +2,7 @@
 
 import lsh_one_shot
 import pytest
+from lsh_replay import judged
 
 pytest.importorskip("scipy")
 
@@ -26,7 +27,7 @@ def test_a_score_that_ranks_all_has_no_regret_and_its_reverse_has_the_most() -> 
     cells = {(words[0], words[1]): words[2:] for words in lines}
     assert cells["loss", "1"] == ["+1.00 ± 0.00", "0.00 ± 0.00", "4%"]
     correlation, regret, cost = cells["LS distance", "1"]
-    samples = [[int(name[-1]) for name in lsh_one_shot.judged(sorted(rows), seed)] for seed in range(4)]
+    samples = [[int(name[-1]) for name in judged({own: own for own in rows}, seed)[0]] for seed in range(4)]
     worst = [max(own) ** 2 - min(own) ** 2 for own in samples]
     assert correlation == "-1.00 ± 0.00" and float(regret.split(" ")[0]) == pytest.approx(sum(worst) / 4, abs=0.005)
     assert cost == "20%"
