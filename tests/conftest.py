@@ -28,6 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _shared_imports() -> Iterator[None]:
+    """Folders that the tests' own processes save are verified by forks of one that has done the imports."""
+    from verifier import Verifier
+
+    verifier = Verifier()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_prune.checkpoint.verify.in_fresh_process", verifier)
+        yield
+    verifier.close()
+
+
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """The folder of real models and texts beside the checkout; tests that need it skip where it is absent."""

@@ -53,10 +53,8 @@ def verify_folder(
         if release_model:
             torch.nn.Module.to(model, "meta")
             free_memory()
-        # -P: the script's own folder stays off sys.path, where inspect.py would hide the standard library's.
         files = [script.__file__, str(Path(folder).resolve()), str(expected_file), str(report_file)]
-        command = [sys.executable, "-P", *files]
-        child = subprocess.run(command, env=_environment(), capture_output=True, text=True, errors="replace")
+        child = in_fresh_process(files, _environment())
         if child.returncode == 0 and report_file.exists():
             return json.loads(report_file.read_text())
     reason = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
@@ -118,6 +116,15 @@ def _counted(model: PreTrainedModel, views: list[dict[str, Any]]) -> list[dict[s
                     raise KeyError(view["parameter"])
                 counts[view["name"]] = int(torch.count_nonzero(weight))
     return [{**view, "nonzeros": counts[view["name"]]} for view in views]
+
+
+def in_fresh_process(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a Python script with its arguments to its end.
+
+    -P keeps the script's own folder off sys.path, where inspect.py would hide the standard library's.
+    """
+    command = [sys.executable, "-P", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
 
 
 def _environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_prune
+from hf_prune.checkpoint import verify
 from hf_prune.checkpoint import verify_folder as script
 from hf_prune.checkpoint.save import save_model
 from hf_prune.checkpoint.verify import expectation, verify_folder
@@ -21,6 +22,14 @@ from hf_prune.weights import find_blocks, find_views
 DOWN = "model.layers.1.mlp.down_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
+# Before the suite puts one in its place that shares imports.
+FRESH = verify.in_fresh_process
+
+
+@pytest.fixture
+def fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verified as users have it."""
+    monkeypatch.setattr(verify, "in_fresh_process", FRESH)
 
 
 def prune(model: torch.nn.Module) -> list[dict]:
@@ -202,6 +211,7 @@ def test_the_expectation_leaves_the_model_as_it_was(saved):
     assert not torch.equal(first[1], expectation(model, views, seed=1)[1])
 
 
+@pytest.mark.usefixtures("fresh_processes")
 def test_a_fresh_process_verifies_and_never_imports_hf_prune(saved, tiny_tokenizer, tmp_path, monkeypatch):
     folder, model, views = saved("llama", torch.bfloat16)
     monkeypatch.setenv("WORLD_SIZE", "2")  # as under a launcher
@@ -224,6 +234,7 @@ def test_a_fresh_process_verifies_and_never_imports_hf_prune(saved, tiny_tokeniz
     assert "hf_prune" in failed[script.STOCK] and "SafetensorError" in failed[script.LOADS]
 
 
+@pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize(
     ("last_words", "detail"),
     [
@@ -231,9 +242,22 @@ def test_a_fresh_process_verifies_and_never_imports_hf_prune(saved, tiny_tokeniz
         ("import os; os.kill(os.getpid(), 9)", "died (signal 9): no message"),
     ],
 )
-def test_a_child_that_dies_is_a_failed_row(saved, tmp_path, monkeypatch, last_words, detail):
+def test_a_child_that_dies_is_a_failed_row(saved, tmp_path, request, monkeypatch, last_words, detail, fresh):
+    if fresh:
+        request.getfixturevalue("fresh_processes")
     folder, model, views = saved("opt")
     (tmp_path / "dying.py").write_text(last_words)
     monkeypatch.setattr(script, "__file__", str(tmp_path / "dying.py"))
     (row,) = verify_folder(folder, model, views)
     assert not row["passed"] and row["detail"].endswith(detail)
+
+
+def test_the_suite_is_told_what_a_fresh_process_says(saved, tiny_tokenizer, request):
+    folder, model, views = saved("llama")
+    weights = load_file(folder / "model.safetensors")
+    weights[UP][0, :8] = 1.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    forked = verify_folder(folder, model, views, tiny_tokenizer)
+    request.getfixturevalue("fresh_processes")
+    assert verify_folder(folder, model, views, tiny_tokenizer) == forked
+    assert failing(forked).keys() == {script.DENSITY, script.PATTERN, script.LOGITS}
