@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from hf_prune import cli
@@ -89,6 +91,18 @@ class Cut:
                 os.kill(os.getpid(), signal.SIGTERM if self.action == "term" else signal.SIGKILL)
 
         sys.addaudithook(look)
+
+
+def kill_behind(run: subprocess.Popen, folder: Path, pattern: str) -> None:
+    """Kill a run and all that it has started, as soon as a file of such a name is in the folder."""
+    deadline = time.monotonic() + 300
+    while not list(folder.glob(pattern)):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    started = psutil.Process(run.pid)
+    for process in [*started.children(recursive=True), started]:
+        process.kill()
+    run.wait()
 
 
 def flip(file: Path, place: int) -> None:

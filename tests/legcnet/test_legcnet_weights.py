@@ -6,14 +6,13 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from cut_runs import kill_behind
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
@@ -173,13 +172,8 @@ def test_two_processes_are_killed_and_go_on(tmp_path: Path) -> None:
 
     whole = start("whole")
     assert whole.wait(300) == 0, whole.stdout.read()
-    cut = start("cut")
     begun = "*/magnitude.unfinished/checkpoints/checkpoint-20/trainer_state.json"
-    while cut.poll() is None and not list((tmp_path / "cut.rounds").glob(begun)):
-        time.sleep(0.02)
-    for process in [*psutil.Process(cut.pid).children(recursive=True), cut]:
-        process.kill()
-    cut.wait(60)
+    kill_behind(start("cut"), tmp_path / "cut.rounds", begun)
     assert not (tmp_path / "cut").exists()
     places = ("dense/model.safetensors", "*/causes.safetensors", "*/legcnet/model.safetensors")
     done = [file for place in places for file in (tmp_path / "cut.rounds").glob(place)]

@@ -5,20 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from cut_runs import kill_behind
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM
 
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.hub.card import write_card
 from hf_prune.hub.push import files_to_upload, public_copy
 from hf_prune.pipeline import run
@@ -154,6 +153,8 @@ def test_accumulated_distillation_steps_like_one_large_batch(tmp_path: Path) -> 
         torch.testing.assert_close(ends[0], other, rtol=1e-4, atol=1e-6)
 
 
+# Written behind all else of a checkpoint, by the main process.
+CHECKPOINT = "checkpoint-*/seconds.json"
 TEXT = "".join(f"{n}: {n * n} foxes, {n % 7} dogs\n" for n in range(3000))
 RECIPE: dict[str, Any] = {
     "device": "cpu",
@@ -284,7 +285,7 @@ def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
     command += ["--num_processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     begun = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    last_step(begun, tmp_path / "out.training")
+    kill_behind(begun, tmp_path / "out.training", CHECKPOINT)
     assert not (tmp_path / "out").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if "hf-prune" in line]
@@ -321,17 +322,19 @@ def test_bad_input_writes_nothing(own: dict[str, Any], message: str, pruned: dic
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
 
 
-def last_step(run: subprocess.Popen, work: Path) -> None:
-    """Kill a run and all that it has started behind its first checkpoint."""
-    deadline = time.monotonic() + 200
-    # Written behind all else of a checkpoint by the main process.
-    while not list(work.glob("checkpoint-*/seconds.json")):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    started = psutil.Process(run.pid)
-    for process in [*started.children(recursive=True), started]:
-        process.kill()
-    run.wait()
+@pytest.mark.parametrize("recovery", ["full", "lora"])
+def test_a_recovery_that_ends_in_no_numbers_says_where(recovery: str, pruned: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    own = {"recovery": recovery, "learning_rate": 1e30, "lr_scheduler_type": "constant", "save_steps": 1}
+    recipe = make_train_recipe(values(pruned, out, **own, logging_steps=1), RecoveryConfig)
+    before = {path.name: path.read_bytes() for path in pruned["sparse"].iterdir() if path.is_file()}
+    said = r"recovery: .* at step [23]; checkpoint-[12] before it is kept in .*out\.training"
+    with pytest.raises(RunError, match=said):
+        recover(str(pruned["sparse"]), recipe)
+    assert not out.exists()
+    assert before == {path.name: path.read_bytes() for path in pruned["sparse"].iterdir() if path.is_file()}
+    kept = [file for file in (tmp_path / "out.training").rglob("*.safetensors") if file.parent.name[:5] == "check"]
+    assert kept and all(bool(own.isfinite().all()) for file in kept for own in load_file(file).values())
 
 
 @pytest.mark.slow
@@ -351,7 +354,7 @@ def test_a_killed_recovery_goes_on_to_the_same_bits(
     command = [sys.executable, "-m", "hf_prune", "recover", str(pruned[kind]), "--config", str(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_PRUNE_QUIET": "1"}
     begun = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    last_step(begun, tmp_path / "cut.training")
+    kill_behind(begun, tmp_path / "cut.training", CHECKPOINT)
     assert not cut.exists()
     # Neither another recipe nor another model goes on from there.
     another = pruned["narrow" if kind == "sparse" else "sparse"]

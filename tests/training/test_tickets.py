@@ -3,15 +3,14 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cut_runs import kill_behind
 from safetensors.torch import load_file
 from small_net import Data, Net
 from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
@@ -413,23 +412,26 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     values = {"max_steps": 40, "save_steps": 3}
     finished(train(tmp_path, values, "whole"))
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    run = train(tmp_path, values, "cut")
     rounds = tmp_path / "cut.rounds"
-    deadline = time.monotonic() + 200
     # Killed in the middle of the first ticket's training, behind one of its checkpoints.
-    while not list(rounds.glob("l2-*/round-01.unfinished/checkpoints/checkpoint-*")):
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    kill_behind(train(tmp_path, values, "cut"), rounds, "l2-*/round-01.unfinished/checkpoints/checkpoint-*")
     assert (rounds / "round-00").is_dir() and not (tmp_path / "cut").exists()
     finished(train(tmp_path, values, "cut"))
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.slow
-def test_two_processes_find_a_ticket(tmp_path: Path) -> None:
-    finished(train(tmp_path, {}, "two", processes=2))
+def test_two_processes_are_killed_and_find_a_ticket(tmp_path: Path) -> None:
+    values = {"max_steps": 20, "save_steps": 3}
+    rounds = tmp_path / "two.rounds"
+    unfinished = "l2-*/round-01.unfinished/checkpoints/checkpoint-*/trainer_state.json"
+    kill_behind(train(tmp_path, values, "two", processes=2), rounds, unfinished)
+    dense = rounds / "round-00" / "model.safetensors"
+    written = dense.stat().st_mtime_ns
+    assert not (tmp_path / "two").exists()
+    finished(train(tmp_path, values, "two", processes=2))
+    # What was finished was not made again.
+    assert dense.stat().st_mtime_ns == written
     report = json.loads((tmp_path / "two" / "prune_report.json").read_text())
     assert report["num_processes"] == 2 and report["training"]["batch_size"] == 8
     assert all(row["passed"] for row in report["verification"])
