@@ -40,7 +40,7 @@ from hf_prune.weights import find_blocks
 HUB, CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 MODEL, REMOVED = "builtin:smollm2-135m-instruct", 0.2
 # Windows of one half are trained on once; as many as half of them are what fine-tuning behind a change takes.
-LENGTH, BATCH, STEPS, TUNING_STEPS, RATE, TUNING_RATE = 128, 4, 32, 16, 5e-5, 5e-5
+LENGTH, BATCH, STEPS, TUNING_STEPS, RATE, TUNING_RATE = 128, 4, 24, 12, 5e-5, 5e-5
 # Windows whose activations match two models: 4 x 128 tokens (the paper: 200 samples).
 MATCHED = 4
 EVALUATED, EVALUATED_LENGTH = 8, 1024
