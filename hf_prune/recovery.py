@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_prune.arguments import ModelArguments
-from hf_prune.checkpoint.folder import RECOVERY_FILE, beside
+from hf_prune.checkpoint.folder import LOGS, RECOVERY_FILE, beside
 from hf_prune.checkpoint.load import free_memory, load_model
 from hf_prune.description import environment, zeros_of
 from hf_prune.engine import distributed
@@ -197,7 +197,7 @@ def _train(
         with only_weights_change(trained):
             common: dict[str, Any] = {
                 "model": trained, "args": ready.arguments, "train_dataset": ready.windows, "callbacks": callbacks,
-                "logs": beside(str(ready.recipe.output.output_dir), ".runs"),
+                "logs": beside(str(ready.recipe.output.output_dir), LOGS),
             }  # fmt: skip
             trainer: Trainer
             if method.loss == "distillation":

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 
 from hf_prune.arguments import PruneConfig
-from hf_prune.checkpoint.folder import RECIPE_FILE, beside
+from hf_prune.checkpoint.folder import LOGS, RECIPE_FILE, beside
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
 from hf_prune.data.windows import default_seq_length
@@ -123,7 +123,7 @@ def trainers(recipe: TrainRecipe, windows: Windows) -> MakeTrainer:
     def make(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
         arguments = make_training_arguments(recipe.training, output_dir, recipe.text.seed, recipe.model.device)
         round_name = output_dir.parent.name.removesuffix(".unfinished")
-        logs = beside(str(recipe.output.output_dir), ".runs") / round_name
+        logs = beside(str(recipe.output.output_dir), LOGS) / round_name
         return make_trainer(Trainer, logs, model=model, args=arguments, train_dataset=windows, callbacks=callbacks)
 
     return make

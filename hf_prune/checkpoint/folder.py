@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hf_prune.checkpoint.lock import busy, is_busy
+from hf_prune.checkpoint.lock import busy, is_held
 from hf_prune.errors import BadInputError, HfPruneError, RunError
 
 # What hf_prune writes beside the stock files.
 RECIPE_FILE, PLAN_FILE, REPORT_FILE = "hf_prune_recipe.yaml", "prune_plan.json", "prune_report.json"
 # And of each training behind the pruning, numbered where there are several.
 RECOVERY_FILE = "hf_prune_recovery{}.yaml"
+# Of the folder beside an output folder where loggers write.
+LOGS = ".runs"
 # What tells a model's folder from any other.
 MODEL_MARK = "config.json"
 # The hidden siblings: a folder that is being made, and one that is being replaced.
@@ -193,7 +195,7 @@ def clear_leftovers(path: str | os.PathLike[str]) -> None:
     for aside in _siblings(target, _REPLACED):
         _settle_replaced(aside, target, placed=(target / MODEL_MARK).is_file())
     for partial in _siblings(target, _PARTIAL):
-        if not is_busy(partial):
+        if not is_held(partial):
             shutil.rmtree(partial, ignore_errors=True)
 
 

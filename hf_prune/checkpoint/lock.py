@@ -71,21 +71,27 @@ def taking_turns(file: Path) -> Iterator[None]:
         yield
 
 
-def is_held(file: Path) -> bool:
-    """Whether a process, this one included, holds a file's lock."""
+def is_held(path: Path) -> bool:
+    """Whether a process, this one included, holds the lock of a file or folder."""
     try:
-        with file.open() as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:
+        # Not all file systems lock folders.
+        return False
+    finally:
+        os.close(descriptor)
     return False
 
 
 @contextmanager
 def busy(folder: Path) -> Iterator[None]:
-    """Inside, `is_busy` says so of the folder, under whatever name, where its file system locks folders."""
+    """Inside, a folder is held, under whatever name, where its file system locks folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -93,17 +99,3 @@ def busy(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def is_busy(folder: Path) -> bool:
-    """Whether a process, this one included, is at a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_prune.checkpoint.folder import RECIPE_FILE, beside, check_output_folder, output_folder
+from hf_prune.checkpoint.folder import LOGS, RECIPE_FILE, beside, check_output_folder, output_folder
 from hf_prune.description import described_options, environment
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
@@ -118,7 +118,7 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
 
     def make(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
         own = make_training_arguments(recipe.training, output_dir, recipe.text.seed, recipe.model.device)
-        logs = beside(str(recipe.output.output_dir), ".runs") / output_dir.parent.name.removesuffix(".unfinished")
+        logs = beside(str(recipe.output.output_dir), LOGS) / output_dir.parent.name.removesuffix(".unfinished")
         return make_trainer(Trainer, logs, model=model, args=own, train_dataset=training, callbacks=callbacks)
 
     search = LEGCNetSearch(

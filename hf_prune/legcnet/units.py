@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
-from hf_prune.checkpoint.folder import RECIPE_FILE, beside
+from hf_prune.checkpoint.folder import LOGS, RECIPE_FILE, beside
 from hf_prune.checkpoint.load import free_memory, load_model
 from hf_prune.description import described_options, environment, sizes_of
 from hf_prune.engine import distributed
@@ -159,7 +159,7 @@ def _train(ready: Ready, model: Any, series: UnitSeries, checkpoints: Path) -> T
     with only_weights_change(model):
         model.train()
         arguments = make_training_arguments(recipe.training, checkpoints, recipe.text.seed, recipe.model.device)
-        logs = beside(str(ready.recipe.output.output_dir), ".runs")
+        logs = beside(str(ready.recipe.output.output_dir), LOGS)
         parts = {"model": model, "args": arguments, "train_dataset": ready.windows, "callbacks": callbacks}
         trainer = make_trainer(Trainer, logs, **parts)
         seconds = train(trainer, last_checkpoint(checkpoints))
