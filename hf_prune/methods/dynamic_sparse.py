@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.methods.base import MethodInfo
 
 INITIALIZATIONS = ("uniform", "er")
@@ -210,7 +210,14 @@ def updated_masks(
         masks: bool, of the same names and shapes, on the CPU.
         rate: share of the weights that die.
         dense: `gradient` and `momentum` of all places, masked or not, as far as growth and redistribution ask.
+
+    Raises:
+        RunError: a weight, gradient or momentum is not finite, so that nothing can be in proportion to it.
     """
+    for kind, values in (("weights", weights), *dense.items()):
+        for name, own in values.items():
+            if not bool(torch.isfinite(own).all()):
+                raise RunError(f"{name}: its {kind} are not finite where masks are to move; lower learning_rate.")
     die, threshold = dying(weights, masks, config.death, rate, threshold)
     left = {name: masks[name] & ~die[name] for name in masks}
     freed = {name: int(own.sum()) for name, own in die.items()}

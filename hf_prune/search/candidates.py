@@ -84,7 +84,8 @@ class Candidates(Protocol):
         """How the search computes spectra; None where they cannot be computed in other ways."""
 
     def dense(self, budgets: list[int]) -> dict[int, Measurement]:
-        """The dense model at each of some budgets."""
+        """The dense model at each of some budgets; empty where nothing is compared with it and it is not to be had
+        without a training."""
 
     def measure(self, choice: Choice, budgets: list[int], look: Look) -> None:
         """Measure a candidate at each of some budgets, which grow."""

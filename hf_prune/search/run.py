@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from hf_prune.search.arguments import SearchRecipe
 from hf_prune.search.candidates import Candidates, OneShotCandidates
 from hf_prune.search.searching import PAUSE, Search
 from hf_prune.search.space import label
-from hf_prune.search.stability import check_variations, rank_stability_if_any
+from hf_prune.search.stability import check_variations
 from hf_prune.search.study import (
     DENSE,
     STORAGE,
@@ -104,7 +103,7 @@ def run_search(
     search.folder.put_back(at_start=True)
     try:
         search.measure_dense()
-    except BadInputError:
+    except (BadInputError, RunError):
         # A mistake that another recipe has not: it shall find the folder as this one did.
         if not resume:
             search.folder.discard()
@@ -114,14 +113,8 @@ def run_search(
         finalists = search.finals(search.eliminate(helpers), helpers)
     search.folder.study.set_user_attr("finalists", [label(own.params) for own in finalists])
     search.folder.study.set_user_attr("finished", True)
+    search.measure_stability()
     summary = search.summarise()
-    own = recipe.search
-    if own.stability_candidates and candidates.setting is not None:
-        best = [trial.params for trial in search.best_drawn() if math.isfinite(trial.value or 0)]
-        best = best[: own.stability_candidates]
-        if len(best) > 2 and (table := rank_stability_if_any(candidates, best, own.first_budget)):
-            summary["stability"] = table
-            search.folder.study.set_user_attr("stability", table)
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     if summary["chosen"] is None:
         raise RunError("search: none of the candidates left at the end gave finite figures; search.md says why.")
@@ -153,8 +146,6 @@ def show_search(recipe: SearchRecipe, candidates: Candidates | None = None) -> d
     check_identity(folder, recipe.identity)
     search = Search(recipe, candidates or make_candidates(recipe))
     summary = search.summarise()
-    if stability := search.folder.study.user_attrs.get("stability"):
-        summary["stability"] = stability
     write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
     return summary
 

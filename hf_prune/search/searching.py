@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,23 @@ import torch
 from torch import Tensor
 
 from hf_prune.dynamics.distance import Distance, make_distance, with_loss
+from hf_prune.dynamics.names import DISTANCES
 from hf_prune.errors import BadInputError, RunError
-from hf_prune.search.arguments import SearchArguments, SearchRecipe
+from hf_prune.search.arguments import SearchRecipe
 from hf_prune.search.candidates import Candidates, Measurement
 from hf_prune.search.space import Choice, elimination_rounds, label
-from hf_prune.search.study import StudyFolder, best_first, counted, drawn, found, spectra_of
+from hf_prune.search.stability import rank_stability_if_any
+from hf_prune.search.study import (
+    DENSE,
+    STORAGE,
+    StudyFolder,
+    attributes_on_disk,
+    best_first,
+    counted,
+    drawn,
+    found,
+    spectra_of,
+)
 from hf_prune.search.summary import summarise
 
 if TYPE_CHECKING:
@@ -36,10 +49,29 @@ LONGEST_DRAW = 5
 FINAL = 1000
 
 
-def _measure_of(arguments: SearchArguments) -> Distance:
-    """The distance that a search names, fitted to the spectra of the other search where it is to be fitted."""
-    others = spectra_of(Path(arguments.distance_runs).expanduser()) if arguments.distance_runs else None
-    return make_distance(arguments.distance, others, arguments.search_seed)
+def _measure_of(recipe: SearchRecipe, candidates: Candidates) -> Distance:
+    """The distance that a search names, fitted to the spectra of the other search where it is to be fitted.
+
+    Raises:
+        BadInputError: the other search has no spectra, of another length, or of the very candidates that are judged.
+    """
+    own = recipe.search
+    if not own.distance_runs:
+        return make_distance(own.distance, None, own.search_seed)
+    folder = Path(own.distance_runs).expanduser()
+    others = spectra_of(folder)
+    if candidates.setting is not None and others.shape[1] != candidates.setting.k:
+        raise BadInputError(
+            f"distance_runs: spectra in {folder} have {others.shape[1]} exponents and these {candidates.setting.k}; "
+            "take the num_exponents of that search."
+        )
+    raw = replace(recipe, search=replace(own, distance=DISTANCES[0], distance_runs=None))
+    if (folder / STORAGE).is_file() and attributes_on_disk(folder / STORAGE)["identity"] == raw.identity:
+        raise BadInputError(
+            f"distance_runs: the search in {folder} measured these very candidates; name one of another search_seed, "
+            "model or text."
+        )
+    return make_distance(own.distance, others, own.search_seed)
 
 
 class Search:
@@ -49,7 +81,7 @@ class Search:
         self.arguments = recipe.search
         self.candidates = candidates
         # Before anything is written: there may be nothing that an embedding can be fitted to.
-        self._measure_distance = _measure_of(recipe.search)
+        self._measure_distance = _measure_of(recipe, candidates)
         self.folder = StudyFolder(recipe.folder, recipe.search, candidates.space, candidates.max_budget)
 
     # The dense model.
@@ -63,7 +95,7 @@ class Search:
     def measure_dense(self) -> None:
         """Once in the life of a study, and of the file of its spectra."""
         study = self.folder.study
-        if "dense" in study.user_attrs and self.dense_spectra:
+        if "dense" in study.user_attrs and (self.folder.folder / DENSE).is_file():
             return
         start = perf_counter()
         seen = self.candidates.dense(self.budgets)
@@ -76,7 +108,7 @@ class Search:
             "dense",
             {
                 "loss": {str(budget): own.loss for budget, own in seen.items()},
-                "spent": max(own.spent for own in seen.values()),
+                "spent": max((own.spent for own in seen.values()), default=0),
                 "seconds": perf_counter() - start,
                 "spectrum_seconds": sum(own.spectrum_seconds for own in measured),
             },
@@ -89,11 +121,12 @@ class Search:
     # What has been spent.
 
     def spent(self, trials: list[FrozenTrial]) -> tuple[int, float]:
-        """Budget and seconds of everything measured so far, the dense model included."""
-        dense = self.folder.study.user_attrs.get("dense", {"spent": 0, "seconds": 0.0})
+        """Budget and seconds of everything measured so far, the dense model and the stability table included."""
+        nothing = {"spent": 0, "seconds": 0.0}
+        beside = [self.folder.study.user_attrs.get(what) or nothing for what in ("dense", "stability")]
         return (
-            dense["spent"] + sum(found(trial).get("spent", 0) for trial in trials),
-            dense["seconds"] + sum(found(trial).get("seconds", 0.0) for trial in trials),
+            sum(own["spent"] for own in beside) + sum(found(trial).get("spent", 0) for trial in trials),
+            sum(own["seconds"] for own in beside) + sum(found(trial).get("seconds", 0.0) for trial in trials),
         )
 
     def _budgets_of(self, trial: Trial | FrozenTrial) -> list[int]:
@@ -358,6 +391,32 @@ class Search:
         if helpers and all(helper.poll() is not None for helper in helpers):
             logger.warning("No helper is left; this process goes on alone.")
             helpers.clear()
+
+    # How far spectra can be trusted.
+
+    def measure_stability(self) -> None:
+        """A table of the best candidates' spectra in other ways, where one is wanted and may be paid for.
+
+        It is made once for the same candidates.
+        """
+        study, own, count = self.folder.study, self.arguments, self.arguments.stability_candidates
+        if not count or self.candidates.setting is None:
+            return
+        best = [trial.params for trial in self.best_drawn() if math.isfinite(trial.value or 0)][:count]
+        names = [label(choice) for choice in best]
+        known = study.user_attrs.get("stability")
+        if known and known["of"] == names:
+            return
+        study.set_user_attr("stability", None)
+        # And the dense model.
+        price = self.candidates.cost([own.first_budget]) * (len(best) + 1)
+        if len(best) < 3 or not self.may_spend(price, self.folder.trials()):
+            logger.info("No stability table: %d candidates, or what may be spent is.", len(best))
+            return
+        start = perf_counter()
+        rows = rank_stability_if_any(self.candidates, best, own.first_budget)
+        told = {"of": names, "rows": rows, "spent": price, "seconds": perf_counter() - start}
+        study.set_user_attr("stability", told if rows else None)
 
     # What is said of it.
 

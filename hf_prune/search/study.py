@@ -170,7 +170,6 @@ class StudyFolder:
         # More candidates may be wanted than last time.
         self.study.set_user_attr("rounds", False)
         self.study.set_user_attr("finalists", [])
-        self.study.set_user_attr("stability", None)
 
     def trials(self) -> list[FrozenTrial]:
         """Every trial but those that came to nothing, oldest first."""

@@ -60,8 +60,10 @@ def summarise(
     eligible = (row for name, row in named if name in order or not order)
     chosen = next((row["candidate"] for row in eligible if row["value"] is not None), None)
     dense = folder.study.user_attrs.get("dense", {})
+    stability = folder.study.user_attrs.get("stability")
     total_budget, seconds = spent
     return {
+        **({"stability": stability["rows"]} if stability else {}),
         "search": arguments.search,
         "sampler": arguments.sampler,
         "pruner": arguments.pruner,

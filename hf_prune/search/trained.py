@@ -90,8 +90,10 @@ class TrainedCandidates:
         return self._loaded
 
     def dense(self, budgets: list[int]) -> dict[int, Measurement]:
-        """One training, looked at on its way."""
+        """One training, looked at on its way; none where nothing is compared with it."""
         found: dict[int, Measurement] = {}
+        if not self.search.needs_spectrum:
+            return found
         self._train(None, budgets, lambda budget, own: found.update({budget: own}))
         return found
 

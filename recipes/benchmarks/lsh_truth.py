@@ -104,6 +104,8 @@ def trained(candidates: TrainedCandidates, texts: Texts, config: DynamicSparseCo
         spectrum_seconds.append(began - start)
 
     candidates.train_to(config, range(1, candidates.max_budget + 1), look)
+    if not best:
+        raise RunError("no epoch has a finite loss on the validation text.")
     kept = candidates.loaded.start.make_model(None)
     kept.load_state_dict(best)
     return Run(

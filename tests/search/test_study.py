@@ -56,6 +56,20 @@ def test_the_best_is_found_by_every_pruner_and_objective(tmp_path: Path, pruner:
     assert worst["candidate"] == label({"a": 0, "b": "z"}) and worst["value"] is None and worst["why"]
 
 
+def test_hyperband_stops_the_worse_ones_early_and_counts_what_they_had(tmp_path: Path) -> None:
+    bowl = Bowl()
+    options: dict[str, Any] = {"objective": "loss", "num_candidates": 36, "sampler": "random"}
+    summary = run_search(recipe(tmp_path / "s", pruner="hyperband", **options), bowl)
+    rows = {row["candidate"]: row for row in summary["candidates"]}
+    assert {row["budget"] for row in rows.values()} == {3, 9} and rows[label(BEST)]["budget"] == 9
+    # A candidate costs the last budget it reached; beside the dense model that is all there is.
+    assert summary["spent"] == 9 + sum(row["budget"] for row in rows.values())
+    stopped = [row["value"] for row in rows.values() if row["budget"] == 3 and row["value"] is not None]
+    finished = [Bowl.loss(own, 3) for own in every_choice() if rows.get(label(own), {}).get("budget") == 9]
+    assert len(stopped) > len(rows) / 4 and min(finished) < min(stopped)
+    assert sum(stopped) / len(stopped) > sum(finished) / len(finished)
+
+
 def test_a_report_says_what_the_search_said(tmp_path: Path) -> None:
     """Early on the order of the candidates is the reverse of what it is in the end."""
 
@@ -237,6 +251,31 @@ def test_a_stability_table_that_fails_costs_no_finished_search(
     assert "no table, the spectra fell out of the bowl" in caplog.text
 
 
+def test_a_stability_table_is_made_once_and_paid_for(tmp_path: Path) -> None:
+    class Steady(Bowl):
+        setting = SpectrumSetting(k=3, sequences=2, length=16)
+        least_length = 8
+        asked = 0
+
+        def spectra(self, choice: Choice | None, budget: int, settings: list[SpectrumSetting]) -> list[Any]:
+            type(self).asked += 1
+            loss = 0.0 if choice is None else self.loss(choice, budget)
+            return [(self.spectrum(2 * loss), 0.5) for _ in settings]
+
+    options: dict[str, Any] = {"objective": "loss", "num_candidates": 16, "sampler": "random"}
+    plain = run_search(recipe(tmp_path / "plain", **options), Steady())
+    own = recipe(tmp_path / "s", **options, stability_candidates=4)
+    summary = run_search(own, Steady())
+    assert summary["stability"][0]["correlation"] == pytest.approx(1) and summary["stability"][0]["seconds"] == 0.5
+    # Four candidates and the dense model, three epochs each.
+    assert summary["spent"] == plain["spent"] + 5 * 3 and Steady.asked == 5
+    again = run_search(own, Steady(), resume=True)
+    assert again["spent"] == summary["spent"] and Steady.asked == 5
+    # Where nothing is left for it there is none.
+    tight = recipe(tmp_path / "t", **options, stability_candidates=4, total_budget=plain["spent"])
+    assert "stability" not in run_search(tight, Steady()) and Steady.asked == 5
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -256,6 +295,21 @@ def test_bad_settings_are_refused(values: dict, message: str, tmp_path: Path) ->
         recipe(tmp_path, **{"search_dir": str(tmp_path), **values}) if "search_dir" not in values else (
             make_search_recipe(values)
         )
+
+
+def test_an_embedding_is_not_fitted_to_what_it_judges_or_to_spectra_of_another_length(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"pruner": "none", "sampler": "random", "num_candidates": 6}
+    run_search(recipe(tmp_path / "first", **options), Bowl())
+    fitted: dict[str, Any] = {**options, "distance": "pca", "distance_runs": str(tmp_path / "first")}
+    with pytest.raises(BadInputError, match="measured these very candidates; name one of another search_seed"):
+        run_search(recipe(tmp_path / "s", **fitted), Bowl())
+
+    class Wide(Bowl):
+        setting = SpectrumSetting(k=4, sequences=1, length=16)
+
+    with pytest.raises(BadInputError, match=r"have 3 exponents and these 4; take the num_exponents"):
+        run_search(recipe(tmp_path / "s", **fitted, search_seed=1), Wide())
+    assert not (tmp_path / "s").exists()
 
 
 def test_an_embedding_is_fitted_to_the_spectra_of_another_search(tmp_path: Path) -> None:

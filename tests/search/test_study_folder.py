@@ -18,7 +18,7 @@ pytest.importorskip("optuna")
 from bowl import BEST, Bowl, recipe
 
 from hf_prune.cli.search import without_flag
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.search.candidates import Measurement
 from hf_prune.search.run import own_gpu, run_search
 from hf_prune.search.space import label
@@ -86,9 +86,14 @@ def test_a_mistake_that_the_dense_model_shows_leaves_the_folder_to_the_next_reci
         def dense(self, budgets: list[int]) -> dict[int, Measurement]:
             raise BadInputError("num_exponents: 200 of a state of 64.")
 
-    with pytest.raises(BadInputError, match="200 of a state"):
-        run_search(recipe(tmp_path / "s", sampler="random"), Mistaken())
-    assert not list((tmp_path / "s").iterdir())
+    class Diverging(Bowl):
+        def dense(self, budgets: list[int]) -> dict[int, Measurement]:
+            raise RunError("dense: the loss is nan at step 10.")
+
+    for candidates, error in ((Mistaken(), BadInputError), (Diverging(), RunError)):
+        with pytest.raises(error, match=r"200 of a state|nan at step 10"):
+            run_search(recipe(tmp_path / "s", sampler="random"), candidates)
+        assert not list((tmp_path / "s").iterdir())
     assert run_search(recipe(tmp_path / "s", sampler="random", num_candidates=36), Bowl())["chosen"] == label(BEST)
 
 

@@ -72,6 +72,7 @@ def test_figures_are_those_of_a_training_by_hand(
     own.measure(choice, [1], lambda budget, found: early.update({budget: found}))
     assert early[1].loss == seen[1].loss and (seen[1].spent, seen[3].spent) == (1, 3)
     dense = own.dense([3])[3]
+    assert candidates({**common, **family, **AXES, "objective": "loss"}, tmp_path).dense([3]) == {}
 
     plain = {key: value for key, value in common.items() if key not in vars(own.search)}
     recipe = make_train_recipe({**plain, **family, **choice, "method": "dynamic_sparse"}, DynamicSparseConfig)
