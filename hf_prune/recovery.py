@@ -154,8 +154,21 @@ def _load_dense(ready: Ready, pruned: PreTrainedModel) -> Any:
 
 
 def _views(model: nn.Module, plan: Plan) -> list[WeightView]:
-    """The pruned matrices, or where units went all matrices of the blocks."""
-    return find_named(model, [view.name for view in plan.views])
+    """The pruned matrices, or where units went all matrices of the blocks.
+
+    Raises:
+        BadInputError: the plan speaks of others.
+    """
+    views = {view.name: view for view in find_named(model, [view.name for view in plan.views])}
+    for own in plan.views:
+        found = views.get(own.name)
+        if found is None or tuple(found.shape) != tuple(own.shape):
+            there = "is not in the model" if found is None else f"is {list(found.shape)} in the model"
+            raise BadInputError(
+                f"prune_plan.json: {own.name} is {list(own.shape)} in the plan and {there}; they are of two models, "
+                "get the folder again."
+            )
+    return list(views.values())
 
 
 def _trained_names(model: nn.Module, recipe: TrainRecipe, views: list[WeightView]) -> set[str]:

@@ -165,6 +165,8 @@ def test_evaluate_and_inspect_read_the_folder_back(
     again = json.loads(result.read_text())["evaluation"]
     for name in ("dense", "pruned"):
         assert again[name]["perplexity"] == pytest.approx(before[name]["perplexity"], rel=1e-9)
+    shown = capsys.readouterr().out
+    assert "Sparsity, pruned weights" in shown
     assert cli.main(["inspect", str(finished), "--plot", str(plot)]) == 0
     assert "2:4" in capsys.readouterr().out and plot.stat().st_size > 1000
 

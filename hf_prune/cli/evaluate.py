@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from hf_prune.cli.arguments import console, quiet_libraries, recipe_help, split_positional, take_text
 from hf_prune.progress import is_main_process
@@ -22,24 +23,19 @@ def help_text() -> str:
 def main(arguments: list[str]) -> None:
     model, flags = split_positional(arguments, "the model's folder or Hub id")
     baseline, output_file = take_text(flags, "baseline"), take_text(flags, "output_file")
-    from hf_prune.checkpoint.folder import RECIPE_FILE
-    from hf_prune.compose import make_config
+    from hf_prune.fields import unknown_key
     from hf_prune.pipeline import evaluate
     from hf_prune.recipe import make_recipe
     from hf_prune.report import tables
 
     quiet_libraries()
-    values = {}
-    recipe_file = Path(model) / RECIPE_FILE
-    if recipe_file.is_file():
-        values = parse_yaml(recipe_file.read_text(encoding="utf-8"), str(recipe_file))
-        baseline = baseline or values.get("model_name_or_path")
-    baseline_revision = values.pop("revision", None)
+    values, dense, revision, known = _brought_along(model)
+    if baseline is None:
+        baseline = dense
     recipe = make_recipe({**values, **flags, "model_name_or_path": model})
-    if recipe.prune_options:
-        # The recipe's own pruning keys are fine here; anything else is a slip.
-        make_config(recipe.prune_options)
-    report = evaluate(recipe, baseline, baseline_revision)
+    for key in recipe.prune_options:
+        raise unknown_key(key, flags.keys() - recipe.prune_options.keys(), "evaluate")
+    report = {**known, **evaluate(recipe, baseline, revision if baseline == dense else None)}
     out = console()
     out.print(tables.evaluation_table(report))
     if report.get("efficiency"):
@@ -47,3 +43,29 @@ def main(arguments: list[str]) -> None:
     if output_file and is_main_process():
         Path(output_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         out.print(f"Saved to {output_file}.")
+
+
+def _brought_along(model: str) -> tuple[dict[str, Any], str | None, str | None, dict[str, Any]]:
+    """What a folder that hf_prune wrote says: keys of the evaluation, the dense model and its revision, and what its
+    report knows of zeros and sizes; nothing of any other model.
+    """
+    from hf_prune.arguments import EvaluationArguments, ModelArguments
+    from hf_prune.checkpoint.folder import RECIPE_FILE
+    from hf_prune.fields import field_types
+    from hf_prune.recovery_setup import PrunedFolder
+
+    if not (Path(model) / RECIPE_FILE).is_file():
+        return {}, None, None, {}
+    folder = PrunedFolder(model)
+    written: dict[str, Any] = {}
+    # The last one last: what was trained afterwards may have been scored on another text.
+    for name, text in folder.recipes.items():
+        written |= parse_yaml(text, name)
+    dense, revision = written.pop("model_name_or_path", None), written.pop("revision", None)
+    if folder.report.get("training"):
+        # What such a training began with is no dense model of the same text.
+        dense = revision = None
+    wanted = {*field_types(ModelArguments), *field_types(EvaluationArguments)}
+    values = {key: own for key, own in written.items() if key in wanted}
+    known = {key: folder.report[key] for key in ("sparsity", "structure") if key in folder.report}
+    return values, dense, revision, known

@@ -209,7 +209,8 @@ def next_step(report: dict[str, Any], folder: str | Path) -> list[str]:
     ]
     before, after = (number(dig(report, "evaluation", side, "perplexity")) for side in ("dense", "pruned"))
     target = _target(report)
-    if before and after and after / before > 1.25 and target and pattern_of(report) in ("unstructured", "structured"):
+    again = pattern_of(report) in ("unstructured", "structured") and not report.get("training")
+    if before and after and after / before > 1.25 and target and again and not report.get("recoveries"):
         lower = f"{target / 2:.2f}" if report.get("structure") else f"{max(target - 0.2, 0.1):.1f}"
         steps.append(f"Perplexity is {perplexity_change(report)}: try `--sparsity {lower}` to lose less")
     return steps

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,8 @@ def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
         ({"loss": "distillation", "label_smoothing_factor": 0.1}, "label_smoothing_factor: a distillation has no"),
         ({"model_name_or_path": "gpt2"}, "model_name_or_path: it follows from the folder"),
         ({"loss": "distillation", "base_model": "OTHER"}, "base_model: .* tokens and the pruned model"),
+        ({"plan": "layers.7"}, r"prune_plan.json: model\.layers\.7\.\S+ is \[\d+, \d+\] in the plan and is not in the"),
+        ({"plan": [8, 8]}, r"prune_plan.json: \S+ is \[8, 8\] in the plan and is \[\d+, \d+\] in the model"),
     ],
 )
 def test_bad_input_writes_nothing(own: dict[str, Any], message: str, pruned: dict[str, Path], tmp_path: Path) -> None:
@@ -317,8 +320,18 @@ def test_bad_input_writes_nothing(own: dict[str, Any], message: str, pruned: dic
         config.vocab_size = 300
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
         own = {**own, "base_model": str(tmp_path / "other")}
+    folder = pruned["sparse"]
+    if wrong := own.get("plan"):
+        # A plan of another model.
+        folder, own = tmp_path / "mixed", {}
+        shutil.copytree(pruned["sparse"], folder)
+        plan = Plan.load(folder / "prune_plan.json")
+        first = plan.views[0]
+        changed = {"shape": (8, 8)} if isinstance(wrong, list) else {"name": first.name.replace("layers.0", wrong)}
+        plan.views[0] = replace(first, **changed)
+        plan.save(folder / "prune_plan.json")
     with pytest.raises(BadInputError, match=message):
-        recover(str(pruned["sparse"]), make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig))
+        recover(str(folder), make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
 
 

@@ -17,6 +17,7 @@ from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
+from hf_prune import cli
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError, RunError
@@ -24,6 +25,7 @@ from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, check_floor, next_masks
 from hf_prune.plan import select_views
 from hf_prune.recipe import dump_yaml
+from hf_prune.report.findings import next_step
 from hf_prune.tickets import prepare_tickets, run_tickets
 from hf_prune.training.arguments import make_train_recipe, make_training_arguments
 from hf_prune.training.checkpoints import fingerprint
@@ -385,6 +387,11 @@ def test_a_recipe_makes_a_verified_folder(family: str | None, tmp_path: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("naïve 2:4").input_ids) == "naïve 2:4"
     assert measured(tmp_path / "out") == pytest.approx(report["evaluation"]["pruned"]["perplexity"], rel=1e-5)
+    # The recipe of a training says how it is evaluated as well; the weights that it began with are no dense model.
+    assert cli.main(["evaluate", str(tmp_path / "out"), "--output_file", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())["evaluation"]
+    assert again["pruned"]["perplexity"] == pytest.approx(measured(tmp_path / "out"), rel=1e-5) and "dense" not in again
+    assert not any("--sparsity" in step for step in next_step(report, "out"))
 
 
 def measured(folder: Path) -> float:
