@@ -45,7 +45,7 @@ def run_sparse(recipe: TrainRecipe, notes: dict[str, Any] | None = None) -> dict
     report = {
         **described(recipe, start, model, result, windows),
         "seconds": {**watch.seconds, "train": sum(own.seconds for own in rounds)},
-        "evaluation": evaluation.report(**qualities),
+        "evaluation": evaluation.of(model).report(**qualities),
         **(notes or {}),
     }
     if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):

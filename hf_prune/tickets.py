@@ -44,7 +44,7 @@ def run_tickets(recipe: TrainRecipe) -> dict[str, Any]:
         "rounds": search.ticket_folder.name,
         # Rounds that were finished before this run took their time as well.
         "seconds": {**watch.seconds, "train": sum(found.seconds for found in rounds)},
-        "evaluation": evaluation.report(dense=quality_of(rounds[0]), pruned=quality_of(tickets[-1])),
+        "evaluation": evaluation.of(model).report(dense=quality_of(rounds[0]), pruned=quality_of(tickets[-1])),
     }
     if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
         report["samples"] = evaluation.samples(dense=quality_of(rounds[0]), pruned=quality_of(tickets[-1]))

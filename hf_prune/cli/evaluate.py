@@ -67,5 +67,5 @@ def _brought_along(model: str) -> tuple[dict[str, Any], str | None, str | None, 
         dense = revision = None
     wanted = {*field_types(ModelArguments), *field_types(EvaluationArguments)}
     values = {key: own for key, own in written.items() if key in wanted}
-    known = {key: folder.report[key] for key in ("sparsity", "structure") if key in folder.report}
+    known: dict[str, Any] = {key: folder.report[key] for key in ("sparsity", "structure") if key in folder.report}
     return values, dense, revision, known

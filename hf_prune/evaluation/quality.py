@@ -68,10 +68,15 @@ class QualityEvaluation:
         length = own.eval_seq_length or default_seq_length(self.model_config)
         self.windows = evaluation_windows(self.text, self.tokenizer, length, own.eval_max_windows, own.eval_add_bos)
 
+    def of(self, model: Any) -> QualityEvaluation:
+        """This one, with the dtype of a model whose figures were measured earlier, maybe by another process."""
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        return self
+
     def measure(self, model: PreTrainedModel, description: str) -> Quality:
         """Windows are shared out over the processes; the prompts are continued by the main one."""
         start = perf_counter()
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.of(model)
         mine = self.windows.input_ids[distributed.rank() :: distributed.world_size()]
         parts = distributed.gather(window_nll(model, mine, description=description) if len(mine) else torch.empty(0))
         nll = torch.empty(len(self.windows.input_ids), dtype=torch.float64)

@@ -75,7 +75,7 @@ def run_weights(recipe: TrainRecipe) -> dict[str, Any]:
             "rounds": [_summary(found, search.reached(found, dense), causes.seconds, method) for found in rounds],
         },
         "seconds": {**watch.seconds, "train": sum(found.seconds for found in rounds)},
-        "evaluation": evaluation.report(dense=quality_of(dense), pruned=quality_of(own)),
+        "evaluation": evaluation.of(model).report(dense=quality_of(dense), pruned=quality_of(own)),
     }
     if recipe.evaluation.sample_prompts and may_show_samples(report, asdict(recipe.output)):
         report["samples"] = evaluation.samples(dense=quality_of(dense), pruned=quality_of(own))

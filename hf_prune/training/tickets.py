@@ -146,8 +146,8 @@ class TicketSearch:
         before = load_file(file)
         if before.keys() != masks.keys() or any(not torch.equal(before[name], own) for name, own in masks.items()):
             raise BadInputError(
-                f"rounds_folder: {file.parent} was trained under another mask, by another seed or release; remove it "
-                "and the later rounds."
+                f"rounds_folder: {file.parent} was trained under another mask, by another seed, `ignore` or release; "
+                "remove it and the later rounds."
             )
 
     def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, folder: Path) -> Trained:

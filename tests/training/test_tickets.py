@@ -392,6 +392,12 @@ def test_a_recipe_makes_a_verified_folder(family: str | None, tmp_path: Path) ->
     again = json.loads((tmp_path / "again.json").read_text())["evaluation"]
     assert again["pruned"]["perplexity"] == pytest.approx(measured(tmp_path / "out"), rel=1e-5) and "dense" not in again
     assert not any("--sparsity" in step for step in next_step(report, "out"))
+    # Once more from rounds that are all there: the folder says the same.
+    if not family:
+        shutil.rmtree(tmp_path / "out")
+        once_more = run_tickets(make_train_recipe(values, LotteryTicketConfig))
+        assert once_more["evaluation"] == report["evaluation"] and report["evaluation"]["dtype"] == "float32"
+        assert once_more["tickets"] == report["tickets"]
 
 
 def measured(folder: Path) -> float:
