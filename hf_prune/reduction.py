@@ -22,7 +22,7 @@ from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.families import find_family
 from hf_prune.plan import Plan, ViewPlan
 from hf_prune.structure.budget import Structure, budget_candidates, plan_structure
-from hf_prune.structure.groups import block_shape
+from hf_prune.structure.groups import ATTENTION, MLP, block_shape
 from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import check_stock, set_sizes
 from hf_prune.structure.transport import check_installed
@@ -52,7 +52,9 @@ def plan_reduction(
     check_stock(model, structure)
     reducer = config.make_reducer()
     assert config.units is not None
-    if reducer.fuses(config.units) and reducer.solver(structure.before.width) != "nearest":
+    sizes = {MLP: structure.before.width, ATTENTION: structure.before.groups}
+    fused = [sizes[kind] for kind in config.units if kind in sizes and reducer.fuses([kind])]
+    if any(reducer.solver(units) != "nearest" for units in fused):
         check_installed()
     if config.layout == "pad" and densities is not None:
         structure = _padded(structure, densities, config.round_to)

@@ -45,10 +45,9 @@ def main(arguments: list[str]) -> None:
         now = "sizes are the first to be tried" if searches else "densities are uniform"
         out.print(f"These {now}: pruning will find better ones, and --save PLAN.json finds them now.")
     predicted = ready.estimate
-    out.print(
-        f"FLOPs a token: {flops(predicted.flops_per_token)} dense, {flops(predicted.nonzero_flops_per_token)} without "
-        "multiplications by zero (theoretical)."
-    )
+    without = "afterwards" if ready.plan.structure else "without multiplications by zero (theoretical)"
+    before, after = flops(predicted.flops_per_token), flops(predicted.nonzero_flops_per_token)
+    out.print(f"FLOPs a token: {before} dense, {after} {without}.")
     out.print(
         f"Pruning: about {duration(predicted.seconds)} and {size(predicted.memory_bytes)} of memory on {ready.device}, "
         f"{size(predicted.disk_bytes)} of disk; evaluation comes on top."

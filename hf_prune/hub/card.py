@@ -172,6 +172,7 @@ def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
         ("Compared with other choices", watched_text(report) if report.get("legcnet") else ""),
         ("Weights that were kept", findings.displacement(report)),
         ("Fused", findings.fused(report)),
+        ("Earned back", findings.earned_back(report)),
         ("Searched", searched(report.get("search"))),
         *(("Recovered", sentence) for sentence in findings.recoveries(report)),
         ("Seed", f"{seed:.0f}" if seed is not None else ""),

@@ -183,18 +183,31 @@ def displacement(report: dict[str, Any]) -> str:
 
 
 def fused(report: dict[str, Any]) -> str:
-    """How units were fused and what that took, or '' where none were."""
+    """How units were fused, or '' where none were."""
     structure = report.get("structure") or {}
-    seconds, share = number(structure.get("solver_seconds")), number(structure.get("fused"))
-    if not structure.get("solver") or seconds is None or share is None:
+    share = number(structure.get("fused"))
+    if not structure.get("solver") or share is None:
         return ""
     solvers = ", ".join(code(solver) for solver in structure["solver"])
-    sentence = f"{percent(share)} of the units that stayed took others in, by {solvers} in {duration(seconds)}"
+    sentence = f"{percent(share)} of the units that stayed took others in, by {solvers}"
     if any(cost.endswith("L2") for cost in structure.get("cost") or []):
         sentence += "; distances between weights are L2, as there were too many units for the published L1"
     error = number(structure.get("marginal_error"))
     if error is not None and structure.get("converged") is False:
         sentence += f"; the solver had not converged: {percent(error, 2)} of the mass is in the wrong place"
+    return sentence
+
+
+def earned_back(report: dict[str, Any]) -> str:
+    """What choosing, fusing and refitting units took, and after how many decoded tokens that is earned back, or ''."""
+    seconds = number(dig(report, "structure", "solver_seconds"))
+    if seconds is None:
+        return ""
+    sentence = f"choosing, fusing and refitting units took {duration(seconds)}"
+    key = "decode_tokens_per_second"
+    dense, pruned = (number(dig(report, "efficiency", side, key)) for side in ("dense", "pruned"))
+    if dense and pruned and pruned > dense:
+        sentence += f", which {seconds / (1 / dense - 1 / pruned):,.0f} decoded tokens earn back"
     return sentence
 
 

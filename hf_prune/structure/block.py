@@ -53,7 +53,7 @@ class BlockReduction:
     def reduce(self, structure: Structure) -> list[float]:
         """Bring the block to its planned sizes; the share of fused units of each kind."""
         shares, shape = [], structure.before
-        for kind, count in self._steps(structure):
+        for kind, count in steps(structure, self.index):
             shares.append(self._step(kind, shape, count))
             shape = _with(shape, kind, count)
         self._pad(structure, shape)
@@ -62,7 +62,7 @@ class BlockReduction:
     def resize(self, structure: Structure) -> None:
         """Bring the block to its planned sizes whatever becomes of its weights, which are read from a file then."""
         shape = structure.before
-        for kind, count in self._steps(structure):
+        for kind, count in steps(structure, self.index):
             groups = find_groups(self.runner.model, self.index, kind, shape)
             some = drop(torch.arange(count, device=self.runner.device))
             rewrite(groups, [some] * len(groups))
@@ -70,22 +70,8 @@ class BlockReduction:
             self._remember(shape)
         self._pad(structure, shape)
 
-    def _steps(self, structure: Structure) -> list[tuple[str, int]]:
-        """The kinds of units that go, each with how many stay of a group."""
-        before, after, steps = structure.before, structure.after, []
-        if after.groups != before.groups:
-            steps.append((ATTENTION, after.groups))
-        elif after.heads != before.heads:
-            steps.append((HEADS, after.heads // after.groups))
-        if self._width(structure) != before.width:
-            steps.append((MLP, self._width(structure)))
-        return steps
-
-    def _width(self, structure: Structure) -> int:
-        return structure.widths[self.index] if structure.widths else structure.after.width
-
     def _pad(self, structure: Structure, shape: Shape) -> None:
-        if self._width(structure) < structure.after.width:
+        if _width(structure, self.index) < structure.after.width:
             pad_units(find_groups(self.runner.model, self.index, MLP, shape)[0], structure.after.width)
 
     def _step(self, kind: str, shape: Shape, count: int) -> float:
@@ -107,7 +93,6 @@ class BlockReduction:
         fusions: list[Fusion] = [fusion.to(view.parameter.device) for fusion in decided]
         fused = any(len(fusion.source) > len(fusion.kept) for fusion in fusions)
         if fused:
-            self.result.solver_seconds += perf_counter() - start
             self._note_transport(groups[0], max(fusion.marginal_error for fusion in fusions))
         weight = view.read()
         dense = copy.deepcopy(self.runner.blocks[self.index]) if self.reducer.refits and fused else None
@@ -122,6 +107,7 @@ class BlockReduction:
                 new = refit_kept(weight, damped(statistics.gram, self.reducer.damping), columns)
             distributed.send_from(new, 0)
             set_weight(view, new)
+        self.result.solver_seconds += perf_counter() - start
         if before is not None:
             self._note_error(before, view)
         offsets = [number * group.units for number, group in enumerate(groups)]
@@ -221,6 +207,22 @@ class BlockReduction:
         finally:
             handle.remove()
         return seen[0]
+
+
+def steps(structure: Structure, index: int) -> list[tuple[str, int]]:
+    """The kinds of units of which some go in a block, each with how many stay of a group."""
+    before, after, found = structure.before, structure.after, []
+    if after.groups != before.groups:
+        found.append((ATTENTION, after.groups))
+    elif after.heads != before.heads:
+        found.append((HEADS, after.heads // after.groups))
+    if _width(structure, index) != before.width:
+        found.append((MLP, _width(structure, index)))
+    return found
+
+
+def _width(structure: Structure, index: int) -> int:
+    return structure.widths[index] if structure.widths else structure.after.width
 
 
 def _with(shape: Shape, kind: str, count: int) -> Shape:

@@ -96,10 +96,10 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
         if have == 1:
             raise BadInputError(f"units: there is one unit of {kind} a block, which cannot go; choose other units.")
         gone = round(shares[kind] * goal / (left * unit[kind]))
-        if MLP in shares and left * gone * unit[kind] > rest:
+        if shares.get(MLP) and left * gone * unit[kind] > rest:
             # The MLP takes what is too little for one more of these; depth may have taken more than its share.
             gone = max(gone - 1, 0)
-        if MLP in shares and not given:
+        if shares.get(MLP) and not given:
             later = shares.get(HEADS, 0.0) * goal if kind == ATTENTION else 0.0
             most = rest - later - left * unit[MLP] * (before.width - config.round_to)
             gone = _offered(model, before, kind, gone, least=math.ceil(most / (left * unit[kind])))
@@ -110,7 +110,7 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
             )
         rest -= left * gone * unit[kind]
         after = _without(after, kind, gone)
-    if MLP in shares:
+    if shares.get(MLP):
         exact = before.width - max(rest, 0) / (left * unit[MLP])
         width = round(exact / config.round_to) * config.round_to
         if width >= before.width:
@@ -132,7 +132,7 @@ def plan_structure(model: nn.Module, config: StructuredConfig, shares: dict[str,
         least = min((unit[kind] * left for kind in shares if kind != DEPTH), default=size)
         raise BadInputError(
             f"sparsity: {config.sparsity} is less than half a unit of {', '.join(shares)}, nothing would go; the "
-            f"smallest step is {least * (config.round_to if MLP in shares else 1) / total:.2g}."
+            f"smallest step is {least * (config.round_to if shares.get(MLP) else 1) / total:.2g}."
         )
     return Structure(before, after, len(blocks), depth, total, left * (size - gone), unit[MLP])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +116,12 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
         return (squares * columns).sum(dim=1).sqrt().float()
     assert name == "variance" and statistics.variance is not None
     return (_by_unit(group.consumer, statistics.variance) * columns).sum(dim=1).float()
+
+
+def check_scores(name: str, groups: Iterable[Group], scores: dict[str, Tensor]) -> None:
+    """Raise BadInputError for the first of some groups for whose units the file of this name has no scores."""
+    for group in groups:
+        _from_file(name, group, scores)
 
 
 def _from_file(name: str, group: Group, scores: dict[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_prune.errors import BadInputError
 from hf_prune.structure.fusion import Fusion, drop, from_transport
 from hf_prune.structure.groups import Group
 from hf_prune.structure.importance import IMPORTANCES, Evidence, importance, is_file, least_output_error, most_important
@@ -91,6 +92,11 @@ class Reducer:
             assert every is not None
             target = every[kept] if self.fusion_target == "top" else centroids(every, kept, count, self.seed)
             cost = weight_cost(every, target)
+        if scores is not None and "importance" in (self.source_mass, self.target_mass) and float(scores.max()) <= 0:
+            raise BadInputError(
+                f"importance: no unit of {group.kind} in block {group.block} has a score above 0, and masses are in "
+                "proportion to them; give others, or set both masses to uniform."
+            )
         ones = torch.ones(group.units, device=cost.device)
         mass = scores.to(cost.device).clamp(min=1e-6 * float(scores.max())) if scores is not None else ones
         solver = self.solver(group.units)

@@ -21,7 +21,7 @@ class ReduceResult:
         cost: the distances that they went by.
         marginal_error: the largest of `sinkhorn`, share of the mass; see `transport`.
         converged: it was never above the tolerance.
-        solver_seconds: spent in choosing and fusing: importances, costs, transports.
+        solver_seconds: spent in choosing, fusing and refitting: importances, costs, transports, least squares.
         forward_passes: over the calibration set.
         reconstruction: outcome of each block's training by its number, where there was one.
         shares: of fused units in each kind of each block.

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from hf_prune.errors import BadInputError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.structure.groups import Group
 
 COSTS = ("weights", "activations")
@@ -17,6 +17,8 @@ SOLVERS = ("auto", "emd", "sinkhorn", "nearest")
 TARGETS = ("top", "kmeans")
 # Exact transport takes cubic time: 4,096 units take POT about a minute, 14,000 would take the better part of an hour.
 MOST_EXACT = 4096
+# Steps of `emd` at most; 4,096 units take some 100,000.
+_ITERATIONS = 10_000_000
 # Entropy of `sinkhorn`, as a share of the mean cost.
 _ENTROPY = 0.05
 # Rounds of `sinkhorn`, and the share of the mass that may then be in the wrong place.
@@ -101,6 +103,7 @@ def transport(cost: Tensor, source: Tensor, target: Tensor, solver: str) -> tupl
 
     Raises:
         BadInputError: POT is not installed.
+        RunError: emd did not come to its optimum.
     """
     source, target = source / source.sum(), target / target.sum()
     if solver == "nearest":
@@ -112,7 +115,12 @@ def transport(cost: Tensor, source: Tensor, target: Tensor, solver: str) -> tupl
 
     if solver == "emd":
         own = (source.double().cpu().numpy(), target.double().cpu().numpy(), cost.double().cpu().numpy())
-        plan = ot.emd(*(part / part.sum() for part in own[:2]), own[2], numItermax=10_000_000)
+        plan, log = ot.emd(*(part / part.sum() for part in own[:2]), own[2], numItermax=_ITERATIONS, log=True)
+        if log["warning"]:
+            raise RunError(
+                f"fusion_solver: emd of {cost.shape[0]} units to {cost.shape[1]} ended before its optimum "
+                f"({' '.join(str(log['warning']).split())}); take sinkhorn or nearest."
+            )
         return torch.from_numpy(plan).to(cost), 0.0
     source, target = source.to(cost), target.to(cost)
     entropy = _ENTROPY * float(cost.mean())

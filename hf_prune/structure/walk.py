@@ -16,10 +16,11 @@ from hf_prune.engine.walk import BlockUpdater
 from hf_prune.engine.walk_checkpoint import WalkCheckpoint
 from hf_prune.errors import BadInputError
 from hf_prune.progress import progress
-from hf_prune.structure.block import BlockReduction
+from hf_prune.structure.block import BlockReduction, steps
 from hf_prune.structure.budget import Structure
 from hf_prune.structure.depth import drop_blocks, remove_blocks
-from hf_prune.structure.importance import is_file, read_scores
+from hf_prune.structure.groups import find_groups
+from hf_prune.structure.importance import check_scores, is_file, read_scores
 from hf_prune.structure.reduction import Reducer
 from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import set_remembered, set_sizes
@@ -71,6 +72,11 @@ def reduce_model(
         gradients = loss_gradients(model, input_ids)
         result.forward_passes += 1
     blocks = find_blocks(model)[1]
+    if scores is not None:
+        # Before any block has become another.
+        needed = [(index, kind) for index in range(len(blocks)) for kind, _ in steps(structure, index)]
+        groups = (group for own in needed for group in find_groups(model, *own, structure.before))
+        check_scores(reducer.importance, groups, scores)
     with BlockRunner(model) as runner, checkpoint or nullcontext():
         stream = Stream(runner, input_ids) if streams and input_ids is not None else None
         dense = None

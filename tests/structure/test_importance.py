@@ -165,6 +165,25 @@ def test_a_file_of_scores_says_which_units_stay(tmp_path):
         IntraFusionConfig(fusion="none", importance="x.safetensors", units=["mlp", "depth"])
 
 
+def test_a_file_that_lacks_a_block_changes_nothing(tmp_path):
+    model = tiny_model("llama")
+    before = {name: own.clone() for name, own in model.state_dict().items()}
+    save_file({"mlp.0": torch.rand(48)}, tmp_path / "scores.safetensors")
+    config = IntraFusionConfig(fusion="none", importance=str(tmp_path / "scores.safetensors"), sparsity=0.2)
+    with pytest.raises(BadInputError, match=r"no scores .*mlp\.1"):
+        prune(model, config)
+    assert all(torch.equal(before[name], own) for name, own in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mass", ["source_mass", "target_mass"])
+def test_masses_in_proportion_to_nothing_are_refused(mass, tmp_path):
+    model = tiny_model("llama")
+    save_file({f"mlp.{block}": -torch.rand(48) for block in range(3)}, tmp_path / "scores.safetensors")
+    config = IntraFusionConfig(importance=str(tmp_path / "scores.safetensors"), sparsity=0.2, **{mass: "importance"})
+    with pytest.raises(BadInputError, match="no unit of mlp in block 0 has a score above 0"):
+        prune(model, config)
+
+
 def test_a_file_scores_heads_through_all_key_value_groups(tmp_path):
     model = tiny_model("llama")
     size, blocks = block_shape(model).head_size, len(model.model.layers)

@@ -72,7 +72,40 @@ def test_attention_becomes_smaller_where_the_stock_config_can_say_so(family, uni
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         ids = tiny_ids(2, 16)
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    # Fewer heads and groups in the cache as well.
+    generated = loaded.generate(ids[:1], max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, loaded.generate(ids[:1], max_new_tokens=4, do_sample=False, use_cache=False))
+
+
+def test_a_kind_with_no_share_of_the_budget_keeps_its_units():
+    _, result = reduced("llama", units=["mlp", "attention"], budget=["attention=1", "mlp=0"], fusion="none")
+    before, after = (result.plan.structure[when] for when in ("before", "after"))
+    assert before["width"] == after["width"] and after["groups"] < before["groups"]
+
+
+def test_equal_neurons_merge_into_one_that_does_the_same(tmp_path):
+    """Of a gated MLP: rows that make the two are averaged, what consumes them is summed."""
+    model = tiny_model("llama")
+    blocks = range(len(model.model.layers))
+    width = model.config.intermediate_size
+    with torch.no_grad():
+        for block in model.model.layers:
+            for layer in (block.mlp.gate_proj, block.mlp.up_proj):
+                layer.weight[width // 2 :] = layer.weight[: width // 2]
+            block.mlp.down_proj.weight[:, width // 2 :] = block.mlp.down_proj.weight[:, : width // 2]
+        ids = tiny_ids(2, 16)
+        before = model(ids).logits
+        parameters = sum(own.numel() for own in model.model.layers[0].parameters())
+        share = 3 * model.config.hidden_size * (width // 2) / parameters
+        # Of every pair the first one stays.
+        scores = torch.arange(width, 0, -1).float()
+        save_file({f"mlp.{block}": scores.clone() for block in blocks}, tmp_path / "scores.safetensors")
+        own = {"sparsity": share, "importance": str(tmp_path / "scores.safetensors")}
+        prune(model, make_config({"method": "intra_fusion", **own}), input_ids=None)
+        assert model.config.intermediate_size == width // 2
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
@@ -431,6 +464,41 @@ def test_a_transport_that_is_less_than_was_asked_for_is_said_with_its_numbers(mo
     assert "L2, as there were too many" in told and f"{100 * worst:.2f} % of the mass is in the wrong place" in told
 
 
+@pytest.mark.filterwarnings("ignore:numItermax")
+def test_an_exact_transport_that_is_cut_short_is_no_result(monkeypatch):
+    monkeypatch.setattr(transport, "_ITERATIONS", 1)
+    with pytest.raises(RunError, match=r"fusion_solver: emd of 48 units to \d+ ended before its optimum"):
+        reduced("llama", fusion="ot")
+
+
+@pytest.mark.parametrize(("most", "asked"), [(2, True), (1, False)])
+def test_exact_transport_of_any_kind_of_unit_is_known_to_need_a_library_beforehand(most, asked, monkeypatch):
+    """Of two key-value groups, where 48 neurons are too many for it."""
+    looked = []
+    monkeypatch.setattr("hf_prune.reduction.check_installed", lambda: looked.append(True))
+    monkeypatch.setattr(transport, "MOST_EXACT", most)
+    config = make_config({"method": "intra_fusion", "sparsity": 0.4, "units": ["mlp", "attention"]})
+    plan_pruning(tiny_model("llama"), config)
+    assert bool(looked) is asked
+
+
+def test_earning_back_is_counted_in_decoded_tokens():
+    report = {
+        "structure": {"solver_seconds": 30.0},
+        "efficiency": {"dense": {"decode_tokens_per_second": 20}, "pruned": {"decode_tokens_per_second": 25}},
+    }
+    # 50 ms a token before, 40 ms after.
+    assert findings.earned_back(report).endswith("took 30 s, which 3,000 decoded tokens earn back")
+    report["efficiency"]["pruned"]["decode_tokens_per_second"] = 19
+    assert findings.earned_back(report).endswith("took 30 s")
+    assert findings.earned_back({}) == ""
+
+
+def test_refitting_takes_time_that_is_counted():
+    _, result = reduced("llama", fusion="refit", importance="wanda")
+    assert result.reduction.solver_seconds > 0
+
+
 def test_blocks_that_share_weights_are_refused():
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
@@ -455,6 +523,11 @@ def test_a_data_free_recipe_runs_without_text_and_a_second_pruning_is_refused(tm
     assert main(command) == 0
     inspected = " ".join(capsys.readouterr().out.split())
     assert "Neurons an MLP 48 32" in inspected and "Together: " in inspected
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} dogs\n" for number in range(900)))
+    score = [f"--eval_dataset_name={text}", "--eval_seq_length=32", "--eval_max_windows=2", "--eval_efficiency=false"]
+    assert main(["evaluate", str(tmp_path / "out"), *score]) == 0
+    assert "Neurons an MLP 48 32" in " ".join(capsys.readouterr().out.split())
     card = (tmp_path / "out" / "README.md").read_text()
     assert "32 of 48 neurons an MLP" in card and "zeros" not in card.split("## Citation")[0].lower()
     capsys.readouterr()
