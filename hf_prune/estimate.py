@@ -24,11 +24,14 @@ from hf_prune.methods.base import Solver
 from hf_prune.plan import Plan
 from hf_prune.reconstruction import BlockReconstruction
 from hf_prune.structure.budget import budget_candidates
+from hf_prune.structure.transport import MOST_EXACT
 from hf_prune.weights import find_blocks
 
 logger = logging.getLogger(__name__)
 # A process with torch and transformers imported, before any model.
 _PYTHON_BYTES = 400_000_000
+# Of L1 distances on a core, and seconds of an exact transport between MOST_EXACT units; both measured.
+_DIFFERENCES_PER_SECOND, _LARGEST_TRANSPORT = 0.7e9, 60.0
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -181,14 +184,22 @@ def estimate_reduction(
         reconstruction = make_block_reconstruction(config)
         if reconstruction is not None:
             flops += (1 + 3 * reconstruction.reconstruct_passes) * tokens * per_token
-    if reducer.transports:
+    solving = 0.0
+    if reducer.fuses(config.units):
         # Distances between all and the kept units, over three layers' weights.
-        flops += blocks * 9.0 * width * kept * hidden
+        differences = 3.0 * width * kept * hidden
+        if reducer.cost(width, device).endswith("L1") and device.type == "cpu":
+            solving += blocks * differences / _DIFFERENCES_PER_SECOND
+        else:
+            flops += blocks * 3 * differences
+        if reducer.solver(width) == "emd":
+            solving += blocks * _LARGEST_TRANSPORT * (width / MOST_EXACT) ** 3
     memory = weights * size * (2 if reducer.needs_gradients else 1) + 2 * tokens * hidden * size
     memory += 4 * 8 * width**2 if "gram" in reducer.statistics else 0
     memory += 3 * 8 * width * kept if reducer.transports else 0
     memory += 5 * 4 * (structure["parameters_before"] // blocks) + (4 * weights if reducer.needs_gradients else 0)
     if config.searches_budget:
+        solving *= 1 + len(budget_candidates(config))
         # Each candidate on a copy of the model, with the held-out windows to score it.
         flops += (flops + samples / 8 * seq_length * per_token) * len(budget_candidates(config))
         memory += weights * size
@@ -196,7 +207,7 @@ def estimate_reduction(
         flops_per_token=per_token,
         nonzero_flops_per_token=per_token - 2 * removed,
         walk_flops=flops,
-        seconds=flops / _flops_per_second(device),
+        seconds=flops / _flops_per_second(device) + solving,
         memory_bytes=int(memory + (_PYTHON_BYTES if device.type == "cpu" else 0)),
         disk_bytes=int((weights - removed) * size * 1.02) + 10_000_000,
     )

@@ -11,6 +11,9 @@ the recipe, as dataset_name and eval_dataset_name for local copies.
 `--part 0/2` trains every second run from the first on, `--part 1/2` the others, side by side into one folder. A run
 that is finished is not trained again, so that the same command goes on after a cut. The folder belongs to its recipe;
 only the values that are searched may be others. Seconds are the process's own processor time.
+
+`--stability 5`, once all are there: how far the order of the five that end best depends, at the search's first budget,
+on how their spectra are computed. `--readme FILE` takes that table between its lines `benchmark:lsh-stability`.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lsh_runs import DENSE, Run, claim, is_there, save_run
+from lsh_runs import DENSE, Run, claim, is_there, load_run, save_run
 
+from hf_prune.bench.summary import write_between_markers
 from hf_prune.checkpoint.files import tensor_digest
 from hf_prune.cli.arguments import quiet_libraries
 from hf_prune.errors import RunError
@@ -33,6 +37,7 @@ from hf_prune.methods.dynamic_sparse import DynamicSparseConfig
 from hf_prune.recipe import parse_flags, read_recipe
 from hf_prune.search.arguments import MAY_CHANGE, make_search_recipe
 from hf_prune.search.space import label
+from hf_prune.search.stability import rank_stability
 from hf_prune.search.trained import TrainedCandidates
 
 # Windows of the validation text: as many tokens as the first 100 kB of WikiText-2's, in windows of 35.
@@ -124,6 +129,8 @@ def main() -> None:
     parser.add_argument("--truth", type=Path, required=True)
     parser.add_argument("--validation")
     parser.add_argument("--part", type=part, default=(0, 1))
+    parser.add_argument("--stability", type=int, default=0)
+    parser.add_argument("--readme", type=Path)
     given, others = parser.parse_known_args()
     quiet_libraries()
     candidates = TrainedCandidates(make_search_recipe(*read_recipe(given.config, parse_flags(others))))
@@ -151,6 +158,22 @@ def main() -> None:
         print(f"{name}: perplexity {run.perplexity:.2f} of epoch {run.best_epoch}, {took:.0f} s", flush=True)
     if failed:
         raise SystemExit(f"not in the table: {'; '.join(failed)}")
+    if given.stability:
+        there = [own for own in choices if is_there(given.truth, label(own))]
+        best = sorted(there, key=lambda own: load_run(given.truth, label(own)).perplexity)[: given.stability]
+        table = stability_table(rank_stability(candidates, best, candidates.search.first_budget))
+        print(table)
+        if given.readme:
+            write_between_markers(given.readme, "lsh-stability", table)
+
+
+def stability_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each way to compute the spectra."""
+    lines = ["| spectra | rank correlation with the search's | seconds a spectrum |", "|---|---|---|"]
+    for row in rows:
+        correlation = "" if row["correlation"] is None else f"{row['correlation']:+.2f}"
+        lines.append(f"| {row['spectrum']} | {correlation} | {row['seconds']:.2f} |")
+    return "\n".join([*lines, "", f"{rows[0]['candidates']} candidates; of each the raw distance to the dense twin."])
 
 
 def part(text: str) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """One way of dynamic sparse training against its dense twin, over seeds and sparsities.
 
     python recipes/benchmarks/lsh_twins.py --config recipes/benchmarks/lsh.yaml --runs FOLDER --sparsities 0.67 0.8 \
-        --death magnitude --redistribution magnitude --death_rate '[0.9]' --readme recipes/benchmarks/LSH.md
+        --death global_magnitude --redistribution magnitude --death_rate '[0.5]' --readme recipes/benchmarks/LSH.md
 
 Every key of the recipe that holds a list has to be given one value, the last of them as a list of one. A seed decides
 the first weights, the first masks and the order of the batches, alike for a sparse run and its twin. What is finished

@@ -1,6 +1,7 @@
 """Spectra against maps whose exponents are known, and a transformer's against its explicit Jacobians."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_ids, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_prune.dynamics import spectrum
 from hf_prune.dynamics.spectrum import (
@@ -210,6 +213,30 @@ def test_depth_exponents_depend_on_no_chunk_and_leave_the_model_alone() -> None:
     found = [depth_spectrum(model, input_ids, k=5, chunk=chunk) for chunk in (1, 5)]
     np.testing.assert_allclose(*found, atol=1e-5)
     assert torch.equal(model(input_ids=input_ids).logits, before)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor held that any operation has made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(own.numel() for own in tree_leaves(made) if isinstance(own, torch.Tensor))])
+        return made
+
+
+@pytest.mark.parametrize("order", ["textbook", "transposed"])
+def test_a_block_carries_no_more_tangents_than_it_may(order: str) -> None:
+    """Two at once leave the tangents themselves the largest thing there is; all at once, what a block makes of them."""
+    model, tokens, k = tiny_model("llama"), 24, 24
+    largest = {}
+    for chunk in (2, k):
+        with Largest() as seen:
+            depth_spectrum(model, tiny_ids(1, tokens), k=k, chunk=chunk, order=order)
+        largest[chunk] = seen.numbers
+    assert largest[2] == k * tokens * model.config.hidden_size
+    assert largest[k] >= k * tokens * model.config.intermediate_size
 
 
 class StackedLSTM(torch.nn.Module):
