@@ -48,6 +48,29 @@ def test_layer_norms_are_one_threshold_on_normalised_weights(measure: str, norm:
         assert torch.equal(found[name], score >= threshold)
 
 
+@pytest.mark.parametrize("measure", sorted(MEASURES))
+def test_one_threshold_goes_through_all_layers(measure: str) -> None:
+    """Every measure's formula over each layer's own weights, and the largest of them all together."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        "a": torch.randn(30, generator=generator, dtype=torch.float64),
+        "b": 5 * torch.randn(50, generator=generator, dtype=torch.float64),
+        "c": 0.2 * torch.randn(20, generator=generator, dtype=torch.float64),
+    }
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    found, _ = next_masks(weights, masks, measure, 0.3, 0.0)
+    scores = sorted(
+        (
+            (score, name, place)
+            for name, own in weights.items()
+            for place, score in enumerate(by_formula(measure, own.tolist()))
+        ),
+        reverse=True,
+    )
+    wanted = {(name, place) for _, name, place in scores[:30]}
+    assert {(name, int(place)) for name, own in found.items() for place in own.nonzero()} == wanted
+
+
 @settings(max_examples=60, deadline=None)
 # The floor asks for three and the budget has two.
 @example(sizes=[1, 51], measure="l1", rates=[0.0625, 0.875, 0.75], floor=0.02, seed=0)

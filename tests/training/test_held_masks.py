@@ -213,6 +213,34 @@ def test_a_trainer_holds_and_resumes_to_the_bit(own: dict, tmp_path: Path) -> No
             assert int((parameter.detach() != 0).sum()) == int(masks[key].sum())
 
 
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_a_trainer_that_accumulates_trains_the_masked_network(name: str, tmp_path: Path) -> None:
+    """Batches of four, all of them together in every step, against the masked function on everything at once."""
+    everything = torch.utils.data.default_collate(list(Data()))
+    batches = len(Data()) // 4
+    assert batches > 1 and len(Data()) % 4 == 0
+    model = Net()
+    masks = some_masks(model)
+    reference = copy.deepcopy(model)
+    parameters, optimizer = dict(reference.named_parameters()), OPTIMIZERS[name](reference.parameters())
+    for _ in range(5):
+        masked = {key: own.masked_fill(~masks[key], 0) if key in masks else own for key, own in parameters.items()}
+        optimizer.zero_grad()
+        functional_call(reference, masked, (), everything)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        optimizer.step()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=batches, max_steps=5,
+        max_grad_norm=0.5, lr_scheduler_type="constant", save_strategy="no", use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    given: tuple = (OPTIMIZERS[name](model.parameters()), None)
+    Trainer(model, arguments, train_dataset=Data(), callbacks=[MaskCallback(masks)], optimizers=given).train()
+    for key, parameter in model.named_parameters():
+        wanted = parameters[key].masked_fill(~masks[key], 0) if key in masks else parameters[key]
+        torch.testing.assert_close(parameter, wanted, rtol=1e-4, atol=1e-5)
+
+
 class Spoiler(TrainerCallback):
     """What goes behind the holder's back, between its last step and the checkpoint."""
 

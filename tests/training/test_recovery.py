@@ -18,6 +18,8 @@ from tiny import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_ids, tiny_model
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM
 
+from hf_prune.data.text import load_text
+from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.hub.card import write_card
 from hf_prune.hub.push import files_to_upload, public_copy
@@ -213,6 +215,14 @@ def distance(dense: Path, folder: Path) -> float:
     return float(kl_divergence(wanted, ours).mean())
 
 
+def log_perplexity(folder: Path, text: Path) -> float:
+    """Of the text's first twelve windows of 32 tokens, in float64 by torch.distributions."""
+    ids = evaluation_windows(load_text(str(text), evaluation=True), byte_tokenizer(), 32, 12).input_ids
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits.double()
+    return -float(Categorical(logits=logits[:, :-1]).log_prob(ids[:, 1:]).mean())
+
+
 @pytest.mark.parametrize(
     ("kind", "own"),
     [
@@ -242,6 +252,10 @@ def test_recovery_keeps_zeros_shapes_and_provenance(
         assert ends[1] < 0.7 * ends[0]
     dense = report["evaluation"]["dense"]["perplexity"]
     logs = [torch.tensor(value).log() for value in (dense, entry["perplexity_before"], entry["perplexity_after"])]
+    # By the folders themselves.
+    for folder, figure in ((pruned[kind], logs[1]), (tmp_path / "out", logs[2]), (pruned["dense"], logs[0])):
+        assert log_perplexity(folder, pruned["text"]) == pytest.approx(float(figure), rel=1e-4)
+    assert kind == "narrow" or entry["gap_closed"] is not None
     if entry["gap_closed"] is not None:
         assert entry["gap_closed"] == pytest.approx(float((logs[1] - logs[2]) / (logs[1] - logs[0])), rel=1e-3)
     assert not (tmp_path / "out.training").exists()
