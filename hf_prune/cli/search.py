@@ -10,8 +10,8 @@ from hf_prune.recipe import parse_flags, read_recipe
 TEXT = """usage: hf-prune search --config RECIPE.yaml [--resume | --report] [--num_processes N] [--key value ...]
 
 Searches the combinations of the pruning keys that hold a list, as in criterion: [magnitude, wanda], for the one that
-is best by --objective: by default the loss on held-out text; with ls_distance, how near its Lyapunov spectrum is to the
-dense model's.
+is best by --objective: the error of the blocks' output, the loss on held-out text, or how near its Lyapunov spectrum is
+to the dense model's.
 What is finished is kept in --search_dir; --resume goes on after a cut, --report only shows what is there. The chosen
 candidate is pruned with the whole calibration text, verified, evaluated and described in --output_dir, the account of
 the search in its card.

@@ -37,7 +37,7 @@ def searched(summary: Mapping[str, Any] | None) -> str:
     repeated = f", {summary['duplicates']} of them repeated" if summary["duplicates"] else ""
     return (
         f"chosen from {distinct} candidates ({summary['drawn']} drawn by {SAMPLERS[summary['sampler']]}{repeated}) by "
-        f"{OBJECTIVES[summary['objective']]}, the last two by loss; "
+        f"{OBJECTIVES[summary['objective']]}{', the last two by loss' if summary['finalists'] == 2 else ''}; "
         f"{summary['spent']:,} {summary['unit']} and {duration(summary['seconds'])} in all, "
         f"{duration(summary['spectrum_seconds'])} of it for spectra"
     )

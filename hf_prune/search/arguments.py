@@ -17,7 +17,9 @@ from hf_prune.fields import field_types, fill
 KINDS = ("one_shot", "dynamic_sparse")
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("elimination", "hyperband", "none")
-OBJECTIVES = ("loss", "ls_distance", "both", "layer_error")
+OBJECTIVES = ("auto", "loss", "ls_distance", "both", "layer_error")
+# What `auto` stands for: what told best and cost least (recipes/benchmarks/LSH.md).
+BEST_OBJECTIVES = {"one_shot": "layer_error", "dynamic_sparse": "loss"}
 CHOICES = {
     "search": KINDS,
     "sampler": SAMPLERS,
@@ -50,7 +52,7 @@ class SearchArguments:
         objective: `loss`, on windows that no candidate is calibrated on; `ls_distance`, how far the Lyapunov spectrum
             is from the dense model's; `both`, the sum of the relative excess of the loss and the relative distance
             (ours); `layer_error` (of `one_shot`), how far the output of the last block that is looked at is from the
-            dense model's on these windows.
+            dense model's on these windows; `auto`, layer_error of `one_shot` and loss of `dynamic_sparse`.
         num_candidates: candidates drawn, those that were drawn before included.
         first_budget: calibration windows or epochs of a candidate in the first round.
         budget_step: how many more in each further round.
@@ -59,6 +61,8 @@ class SearchArguments:
         max_minutes: nothing is begun after so many minutes of measuring, over all processes, spectra included.
         search_blocks: of `one_shot`, candidates are judged by the first so many blocks: only these are pruned, and the
             spectrum is over them, until a candidate gets max_budget; all of them unless given.
+        finalists: the last 2 get the whole budget and are compared by loss, whatever the objective was; with 1 the best
+            by the objective is taken as it is.
         search_seed: seed of the sampler, the tangents and the auto-encoder.
         distance: `raw`, `cosine`, `pca` or `autoencoder`.
         distance_runs: search_dir of another search, to whose spectra `pca` or `autoencoder` is fitted.
@@ -76,7 +80,7 @@ class SearchArguments:
     search_dir: str | None = None
     sampler: str = "tpe"
     pruner: str = "elimination"
-    objective: str = "loss"
+    objective: str = "auto"
     num_candidates: int = 40
     first_budget: int = 4
     budget_step: int = 4
@@ -84,6 +88,7 @@ class SearchArguments:
     total_budget: int | None = None
     max_minutes: float | None = None
     search_blocks: int | None = None
+    finalists: int = 2
     search_seed: int = 0
     distance: str = "raw"
     distance_runs: str | None = None
@@ -99,6 +104,10 @@ class SearchArguments:
         for key, choices in CHOICES.items():
             if getattr(self, key) not in choices:
                 raise BadInputError(f"{key}: {getattr(self, key)!r} is unknown; choose {', '.join(choices)}.")
+        if self.objective == "auto":
+            self.objective = BEST_OBJECTIVES[self.search]
+        if self.finalists not in (1, 2):
+            raise BadInputError(f"finalists: {self.finalists} is no choice; 2 are compared in the end, or 1 is taken.")
         least = {
             "num_candidates": 2, "first_budget": 1, "budget_step": 1, "max_budget": 1, "total_budget": 1,
             "stability_candidates": 0, "num_exponents": 1, "spectrum_sequences": 1, "spectrum_length": 2,

@@ -336,7 +336,13 @@ class Search:
         return _last_two(survivors, before)
 
     def finals(self, finalists: list[FrozenTrial], helpers: list[Any]) -> list[FrozenTrial]:
-        """The finalists with the whole budget, the lowest loss first, whatever the objective was."""
+        """The finalists with the whole budget, the lowest loss first, whatever the objective was.
+
+        Where there is to be one, it is the best so far as it is.
+        """
+        finalists = finalists[: self.arguments.finalists]
+        if self.arguments.finalists == 1:
+            return finalists
         budget = self.candidates.max_budget
         if any(self._budget(own) != budget for own in finalists):
             finalists = self._again(finalists, FINAL, budget, helpers) or finalists

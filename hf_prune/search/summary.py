@@ -68,6 +68,7 @@ def summarise(
         "sampler": arguments.sampler,
         "pruner": arguments.pruner,
         "objective": arguments.objective,
+        "finalists": arguments.finalists,
         "distance": arguments.distance if arguments.needs_spectrum else None,
         "seed": arguments.search_seed,
         "unit": candidates.unit,

@@ -56,6 +56,29 @@ def test_the_best_is_found_by_every_pruner_and_objective(tmp_path: Path, pruner:
     assert worst["candidate"] == label({"a": 0, "b": "z"}) and worst["value"] is None and worst["why"]
 
 
+def test_one_finalist_is_taken_as_it_is_and_costs_nothing_more(tmp_path: Path) -> None:
+    class Late(Bowl):
+        """What is second at first is best in the end."""
+
+        @staticmethod
+        def loss(choice: Choice, budget: int) -> float:
+            found = Bowl.loss(choice, 10**9)
+            return found + 1 if choice == BEST and budget == Bowl.max_budget else found
+
+    options: dict[str, Any] = {"objective": "loss", "num_candidates": 36, "sampler": "random", "pruner": "none"}
+    one, two = (run_search(recipe(tmp_path / str(n), **options, finalists=n), Late()) for n in (1, 2))
+    assert one["chosen"] == label(BEST) != two["chosen"]
+    assert one["spent"] == two["spent"] - 2 * Bowl.max_budget
+    texts = [(tmp_path / str(n) / "search.md").read_text() for n in (1, 2)]
+    assert [", the last two by loss" in text for text in texts] == [False, True]
+
+
+def test_what_is_looked_at_unless_said_depends_on_the_candidates() -> None:
+    given = {"search_dir": "s"}
+    assert make_search_recipe(given).search.objective == "layer_error"
+    assert make_search_recipe({**given, "search": "dynamic_sparse"}).search.objective == "loss"
+
+
 def test_hyperband_stops_the_worse_ones_early_and_counts_what_they_had(tmp_path: Path) -> None:
     bowl = Bowl()
     options: dict[str, Any] = {"objective": "loss", "num_candidates": 36, "sampler": "random"}
@@ -283,6 +306,7 @@ def test_a_stability_table_is_made_once_and_paid_for(tmp_path: Path) -> None:
         ({"pruner": "median"}, "pruner: 'median' is unknown"),
         ({"objective": "beauty"}, "objective: 'beauty' is unknown"),
         ({"num_candidates": 1}, "num_candidates: 1 is too few"),
+        ({"finalists": 3}, "finalists: 3 is no choice"),
         ({"max_budget": 2}, "max_budget: 2 is less than the 3"),
         ({"distance": "pca"}, "distance_runs: distance pca is fitted to the spectra of another search"),
         ({"distance_runs": "x"}, "distance_runs: distance raw is fitted to nothing"),
