@@ -95,4 +95,8 @@ def test_a_score_that_ranks_all_has_no_regret_and_its_reverse_has_the_most() -> 
     assert cost == "20%"
     # What has no layer error comes last, and costs no spectrum.
     assert cells["layer error", "1"][1:] == ["0.00 ± 0.00", "4%"]
-    assert "4 of 6 candidates a seed" in table and "dense 15.00" in table and "20.00 (candidate=0) to 45.00" in table
+    # A candidate in other words changes nothing.
+    again = {**rows, "also=0": rows["candidate=0"]}
+    assert lsh_one_shot.to_markdown({"dense": dense, **again}, seeds=4).replace("also=0", "candidate=0") == table
+    assert "4 of 6 candidates that differ a seed" in table
+    assert "dense 15.00" in table and "20.00 (candidate=0) to 45.00" in table
