@@ -186,8 +186,7 @@ def to_markdown(rows: dict[str, dict[str, Any]], seeds: int = 20) -> str:
         "",
         f"{len(samples[0])} of {len(names)} candidates that differ a seed, {seeds} seeds. Pruning all {len(names)} for "
         f"good takes {everything:.0f} seconds; one taken by chance is {chance:.2f} above the best of its seed's. "
-        f"Perplexity {min(final):.2f} ({min(own, key=lambda name: own[name]['perplexity'])}) to {max(final):.2f}, dense "
-        f"{rows[DENSE]['perplexity']:.2f}.",
+        f"Perplexity {min(final):.2f} ({same[min(final)]}) to {max(final):.2f}, dense {rows[DENSE]['perplexity']:.2f}.",
     ])  # fmt: skip
 
 
