@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -16,6 +17,7 @@ from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pi
 from hf_prune.compose import belongs_to_a_part, make_config
 from hf_prune.data.builtin import resolve_model
 from hf_prune.dynamics.spectrum import depth_spectrum
+from hf_prune.engine.capture import BlockRunner
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import window_nll
 from hf_prune.fields import field_types
@@ -32,7 +34,7 @@ class Measurement:
     """What was found out about a candidate at one budget.
 
     Attributes:
-        loss: nats a token on windows that nothing was calibrated on.
+        loss: nats a token on windows that nothing was calibrated on; NaN where only the first blocks were looked at.
         spectrum: bits a step, float64 [k], the largest first; None where the objective does not ask.
         layer_error: squared error of what the last of the blocks that are looked at hands on, relative to the dense
             model's, on the windows of the loss; None where candidates are trained.
@@ -196,8 +198,13 @@ class OneShotCandidates:
     def _look_at(self, blocks: int | None) -> Measurement:
         own, last = self.loaded, self._last_block(blocks)
         own.keep_dense_outputs(last, self.search.loss_windows)
-        nll, outputs = own.losses_and_outputs(last, self.search.loss_windows)
-        found = Measurement(float(nll.mean()), layer_error=relative_error(outputs, own.dense_outputs[last]))
+        if blocks is not None and self.search.objective == "layer_error":
+            # Nothing is asked of the blocks behind these.
+            loss, outputs = math.nan, own.outputs(last, self.search.loss_windows)
+        else:
+            nll, outputs = own.losses_and_outputs(last, self.search.loss_windows)
+            loss = float(nll.mean())
+        found = Measurement(loss, layer_error=relative_error(outputs, own.dense_outputs[last]))
         if self.search.needs_spectrum:
             found.spectrum, found.spectrum_seconds = self.spectrum(self.setting, blocks)
         return found
@@ -274,7 +281,19 @@ class _Loaded:
     def keep_dense_outputs(self, block: int, windows: int) -> None:
         """Remember what a block hands on; the first time, when the model is dense."""
         if block not in self.dense_outputs:
-            self.dense_outputs[block] = self.losses_and_outputs(block, windows)[1]
+            self.dense_outputs[block] = self.outputs(block, windows)
+
+    def outputs(self, block: int, windows: int) -> list[Tensor]:
+        """Of the first held-out windows: what a block hands on, without those behind it."""
+        outputs: list[Tensor] = []
+        with BlockRunner(self.model) as runner:
+            for window in self.held_out[:windows]:
+                hidden = None
+                for index in range(block + 1):
+                    hidden = runner.run(index, window[None], hidden)
+                assert hidden is not None
+                outputs.append(hidden.cpu())
+        return outputs
 
     def losses_and_outputs(self, block: int, windows: int) -> tuple[Tensor, list[Tensor]]:
         """Of the first held-out windows: nats a token, and what a block hands on."""

@@ -107,7 +107,7 @@ class Search:
         study.set_user_attr(
             "dense",
             {
-                "loss": {str(budget): own.loss for budget, own in seen.items()},
+                "loss": {str(budget): own.loss for budget, own in seen.items() if math.isfinite(own.loss)},
                 "spent": max((own.spent for own in seen.values()), default=0),
                 "seconds": perf_counter() - start,
                 "spectrum_seconds": sum(own.spectrum_seconds for own in measured),

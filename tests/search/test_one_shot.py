@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -30,6 +31,7 @@ from hf_prune.recipe import make_recipe
 from hf_prune.report.markdown import escape
 from hf_prune.search.arguments import make_search_recipe
 from hf_prune.search.candidates import OneShotCandidates
+from hf_prune.search.run import run_search
 from hf_prune.search.space import label
 from hf_prune.search.stability import rank_stability
 
@@ -87,6 +89,25 @@ def test_figures_are_those_of_pruning_by_hand(common: dict[str, Any], tmp_path: 
         errors = [output_error(model, tiny_model("llama"), window) for window in windows[8:]]
         assert found.layer_error == pytest.approx(sum(one for one, _ in errors) / sum(one for _, one in errors))
     assert (seen[2].spent, seen[4].spent) == (2, 6)
+
+
+def test_the_error_of_the_first_blocks_asks_nothing_of_those_behind(common: dict[str, Any], tmp_path: Path) -> None:
+    values = {**common, **AXES, "search_dir": str(tmp_path / "s"), "search_blocks": 1}
+    found: dict[str, Any] = {}
+    ran: dict[str, list[int]] = {"layer_error": [], "loss": []}
+    for objective, seen in ran.items():
+        candidates = OneShotCandidates(make_search_recipe({**values, "objective": objective}))
+        for index, block in enumerate(candidates.loaded.model.model.layers):
+            block.register_forward_hook(lambda *_, index=index, seen=seen: seen.append(index))
+        own = {"criterion": "wanda", "allocation": "uniform"}
+        candidates.measure(own, [2], lambda _, measured, objective=objective: found.update({objective: measured}))
+    assert found["layer_error"].layer_error == pytest.approx(found["loss"].layer_error, rel=1e-6)
+    assert set(ran["layer_error"]) <= {0} < set(ran["loss"]) and math.isnan(found["layer_error"].loss)
+    recipe = {**values, "objective": "layer_error", "num_candidates": 4, "sampler": "random", "finalists": 1}
+    summary = run_search(make_search_recipe({**recipe, "pruner": "none", "output_dir": str(tmp_path / "out")}))
+    assert summary["candidates"][0]["loss"] is None and summary["chosen"] == summary["candidates"][0]["candidate"]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    json.loads((tmp_path / "s" / "search.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def output_error(model: Any, dense: Any, window: Tensor) -> tuple[float, float]:
