@@ -6,6 +6,7 @@ import json
 
 from hf_prune.cli.arguments import console, take_flags, take_text
 from hf_prune.fields import coerce
+from hf_prune.progress import is_main_process
 from hf_prune.recipe import parse_flags
 
 MARK = "comparison.json"
@@ -26,6 +27,9 @@ def main(arguments: list[str]) -> None:
     take_flags(flags, "initial", "output_dir", "overwrite_output_dir")
     overwrite = coerce("overwrite_output_dir", flags.pop("overwrite_output_dir", False), bool)
     initial, output_dir = take_text(flags, "initial"), take_text(flags, "output_dir")
+    if not is_main_process():
+        # Nothing here is shared out.
+        return
     import pandas
 
     from hf_prune.checkpoint.folder import check_output_folder, output_folder

@@ -132,11 +132,13 @@ class StopAtNaN(TrainerCallback):
     Args:
         where: what the message says of the training.
         folder: of the Trainer's checkpoints.
+        begun_from: the checkpoint that this training went on from, where it is another one's.
     """
 
-    def __init__(self, where: str, folder: Path) -> None:
+    def __init__(self, where: str, folder: Path, begun_from: Path | None = None) -> None:
         self.where = where
         self.folder = folder
+        self.begun_from = begun_from
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = (kwargs.get("logs") or {}).get("loss")
@@ -165,8 +167,8 @@ class StopAtNaN(TrainerCallback):
                 raise self._error(f"{name} is not finite {when}")
 
     def _error(self, what: str) -> RunError:
-        last = last_checkpoint(self.folder)
-        kept = f"; {last.name} before it is kept in {self.folder}" if last else ""
+        last = last_checkpoint(self.folder) or self.begun_from
+        kept = f"; {last.name} before it is kept in {last.parent}" if last else ""
         return RunError(
             f"{self.where}: {what}{kept}; lower learning_rate and choose another output_dir (and rounds_folder, where "
             "the recipe names one)."

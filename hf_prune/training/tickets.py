@@ -152,11 +152,12 @@ class TicketSearch:
 
     def _train(self, model: nn.Module, masks: dict[str, Tensor], kind: str, number: int, folder: Path) -> Trained:
         where = f"round {number}" + (f" ({kind.replace('_', ' ')})" if kind != "ticket" else "")
-        stop = StopAtNaN(where, folder)
         rewind = KeepCheckpoint(self.config.rewind_step, self.folder / "rewind")
+        rewound = number and self.config.rewind_step and kind != "fresh_initialization"
+        stop = StopAtNaN(where, folder, rewind.folder if rewound else None)
         checkpoint = last_checkpoint(folder) if number else rewind.go_on_from(folder)
         if checkpoint is None and kind != "fresh_initialization":
-            if number and self.config.rewind_step:
+            if rewound:
                 checkpoint = rewind.folder
             load_weights(model, self.folder / INITIAL)
         with only_weights_change(model):

@@ -264,7 +264,10 @@ def test_a_later_round_that_ends_in_no_numbers_says_so(strategy: str, tmp_path: 
     spoilt = search(tmp_path, [], **rare)
     plain = spoilt.make_trainer
     spoilt.make_trainer = lambda model, folder, callbacks: plain(model, folder, [Spoil(), *callbacks])
-    with pytest.raises(RunError, match=r"round 1: first\.weight is not finite .*; lower learning_rate"):
+    # Without checkpoints of its own there is still the one that it was rewound to.
+    before = "rewind" if strategy == "no" else r"(rewind|checkpoint-\d+)"
+    said = rf"round 1: first\.weight is not finite .*; {before} before it is kept in .*; lower learning_rate"
+    with pytest.raises(RunError, match=said):
         spoilt.run()
     kept = list(tmp_path.glob("magnitude-*/round-01.unfinished/checkpoints/checkpoint-*/model.safetensors"))
     assert all(bool(torch.isfinite(weight).all()) for file in kept for weight in load_file(file).values())
