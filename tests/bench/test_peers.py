@@ -1,4 +1,4 @@
-"""The peers of the structured benchmark where a family's config says less than Llama's: a tiny Gemma 3."""
+"""The peers of the structured benchmark on a tiny Llama, and on a tiny Gemma 3, whose config says less."""
 
 import json
 import sys
@@ -15,24 +15,29 @@ PEERS = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks" / "peers"
 
 
 @pytest.fixture
-def gemma(tmp_path):
-    """(folder, live model) with one key-value group, as Gemma-3-270m."""
+def dense(request, tmp_path):
+    """(folder, live model) of the test's family; Gemma with one key-value group, as Gemma-3-270m."""
     torch.manual_seed(0)
-    config = FAMILIES["gemma3"]()
-    config.num_key_value_heads = 1
+    family = getattr(request, "param", "gemma3")
+    config = FAMILIES[family]()
+    if family == "gemma3":
+        config.num_key_value_heads = 1
     model = AutoModelForCausalLM.from_config(config).eval()
+    # Standing values, so that there is a mean to lose: random gates alone put out nothing on average.
+    for block in model.model.layers:
+        block.mlp.up_proj.weight.data = block.mlp.gate_proj.weight.data * 2
     model.save_pretrained(tmp_path / "dense")
     return tmp_path / "dense", model
 
 
 @pytest.fixture
-def run(gemma, tmp_path, monkeypatch):
+def run(dense, tmp_path, monkeypatch):
     """run("flap", *flags): the stock model that a peer has saved, and its report."""
     monkeypatch.syspath_prepend(str(PEERS))
     save_file({"input_ids": tiny_ids(4, 32)}, tmp_path / "ids.safetensors")
 
     def work(name, *flags):
-        places = ["--model", gemma[0], "--token_ids", tmp_path / "ids.safetensors", "--output", tmp_path / "out"]
+        places = ["--model", dense[0], "--token_ids", tmp_path / "ids.safetensors", "--output", tmp_path / "out"]
         words = [name, *places, "--report", tmp_path / "report.json", "--sparsity", "0.2", *flags]
         monkeypatch.setattr(sys, "argv", [str(word) for word in words])
         import_module(name).main()
@@ -53,12 +58,8 @@ def mlp_outputs(model):
 
 
 @pytest.mark.parametrize("missing_bias", ["fold", "leave_out"])
-def test_flap_without_a_bias_of_the_mlp_keeps_the_mean_output_or_says_that_it_does_not(gemma, run, missing_bias):
-    dense = gemma[1]
-    # Standing values, so that there is a mean to lose: random gates alone put out nothing on average.
-    for block in dense.model.layers:
-        block.mlp.up_proj.weight.data = block.mlp.gate_proj.weight.data * 2
-    dense.save_pretrained(gemma[0])
+def test_flap_without_a_bias_of_the_mlp_keeps_the_mean_output_or_says_that_it_does_not(dense, run, missing_bias):
+    dense = dense[1]
     pruned, report = run("flap", "--missing_bias", missing_bias)
     removed, total = 0, sum(p.numel() for p in dense.model.layers.parameters())
     for own, old in zip(pruned.model.layers, dense.model.layers, strict=True):
@@ -79,11 +80,31 @@ def test_flap_without_a_bias_of_the_mlp_keeps_the_mean_output_or_says_that_it_do
     assert report["compensation"] == said[missing_bias]
 
 
-def test_shortgpt_keeps_the_kinds_of_the_blocks_that_stay(gemma, run):
+@pytest.mark.parametrize("dense", ["llama"], indirect=True)
+def test_flap_keeps_the_mean_output_of_a_layer_by_a_bias(dense, run):
+    """The published compensation: what the columns that go put out on average is the layer's bias."""
+    live = dense[1]
+    pruned, report = run("flap")
+    own, old = pruned.model.layers[0].mlp, live.model.layers[0].mlp
+    gone = (own.up_proj.weight == 0).all(dim=1)
+    assert 0 < int(gone.sum()) < len(gone)
+    assert torch.equal(own.down_proj.weight[:, ~gone], old.down_proj.weight[:, ~gone])
+    seen = []
+    handle = old.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        live(tiny_ids(4, 32))
+    handle.remove()
+    if not bool((pruned.model.layers[0].self_attn.o_proj.weight == 0).all(dim=0).any()):
+        wanted = old.down_proj.weight[:, gone].double() @ seen[0][:, gone].double().mean(0)
+        torch.testing.assert_close(own.down_proj.bias.double(), wanted, rtol=1e-4, atol=1e-6)
+    assert pruned.config.mlp_bias and report["removed_share"] == pytest.approx(0.2, abs=0.02)
+
+
+def test_shortgpt_keeps_the_kinds_of_the_blocks_that_stay(dense, run):
     pruned, report = run("shortgpt", "--sparsity", str(1 / 3))
     (gone,) = report["removed_blocks"]
     kept = [block for block in range(3) if block != gone]
-    assert pruned.config.layer_types == [gemma[1].config.layer_types[block] for block in kept]
+    assert pruned.config.layer_types == [dense[1].config.layer_types[block] for block in kept]
     for new, old in enumerate(kept):
         weights = pruned.model.layers[new].state_dict()
-        assert all(torch.equal(weights[k], v) for k, v in gemma[1].model.layers[old].state_dict().items())
+        assert all(torch.equal(weights[k], v) for k, v in dense[1].model.layers[old].state_dict().items())
