@@ -18,6 +18,7 @@ from hf_prune.errors import BadInputError, RunError
 from hf_prune.preparation import check_output
 from hf_prune.search.arguments import SearchRecipe
 from hf_prune.search.candidates import Candidates, OneShotCandidates
+from hf_prune.search.rounds import Rounds
 from hf_prune.search.searching import PAUSE, Search
 from hf_prune.search.space import label
 from hf_prune.search.stability import check_variations
@@ -102,7 +103,7 @@ def run_search(
     search.folder.begin(recipe.identity)
     search.folder.put_back(at_start=True)
     try:
-        search.measure_dense()
+        search.measuring.dense()
     except (BadInputError, RunError):
         # A mistake that another recipe has not: it shall find the folder as this one did.
         if not resume:
@@ -110,12 +111,13 @@ def run_search(
         raise
     with _helped_by(workers or [], recipe.model.device) as helpers:
         search.draw(helpers)
-        finalists = search.finals(search.eliminate(helpers), helpers)
+        rounds = Rounds(search)
+        finalists = rounds.finals(rounds.eliminate(helpers), helpers)
     search.folder.study.set_user_attr("finalists", [label(own.params) for own in finalists])
     search.folder.study.set_user_attr("finished", True)
     search.measure_stability()
     summary = search.summarise()
-    write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
+    write_tables(folder, summary, search.measuring.dense_spectra, search.candidate_spectra(summary))
     if summary["chosen"] is None:
         raise RunError("search: none of the candidates left at the end gave finite figures; search.md says why.")
     report = candidates.finish(finalists[0].params, {"search": summary})
@@ -146,7 +148,7 @@ def show_search(recipe: SearchRecipe, candidates: Candidates | None = None) -> d
     check_identity(folder, recipe.identity)
     search = Search(recipe, candidates or make_candidates(recipe))
     summary = search.summarise()
-    write_tables(folder, summary, search.dense_spectra, search.candidate_spectra(summary))
+    write_tables(folder, summary, search.measuring.dense_spectra, search.candidate_spectra(summary))
     return summary
 
 
