@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from hf_prune import cli
 from hf_prune.arguments import SECTIONS, PruneConfig
 from hf_prune.cli.arguments import split_launch_flags
+from hf_prune.cli.evaluate import _brought_along
 from hf_prune.errors import RunError
 from hf_prune.fields import field_types
 from hf_prune.methods import methods
 from hf_prune.pipeline import run
-from hf_prune.recipe import make_recipe, parse_yaml
+from hf_prune.recipe import dump_yaml, make_recipe, parse_yaml
 
 TEXT = "\n".join(f"Line {number}: the {number * 7919 % 101} quick brown foxes jump over it." for number in range(400))
 
@@ -169,6 +170,15 @@ def test_evaluate_and_inspect_read_the_folder_back(
     assert "Sparsity, pruned weights" in shown
     assert cli.main(["inspect", str(finished), "--plot", str(plot)]) == 0
     assert "2:4" in capsys.readouterr().out and plot.stat().st_size > 1000
+
+
+def test_a_folder_does_not_decide_that_its_code_may_run(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "foreign")
+    recipe_file = tmp_path / "foreign" / "hf_prune_recipe.yaml"
+    own = parse_yaml(recipe_file.read_text(), "")
+    recipe_file.write_text(dump_yaml({**own, "trust_remote_code": True}))
+    values, *_ = _brought_along(str(tmp_path / "foreign"))
+    assert "trust_remote_code" not in values and values["eval_dataset_name"]
 
 
 def test_an_existing_folder_is_not_overwritten_unless_asked(finished: Path, dense: Path, text: Path) -> None:

@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> None:
     if baseline is None:
         baseline = dense
     recipe = make_recipe({**values, **flags, "model_name_or_path": model})
-    for key in recipe.prune_options:
-        raise unknown_key(key, flags.keys() - recipe.prune_options.keys(), "evaluate")
+    if recipe.prune_options:
+        raise unknown_key(next(iter(recipe.prune_options)), (), "evaluate")
     report = {**known, **evaluate(recipe, baseline, revision if baseline == dense else None)}
     out = console()
     out.print(tables.evaluation_table(report))
@@ -65,7 +65,8 @@ def _brought_along(model: str) -> tuple[dict[str, Any], str | None, str | None, 
     if folder.report.get("training"):
         # What such a training began with is no dense model of the same text.
         dense = revision = None
-    wanted = {*field_types(ModelArguments), *field_types(EvaluationArguments)}
+    # A folder from elsewhere does not say whether its code may run.
+    wanted = {*field_types(ModelArguments), *field_types(EvaluationArguments)} - {"trust_remote_code"}
     values = {key: own for key, own in written.items() if key in wanted}
     known: dict[str, Any] = {key: folder.report[key] for key in ("sparsity", "structure") if key in folder.report}
     return values, dense, revision, known
