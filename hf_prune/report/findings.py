@@ -151,11 +151,16 @@ def _training(text: Any) -> str:
 
 def tickets(report: dict[str, Any]) -> str:
     """What iterative pruning went through, or '' where it was none."""
-    rounds = [found for found in records(report.get("tickets")) if found.get("kind") == "ticket"]
+    every = records(report.get("tickets"))
+    rounds = [found for found in every if found.get("kind") == "ticket"]
     if len(rounds) < 2:
         return ""
     path = ", ".join(f"{plain_figure(own['perplexity'])} at {percent(own['sparsity'])}" for own in rounds)
-    return f"{len(rounds) - 1} rounds; perplexity {path}"
+    controls = [own for own in every if own["number"] == rounds[-1]["number"] and own["kind"] != "ticket"]
+    beside = "".join(
+        f"; its control of a {own['kind'].replace('_', ' ')} {plain_figure(own['perplexity'])}" for own in controls
+    )
+    return f"{len(rounds) - 1} rounds; perplexity {path}{beside}"
 
 
 def recoveries(report: dict[str, Any]) -> list[str]:

@@ -67,6 +67,10 @@ def _layer_limits(report: dict[str, Any]) -> list[str]:
     empty = [view["name"] for view in views if number(view.get("density")) == 0]
     if empty:
         sentences.append(f"No weight at all is left in {_listed(empty)}.")
+    tickets = [found for found in records(report.get("tickets")) if found.get("kind") == "ticket"]
+    cut = [name for name in (tickets[-1].get("collapsed") or [] if tickets else []) if name not in empty]
+    if cut:
+        sentences.append(f"Weights are left in {_listed(cut)}, and no path leads through them from input to output.")
     held = [view["name"] for view in views if view.get("floor")]
     if held:
         sentences.append(f"`min_keep_ratio` kept more weights than the allocation asked for in {_listed(held)}.")

@@ -250,6 +250,17 @@ def test_limitations_come_from_what_was_measured(report: dict[str, Any]) -> None
     assert "The target was 50.0 % of the pruned weights; 47.0 % are zero." in text
 
 
+def test_layers_that_a_ticket_has_cut_off_are_named(report: dict[str, Any]) -> None:
+    """Those of the last ticket that have weights left: its controls and earlier rounds are other models."""
+    views = [view["name"] for view in report["views"]]
+    report["views"][0]["density"] = 0.0
+    rounds = [("ticket", views[3:4]), ("ticket", views[:2]), ("random_mask", views[2:3])]
+    report["tickets"] = [{"kind": kind, "collapsed": names} for kind, names in rounds]
+    text = "\n".join(limitations(report))
+    assert f"No weight at all is left in `{views[0]}`." in text
+    assert f"Weights are left in `{views[1]}`, and no path leads through them from input to output." in text
+
+
 def test_summary_and_protocol(report: dict[str, Any]) -> None:
     assert summary(report) == (
         "`HuggingFaceTB/SmolLM2-135M-Instruct` with 50.0 % of the weights of 6 layers set to zero by SparseGPT "
