@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hf_prune.allocation.base import meet_budget, whole_rows
+from hf_prune.allocation.fisher import Fisher
 from hf_prune.allocation.saved import saved_plan
 from hf_prune.arguments import DataArguments, PruneConfig, StructuredConfig
 from hf_prune.compose import make_allocation, make_block_reconstruction, make_solver, needs_text
@@ -84,15 +85,7 @@ def plan_pruning(
         BadInputError: targets match nothing, a pattern does not divide a layer's inputs, an allocation does not fit.
     """
     if isinstance(config, StructuredConfig):
-        densities = None
-        if config.layout == "pad":
-            views = mlp_views(model)
-            if make_allocation(config) is None:
-                # Widths are in proportion to the plan's densities, whatever budget those were for.
-                by_view, _ = saved_plan(PruneConfig(method="magnitude", allocation=config.allocation), views)
-            else:
-                by_view, _, _ = _densities(model, as_sparsity(config, model), views, input_ids, statistics_folder)
-            densities = _by_block(views, by_view)
+        densities = _block_densities(model, config, input_ids, statistics_folder) if config.layout == "pad" else None
         shares = None
         if config.searches_budget:
             if input_ids is None:
@@ -112,6 +105,25 @@ def plan_pruning(
     shared, held, found = _densities(model, config, views, input_ids, statistics_folder)
     plan = make_plan(model, config, views, shared, held=held, skipped=skipped, base_model=base_model)
     return replace(plan, fisher_factors=found)
+
+
+def _block_densities(
+    model: nn.Module, config: StructuredConfig, input_ids: Tensor | None, statistics_folder: str | Path | None
+) -> list[float]:
+    """Share of its MLP that each block keeps by the config's allocation, or in the proportions of a saved plan."""
+    rule = make_allocation(config)
+    if rule is None:
+        # Widths are in proportion to the plan's densities, whatever budget those were for.
+        by_view, _ = saved_plan(PruneConfig(method="magnitude", allocation=config.allocation), mlp_views(model))
+        return _by_block(mlp_views(model), by_view)
+    zeros = as_sparsity(config, model)
+    assert zeros.sparsity is not None
+    if isinstance(rule, Fisher):
+        consumers = mlp_views(model, consumers=True)
+        wanted = rule.shares_of_units(consumers, fisher_factors(model, consumers, input_ids), zeros.sparsity)
+        return meet_budget(wanted, [1] * len(wanted), 1 - zeros.sparsity, zeros.min_keep_ratio)
+    by_view, _, _ = _densities(model, zeros, mlp_views(model), input_ids, statistics_folder)
+    return _by_block(mlp_views(model), by_view)
 
 
 def _densities(

@@ -168,15 +168,12 @@ def _check_unshared(model: nn.Module) -> None:
         seen[id(parameter)] = name
 
 
-def mlp_views(model: nn.Module) -> list[WeightView]:
-    """The weights of all MLPs that are described, for allocations that share out their widths."""
+def mlp_views(model: nn.Module, consumers: bool = False) -> list[WeightView]:
+    """The weights of all MLPs that are described, or of what consumes their neurons, for allocations of widths."""
     family = find_family(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
     prefix, blocks = find_blocks(model)
-    names = {
-        f"{prefix}.{block}.{layer}"
-        for block in range(len(blocks))
-        for layer in (*family.mlp.producers, family.mlp.consumer)
-    }
+    layers = (family.mlp.consumer,) if consumers else (*family.mlp.producers, family.mlp.consumer)
+    names = {f"{prefix}.{block}.{layer}" for block in range(len(blocks)) for layer in layers}
     return [view for view in find_views(model, whole=True) if view.name in names]
 
 
