@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_prune.checkpoint.folder import PLAN_FILE
 from hf_prune.errors import BadInputError
 from hf_prune.layers import expert_tensors, is_experts, routers
 
@@ -174,13 +175,18 @@ def _tensor_names(shard: Path) -> set[str]:
 
 
 def local_folder(path_or_id: str | os.PathLike[str], revision: str | None) -> Path:
+    """The folder itself, or a Hub model's config, weights and pruning plan from the cache or the network.
+
+    Raises:
+        BadInputError: there is neither.
+    """
     path = Path(path_or_id)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_id)):
         return path  # check_safetensors says what is wrong with it
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["config.json", "model*.safetensors", INDEX]
+        patterns = ["config.json", "model*.safetensors", INDEX, PLAN_FILE]
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub's, the HTTP client's and the operating system's errors share no base class
         logger.debug("snapshot_download failed", exc_info=True)

@@ -19,15 +19,16 @@ def main(arguments: list[str]) -> None:
     model, flags = split_positional(arguments, "the checkpoint's folder or Hub id")
     take_flags(flags, "revision", "plot", "verbose")
     from hf_prune.checkpoint.folder import PLAN_FILE
-    from hf_prune.checkpoint.inspect import inspect_checkpoint
+    from hf_prune.checkpoint.inspect import inspect_checkpoint, local_folder
     from hf_prune.plan import Plan
     from hf_prune.report.plots import plot_sparsity_by_layer
     from hf_prune.report.tables import inspect_table, plan_table
 
     revision, plot = take_text(flags, "revision"), Path(take_text(flags, "plot") or "sparsity_by_layer.png")
-    inspection = inspect_checkpoint(model, revision=revision)
+    folder = local_folder(model, revision)
+    inspection = inspect_checkpoint(folder)
     out = console()
-    plan = Path(model) / PLAN_FILE
+    plan = folder / PLAN_FILE
     if plan.is_file() and (made := Plan.load(plan)).structure:
         out.print(plan_table(made.to_dict()))
     out.print(inspect_table(inspection.rows, inspection.summary, verbose=bool(flags.get("verbose"))))

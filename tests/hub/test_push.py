@@ -194,6 +194,20 @@ def test_the_command_line_pushes(hub: Hub, model_folder: Path, tmp_path: Path) -
     assert TOKEN not in done.stdout + done.stderr
 
 
+def test_inspect_tells_the_sizes_of_a_model_on_the_hub(hub: Hub, structured_folder: Path, tmp_path: Path) -> None:
+    here = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": TOKEN}
+    assert command_line("push", structured_folder, "--repo_id", "me/narrow", **here).returncode == 0
+    told = [
+        command_line("inspect", place, "--plot", tmp_path / "plot.png", **here).stdout.replace(str(place), "")
+        for place in (structured_folder, "me/narrow")
+    ]
+    before, after = (
+        json.loads((structured_folder / "prune_plan.json").read_text())["structure"][key] for key in ("before", "after")
+    )
+    assert f"Neurons an MLP {before['width']} {after['width']}" in " ".join(told[1].split())
+    assert told[0] == told[1]
+
+
 def test_the_command_line_shows_one_line_and_never_the_token(hub: Hub, model_folder: Path, tmp_path: Path) -> None:
     wrong = TOKEN[::-1]
     for extra in ([], ["--debug"]):
