@@ -24,7 +24,7 @@ from hf_prune.methods.base import Solver
 from hf_prune.plan import Plan
 from hf_prune.reconstruction import BlockReconstruction
 from hf_prune.structure.budget import budget_candidates
-from hf_prune.structure.transport import MOST_EXACT
+from hf_prune.structure.transport import MOST_EXACT, MOST_ROUNDS
 from hf_prune.weights import find_blocks
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ _PYTHON_BYTES = 400_000_000
 # Of L1 distances on a core, seconds of an exact transport between MOST_EXACT units, and the power of their number that
 # it grows with: 1,536 units take a second.
 _DIFFERENCES_PER_SECOND, _LARGEST_TRANSPORT, _TRANSPORT_POWER = 1.5e9, 60.0, 4
+# Terms of logarithmic sums on a core, as `sinkhorn` takes them.
+_SUMS_PER_SECOND = 7e7
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -99,11 +101,7 @@ def estimate(
         if "gram" in statistics:
             distinct = {(view.block, view.shape[1], view.name.rpartition(".")[0]) for view in plan.views}
             walk_flops += sum(1.2 * tokens * width**2 + 2 * width**3 for _, width, _ in distinct)
-    if allocation is not None:
-        walk_flops += allocation.window_passes(samples) * seq_length * per_token
-    if fisher:
-        # Forward, the same again, and a backward by activations alone.
-        walk_flops += 3.0 * min(samples, FISHER_WINDOWS) * seq_length * per_token
+    walk_flops += _allocation_flops(allocation, fisher, samples, seq_length) * per_token
     walk_flops += sum(solver.update.flops(*view.shape) for view in plan.views)
     hidden = model.config.get_text_config().hidden_size
     # The distinct Gram matrices of a block at once, and what a factorisation holds beside its own, all in float64.
@@ -124,18 +122,7 @@ def estimate(
             sum(view.numel for view in plan.views if view.block == own) for own in {v.block for v in plan.views}
         )
         memory += states + 5 * 4 * block + 3 * activations
-    if allocation is not None:
-        own = {view.block: [v.shape for v in plan.views if v.block == view.block] for view in plan.views}
-        text = model.config.get_text_config()
-        work = Work(list(own.values()), samples, seq_length, hidden, text.vocab_size, size)
-        memory = max(memory, held + allocation.memory_bytes(work))
-    if fisher:
-        # One block's activations, every block's inputs, logits with their gradient and the drawing's sums in float32.
-        widths = [view.shape for view in plan.views if view.block == plan.views[0].block]
-        blocks = len({view.block for view in plan.views})
-        kept = (3 * sum(rows + columns for rows, columns in widths) + blocks * hidden) * size
-        kept += 5 * 4 * model.config.get_text_config().vocab_size
-        memory = max(memory, held + seq_length * kept)
+    memory = max(memory, held + _allocation_memory(model, plan, allocation, fisher, samples, seq_length, size))
     disk = sum(weights.values()) * size
     if offload == "disk":
         # Those in front of a block and behind it, and both once more while they are kept for a cut.
@@ -152,10 +139,45 @@ def estimate(
     )
 
 
+def _allocation_flops(allocation: Allocation | None, fisher: bool, samples: int, seq_length: int) -> float:
+    """Forward passes of a token that sharing the budget out takes."""
+    passes = allocation.window_passes(samples) if allocation is not None else 0.0
+    # Forward, the same again, and a backward by activations alone.
+    return (passes + (3.0 * min(samples, FISHER_WINDOWS) if fisher else 0.0)) * seq_length
+
+
+def _allocation_memory(
+    model: PreTrainedModel,
+    plan: Plan,
+    allocation: Allocation | None,
+    fisher: bool,
+    samples: int,
+    seq_length: int,
+    size: int,
+) -> int:
+    """Bytes that it holds at its peak beside the model."""
+    text = model.config.get_text_config()
+    memory = 0
+    if allocation is not None:
+        own = {view.block: [v.shape for v in plan.views if v.block == view.block] for view in plan.views}
+        work = Work(list(own.values()), samples, seq_length, text.hidden_size, text.vocab_size, size)
+        memory = allocation.memory_bytes(work)
+    if fisher:
+        # One block's activations, every block's inputs, logits with their gradient and the drawing's sums in float32.
+        widths = [view.shape for view in plan.views if view.block == plan.views[0].block]
+        blocks = len({view.block for view in plan.views})
+        kept = (3 * sum(rows + columns for rows, columns in widths) + blocks * text.hidden_size) * size
+        kept += 5 * 4 * text.vocab_size
+        memory = max(memory, seq_length * kept)
+    return memory
+
+
 def estimate_reduction(
     model: PreTrainedModel,
     plan: Plan,
     config: StructuredConfig,
+    allocation: Allocation | None,
+    fisher: bool,
     samples: int,
     seq_length: int,
     dtype: str,
@@ -166,7 +188,7 @@ def estimate_reduction(
     reducer, structure = config.make_reducer(), plan.structure
     weights = sum(parameter.numel() for parameter in model.parameters())
     removed = structure["parameters_before"] - structure["parameters_after"]
-    if config.layout == "pad":
+    if config.layout == "pad" and not structure["widths"]:
         # Zeros up to the widest block, which may be as wide as before.
         removed = 0
     size = _BYTES.get(dtype if dtype != "auto" else str(model.config.dtype or "float32").removeprefix("torch."), 4)
@@ -193,9 +215,17 @@ def estimate_reduction(
             solving += blocks * differences / (_DIFFERENCES_PER_SECOND * torch.get_num_threads())
         else:
             flops += blocks * 3 * differences
-        if reducer.solver(width) == "emd":
+        solver = reducer.solver(width)
+        if solver == "emd":
             solving += blocks * _LARGEST_TRANSPORT * (width / MOST_EXACT) ** _TRANSPORT_POWER
+        if solver == "sinkhorn":
+            # Each round takes the mass of rows and of columns once.
+            solving += blocks * MOST_ROUNDS * 2.0 * width * kept / (_SUMS_PER_SECOND * torch.get_num_threads())
     memory = weights * size * (2 if reducer.needs_gradients else 1) + 2 * tokens * hidden * size
+    if config.layout == "pad":
+        flops += _allocation_flops(allocation, fisher, samples, seq_length) * per_token
+        own = _allocation_memory(model, plan, allocation, fisher, samples, seq_length, size)
+        memory = max(memory, weights * size + own)
     memory += 4 * 8 * width**2 if "gram" in reducer.statistics else 0
     memory += 3 * 8 * width * kept if reducer.transports else 0
     memory += 5 * 4 * (structure["parameters_before"] // blocks) + (4 * weights if reducer.needs_gradients else 0)

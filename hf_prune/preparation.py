@@ -81,17 +81,21 @@ def prepare(recipe: Recipe) -> Preparation:
         scores = getattr(config, "importance", "")
         if is_file(scores):
             read_scores(scores)
-        predicted = estimate_reduction(empty, plan, config, samples, seq_length, model.dtype, device)
-    else:
-        solver, reconstruction = make_solver(config), make_block_reconstruction(config)
-        rule = make_allocation(config)
-        gradients = needs_fisher(config)
-        # On a CPU its memory is the host's.
-        offload = "none" if model.offload == "cpu" and device.type == "cpu" else model.offload
-        predicted = estimate(
-            empty, plan, solver, reconstruction, rule, gradients, samples, seq_length, model.dtype, device, offload
-        )
+    predicted = _predict(recipe, config, empty, plan, samples, seq_length, device)
     return Preparation(recipe, config, source, model_config, plan, final, predicted, device, samples, seq_length)
+
+
+def _predict(
+    recipe: Recipe, config: PruneConfig, empty: Any, plan: Plan, samples: int, seq_length: int, device: torch.device
+) -> Estimate:
+    """What pruning `empty`, the dense model on the meta device, by a plan will take."""
+    rule, fisher, own = make_allocation(config), needs_fisher(config), recipe.model
+    if isinstance(config, StructuredConfig):
+        return estimate_reduction(empty, plan, config, rule, fisher, samples, seq_length, own.dtype, device)
+    solver, reconstruction = make_solver(config), make_block_reconstruction(config)
+    # On a CPU its memory is the host's.
+    offload = "none" if own.offload == "cpu" and device.type == "cpu" else own.offload
+    return estimate(empty, plan, solver, reconstruction, rule, fisher, samples, seq_length, own.dtype, device, offload)
 
 
 def check_offload(offload: str, config: PruneConfig) -> None:
@@ -152,4 +156,6 @@ def with_final_plan(ready: Preparation) -> Preparation:
     model = open_model(ready.source.path, ready.recipe.model, ready.device, revision)
     folder = ready.recipe.data.statistics_folder
     plan = plan_pruning(model, ready.config, ready.source.base_model, input_ids, folder)
-    return replace(ready, plan=plan, plan_is_final=True)
+    empty, recipe = skeleton(ready.model_config, ready.recipe.model), ready.recipe
+    predicted = _predict(recipe, ready.config, empty, plan, ready.num_samples, ready.seq_length, ready.device)
+    return replace(ready, plan=plan, plan_is_final=True, estimate=predicted)

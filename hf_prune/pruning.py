@@ -28,9 +28,10 @@ from hf_prune.patterns import Pattern
 from hf_prune.plan import Plan, make_plan, select_views
 from hf_prune.reduction import as_sparsity, mlp_views, plan_reduction, reduce, search_budget
 from hf_prune.structure.budget import budget_candidates
+from hf_prune.structure.groups import block_shape
 from hf_prune.structure.permutation import ChannelPermutation
 from hf_prune.structure.results import ReduceResult
-from hf_prune.weights import WeightView, find_named
+from hf_prune.weights import WeightView, find_blocks, find_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,9 +114,13 @@ def _block_densities(
     """Share of its MLP that each block keeps by the config's allocation, or in the proportions of a saved plan."""
     rule = make_allocation(config)
     if rule is None:
-        # Widths are in proportion to the plan's densities, whatever budget those were for.
-        by_view, _ = saved_plan(PruneConfig(method="magnitude", allocation=config.allocation), mlp_views(model))
-        return _by_block(mlp_views(model), by_view)
+        # Widths are in proportion to the plan's, or to its densities, whatever budget those were for.
+        saved = Plan.load(config.allocation).structure
+        if saved is not None:
+            return _saved_widths(model, config.allocation, saved)
+        parts = mlp_views(model, whole=False)
+        by_view, _ = saved_plan(PruneConfig(method="magnitude", allocation=config.allocation), parts)
+        return _by_block(parts, by_view)
     zeros = as_sparsity(config, model)
     assert zeros.sparsity is not None
     if isinstance(rule, Fisher):
@@ -124,6 +129,24 @@ def _block_densities(
         return meet_budget(wanted, [1] * len(wanted), 1 - zeros.sparsity, zeros.min_keep_ratio)
     by_view, _, _ = _densities(model, zeros, mlp_views(model), input_ids, statistics_folder)
     return _by_block(mlp_views(model), by_view)
+
+
+def _saved_widths(model: nn.Module, file: str, structure: dict[str, Any]) -> list[float]:
+    """The share of its neurons that each block has in a saved plan of widths.
+
+    Raises:
+        BadInputError: it is one of equal widths, or of another model.
+    """
+    shape, blocks = block_shape(model), len(find_blocks(model)[1])
+    widths, before = structure["widths"], structure["before"]["width"]
+    if not widths:
+        raise BadInputError(f"allocation: {file} gives every block the same width; set layout to shrink, or plan anew.")
+    if (len(widths), before) != (blocks, shape.width):
+        raise BadInputError(
+            f"allocation: {file} is of {len(widths)} blocks with {before:,} neurons, and this model has {blocks} with "
+            f"{shape.width:,}; plan this model anew."
+        )
+    return [width / before for width in widths]
 
 
 def _densities(

@@ -25,7 +25,7 @@ from hf_prune.structure.budget import Structure, budget_candidates, plan_structu
 from hf_prune.structure.groups import ATTENTION, MLP, block_shape
 from hf_prune.structure.results import ReduceResult
 from hf_prune.structure.stock import check_stock, set_sizes
-from hf_prune.structure.transport import check_installed
+from hf_prune.structure.transport import MOST_EXACT, check_installed
 from hf_prune.structure.walk import reduce_model
 from hf_prune.weights import WeightView, find_blocks, find_views
 
@@ -56,6 +56,10 @@ def plan_reduction(
     fused = [sizes[kind] for kind in config.units if kind in sizes and reducer.fuses([kind])]
     if any(reducer.solver(units) != "nearest" for units in fused):
         check_installed()
+    if reducer.fusion_target == "kmeans" and max(fused, default=0) > MOST_EXACT:
+        raise BadInputError(
+            f"fusion_target: kmeans would take hours for {max(fused):,} units, above {MOST_EXACT:,}; set it to top."
+        )
     if config.layout == "pad" and densities is not None:
         structure = _padded(structure, densities, config.round_to)
     views = [
@@ -168,13 +172,17 @@ def _check_unshared(model: nn.Module) -> None:
         seen[id(parameter)] = name
 
 
-def mlp_views(model: nn.Module, consumers: bool = False) -> list[WeightView]:
-    """The weights of all MLPs that are described, or of what consumes their neurons, for allocations of widths."""
+def mlp_views(model: nn.Module, consumers: bool = False, whole: bool = True) -> list[WeightView]:
+    """The weights of all MLPs that are described, or of what consumes their neurons, for allocations of widths.
+
+    Args:
+        whole: fused layers as one matrix, not part by part.
+    """
     family = find_family(model.config.get_text_config().model_type)  # type: ignore[union-attr, operator]
     prefix, blocks = find_blocks(model)
     layers = (family.mlp.consumer,) if consumers else (*family.mlp.producers, family.mlp.consumer)
     names = {f"{prefix}.{block}.{layer}" for block in range(len(blocks)) for layer in layers}
-    return [view for view in find_views(model, whole=True) if view.name in names]
+    return [view for view in find_views(model, whole=whole) if view.layer in names]
 
 
 def as_sparsity(config: StructuredConfig, model: nn.Module) -> PruneConfig:

@@ -15,9 +15,15 @@ def saved_plan(config: PruneConfig, views: Sequence[WeightView]) -> tuple[dict[s
     """(densities, patterns) by view name, from the plan at `config.allocation`.
 
     Raises:
-        BadInputError: the plan lacks a view or has another shape for it, or its sparsity is not the one asked for.
+        BadInputError: the plan is one of units, lacks a view or has another shape for it, or its sparsity is not what
+            was asked for.
     """
     plan = Plan.load(config.allocation)
+    if plan.structure is not None:
+        raise BadInputError(
+            f"allocation: {config.allocation} plans a narrower model, no zeros; take it with method intra_fusion and "
+            "layout pad, or plan anew."
+        )
     table = {view.name: view for view in plan.views}
     for view in views:
         whole = table.get(view.layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hf_prune.cli.arguments import console, split_positional, take_flags, take_text
+from hf_prune.errors import BadInputError
 
 
 def help_text() -> str:
@@ -29,7 +30,13 @@ def main(arguments: list[str]) -> None:
     inspection = inspect_checkpoint(folder)
     out = console()
     plan = folder / PLAN_FILE
-    if plan.is_file() and (made := Plan.load(plan)).structure:
+    try:
+        made = Plan.load(plan) if plan.is_file() else None
+    except BadInputError as error:
+        # What the tensors say stands by itself.
+        out.print(f"Sizes before pruning are not known: {error}", markup=False)
+        made = None
+    if made is not None and made.structure:
         out.print(plan_table(made.to_dict()))
     out.print(inspect_table(inspection.rows, inspection.summary, verbose=bool(flags.get("verbose"))))
     drawn = [row for row in inspection.rows if row.get("block") is not None]

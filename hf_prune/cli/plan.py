@@ -42,7 +42,9 @@ def main(arguments: list[str]) -> None:
     out = console()
     out.print(plan_table(ready.plan.to_dict(), verbose=verbose))
     if not ready.plan_is_final and not save:
-        now = "sizes are the first to be tried" if searches else "densities are uniform"
+        structured = isinstance(ready.config, StructuredConfig)
+        alike = "widths are alike" if structured else "densities are uniform"
+        now = "sizes are the first to be tried" if searches else alike
         out.print(f"These {now}: pruning will find better ones, and --save PLAN.json finds them now.")
     predicted = ready.estimate
     without = "afterwards" if ready.plan.structure else "without multiplications by zero (theoretical)"
@@ -57,5 +59,7 @@ def main(arguments: list[str]) -> None:
             ready.plan.save(save)
         except OSError as error:
             raise BadInputError(f"save: {save} cannot be written ({error.strerror}); choose another file.") from None
-        use = "" if ready.plan.structure else f"; `allocation: {save}` uses it"
+        structure = ready.plan.structure
+        own = f"`layout: pad` with `allocation: {save}`" if structure else f"`allocation: {save}`"
+        use = f"; {own} uses it" if not structure or structure["widths"] else ""
         out.print(f"Saved to {save}{use}.", markup=False)

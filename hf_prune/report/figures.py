@@ -202,7 +202,18 @@ def _size_rows(structure: dict[str, Any]) -> list[Row]:
         ("Key-value groups", before.get("groups"), after.get("groups")),
         ("Blocks", blocks, blocks - gone if blocks is not None and gone is not None else None),
     ]
-    return [row for label, old, new in sizes if old != new for row in _row(label, old, new, count, change_percent)]
+    rows = [row for label, old, new in sizes if old != new for row in _row(label, old, new, count, change_percent)]
+    widths = structure.get("widths")
+    if not widths:
+        return rows
+    # The widest block says how much is stored, the others how much of it is zeros.
+    own = Row(
+        "Neurons an MLP, unpadded",
+        count(before["width"]),
+        f"{count(min(widths))} to {count(max(widths))}",
+        change_percent(before["width"] * len(widths), sum(widths)),
+    )
+    return [*(row for row in rows if row.label != "Neurons an MLP"), own]
 
 
 def efficiency_rows(report: dict[str, Any]) -> list[Row]:

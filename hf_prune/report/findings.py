@@ -261,7 +261,8 @@ def spent(report: dict[str, Any]) -> str:
     passes, memory = number(report.get("forward_passes")), number(report.get("peak_memory_bytes"))
     processes = number(report.get("num_processes")) or 1
     allocation = number(report.get("allocation_seconds"))
-    allocating = f" ({duration(allocation)} of it to share out the zeros)" if allocation and allocation >= 1 else ""
+    what = "say how many units go where" if report.get("structure") else "share out the zeros"
+    allocating = f" ({duration(allocation)} of it to {what})" if allocation and allocation >= 1 else ""
     parts = [
         f"pruning took {duration(prune)}" + allocating if prune else "",
         f"the whole run {duration(total)}" if total and total != prune else "",

@@ -68,7 +68,8 @@ def _layer_limits(report: dict[str, Any]) -> list[str]:
     if empty:
         sentences.append(f"No weight at all is left in {_listed(empty)}.")
     tickets = [found for found in records(report.get("tickets")) if found.get("kind") == "ticket"]
-    cut = [name for name in (tickets[-1].get("collapsed") or [] if tickets else []) if name not in empty]
+    collapsed = [name.removesuffix(".weight") for name in (tickets[-1].get("collapsed") or [] if tickets else [])]
+    cut = [name for name in collapsed if name not in empty]
     if cut:
         sentences.append(f"Weights are left in {_listed(cut)}, and no path leads through them from input to output.")
     held = [view["name"] for view in views if view.get("floor")]

@@ -92,8 +92,14 @@ def _structure_table(plan: dict[str, Any]) -> RenderableType:
         table.add_column(name, justify="right" if name else "left")
     for row in sparsity_rows(plan):
         table.add_row(row.label, row.dense, row.pruned, row.change)
-    lines = [Text(f"Together: {percent(plan['sparsity'])} of the blocks' parameters are removed by it")]
-    if searched := plan["structure"].get("searched"):
+    own = plan["structure"]
+    stored = 1 - own["parameters_after"] / own["parameters_before"]
+    gone = f"{percent(plan['sparsity'])} of the blocks' parameters are removed by it"
+    if own.get("widths"):
+        zeros = f"{percent(plan['sparsity'] - stored)} become zeros up to the widest block"
+        gone = f"{percent(stored)} of the blocks' parameters are removed by it, {zeros}"
+    lines = [Text(f"Together: {gone}")]
+    if searched := own.get("searched"):
         shares = ", ".join(f"{percent(share, 0)} {unit}" for unit, share in searched.items() if share)
         lines.append(Text(f"Found by search: of what is removed {shares}"))
     return Group(table, *lines)

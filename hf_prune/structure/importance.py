@@ -80,7 +80,8 @@ def scores_file(path: str) -> Path:
 def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     """Importance of each unit, float32 [units]; higher is kept.
 
-    - l1: the published default, of all of a unit's weights.
+    - l1: the published default, of all of a unit's weights, the gains of the normalisation in front folded in (the
+      paper folds BatchNorm first).
     - product: norms of a unit's rows and columns in each layer, multiplied; ours, data-free. Scaling a unit's rows up
       and its columns down is the same function and changes a sum of norms; a gated neuron hands on a product.
     - random: a permutation; the paper's other end.
@@ -96,7 +97,9 @@ def importance(name: str, group: Group, evidence: Evidence) -> Tensor:
     if is_file(name):
         return _from_file(name, group, evidence.scores or {})
     if name == "l1":
-        return l1([stretch.read() for stretch in (*group.producers, group.consumer)])
+        return l1(
+            [*(own.read() * group.gain.to(own.view.parameter.device) for own in group.producers), group.consumer.read()]
+        )
     if name == "product":
         return _product(group)
     if name == "random":

@@ -22,7 +22,7 @@ _ITERATIONS = 10_000_000
 # Entropy of `sinkhorn`, as a share of the mean cost.
 _ENTROPY = 0.05
 # Rounds of `sinkhorn`, and the share of the mass that may then be in the wrong place.
-_ROUNDS, TOLERANCE = 1000, 1e-3
+MOST_ROUNDS, TOLERANCE = 1000, 1e-3
 # Targets that a unit of `sinkhorn` goes to at most.
 _SPREAD = 8
 
@@ -125,7 +125,7 @@ def transport(cost: Tensor, source: Tensor, target: Tensor, solver: str) -> tupl
     source, target = source.to(cost), target.to(cost)
     entropy = _ENTROPY * float(cost.mean())
     # POT's own warning says neither where nor how much; its threshold is out of float32's reach.
-    plan = ot.bregman.sinkhorn_log(source, target, cost, entropy, numItermax=_ROUNDS, stopThr=1e-7, warn=False)
+    plan = ot.bregman.sinkhorn_log(source, target, cost, entropy, numItermax=MOST_ROUNDS, stopThr=1e-7, warn=False)
     error = max(float((plan.sum(dim=1) - source).abs().sum()), float((plan.sum(dim=0) - target).abs().sum())) / 2
     # Entropy spreads every unit over all targets: the most of it stays, so that a unit costs a few rows and no matrix.
     most, where = plan.topk(min(_SPREAD, plan.shape[1]), dim=1)

@@ -255,7 +255,7 @@ def test_layers_that_a_ticket_has_cut_off_are_named(report: dict[str, Any]) -> N
     views = [view["name"] for view in report["views"]]
     report["views"][0]["density"] = 0.0
     rounds = [("ticket", views[3:4]), ("ticket", views[:2]), ("random_mask", views[2:3])]
-    report["tickets"] = [{"kind": kind, "collapsed": names} for kind, names in rounds]
+    report["tickets"] = [{"kind": kind, "collapsed": [f"{name}.weight" for name in own]} for kind, own in rounds]
     text = "\n".join(limitations(report))
     assert f"No weight at all is left in `{views[0]}`." in text
     assert f"Weights are left in `{views[1]}`, and no path leads through them from input to output." in text

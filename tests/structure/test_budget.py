@@ -142,6 +142,41 @@ def test_padded_widths_follow_a_saved_plan(tmp_path):
     assert widths[0] < widths[1] < widths[2] and abs(widths[1] - 2 * widths[0]) <= 1
 
 
+def test_parts_of_a_fused_layer_follow_a_saved_plan_as_well(tmp_path):
+    plan = plan_pruning(tiny_model("phi3"), make_config({"method": "magnitude", "sparsity": 0.5}))
+    for view in plan.views:
+        view.density = (0.3, 0.6, 0.9)[view.block]
+    plan.save(tmp_path / "plan.json")
+    options = {"layout": "pad", "allocation": str(tmp_path / "plan.json"), "sparsity": 0.25, "fusion": "none"}
+    _, result = reduced("phi3", **options)
+    widths = result.plan.structure["widths"]
+    assert widths[0] < widths[1] < widths[2] and abs(widths[1] - 2 * widths[0]) <= 1
+
+
+def test_a_plan_of_widths_gives_the_same_widths_again(tmp_path):
+    """Even where the widest block has kept all that it had."""
+    options = {"layout": "pad", "sparsity": 0.25, "fusion": "none"}
+    model = tiny_model("llama")
+    for block, scale in enumerate((0.1, 0.5, 1000.0)):
+        for weight in model.model.layers[block].mlp.parameters():
+            weight.data *= scale
+    plan = plan_pruning(model, make_config({"method": "intra_fusion", **options, "allocation": "global"}))
+    assert max(plan.structure["widths"]) == 48
+    plan.save(tmp_path / "plan.json")
+    own = {**options, "allocation": str(tmp_path / "plan.json")}
+    _, result = reduced("llama", **own)
+    assert list(result.plan.structure["widths"]) == list(plan.structure["widths"])
+    with pytest.raises(
+        BadInputError, match=r"plan\.json is of 3 blocks with 48 neurons, and this model has 3 with 128"
+    ):
+        plan_pruning(tiny_model("gpt2"), make_config({"method": "intra_fusion", **own}))
+    with pytest.raises(BadInputError, match=r"plan\.json plans a narrower model, no zeros"):
+        plan_pruning(model, make_config({"method": "magnitude", "allocation": own["allocation"]}))
+    plan_pruning(model, make_config({"method": "intra_fusion", "sparsity": 0.25})).save(tmp_path / "plan.json")
+    with pytest.raises(BadInputError, match=r"plan\.json gives every block the same width"):
+        plan_pruning(model, make_config({"method": "intra_fusion", **own}))
+
+
 def test_the_searched_budget_is_the_cheapest_of_those_tried():
     """Blocks 0 and 1 live by their attention: only taking neurons costs nothing, which is not the default split."""
     model = tiny_model("llama")

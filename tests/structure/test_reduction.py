@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from hf_prune.compose import make_config, needs_text
 from hf_prune.engine.gradients import fisher_factors
 from hf_prune.pruning import prune
+from hf_prune.reduction import mlp_views
 from hf_prune.structure.depth import block_influence
 from hf_prune.structure.groups import MLP, block_shape, find_groups
-from hf_prune.weights import find_views
 
 EVERY = [*FAMILIES, *MORE_FAMILIES]
 
@@ -155,27 +155,33 @@ def test_an_allocation_that_looks_at_text_can_share_widths_out():
     assert sum(result.plan.structure["widths"]) == 3 * 28
 
 
-def test_fisher_shares_widths_out_by_what_each_neuron_costs_the_loss():
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float32), ("llama", torch.bfloat16), ("gpt2", torch.float32), ("phi3", torch.float32)],
+)
+def test_fisher_shares_widths_out_by_what_each_neuron_costs_the_loss(family, dtype):
     """As many neurons stay in a block as it has of the costliest of all: squared columns times both mean squares."""
-    model, ids = tiny_model("llama"), tiny_ids(8, 32)
-    for block, scale in enumerate((0.7, 1.0, 1.5)):
-        model.model.layers[block].mlp.down_proj.weight.data *= scale
-    consumers = [layer.mlp.down_proj for layer in model.model.layers]
-    views = [view for view in find_views(model) if view.name.endswith("down_proj")]
+    model, ids = tiny_model(family, dtype), tiny_ids(8, 32)
+    views = mlp_views(model, consumers=True)
+    for view, scale in zip(views, (0.7, 1.0, 1.5), strict=True):
+        view.parameter.data *= scale
     costs = []
-    for layer, factors in zip(consumers, fisher_factors(model, views, ids).values(), strict=True):
-        weight = layer.weight.detach().double()
-        costs += [
-            float(factors.inputs[unit])
-            * sum(float(g) * float(w) ** 2 for g, w in zip(factors.outputs, column, strict=True))
-            for unit, column in enumerate(weight.T)
-        ]
+    for view, factors in zip(views, fisher_factors(model, views, ids).values(), strict=True):
+        columns = view.read().double().T.tolist()
+        outputs = factors.outputs.tolist()
+        costs.append(
+            [
+                float(size) * sum(g * w**2 for g, w in zip(outputs, column, strict=True))
+                for size, column in zip(factors.inputs, columns, strict=True)
+            ]
+        )
     options = {"layout": "pad", "allocation": "fisher", "sparsity": 0.25, "fusion": "none"}
     result = prune(model, make_config({"method": "intra_fusion", **options}), input_ids=ids)
-    costliest = sorted(range(len(costs)), key=lambda place: -costs[place])[: 3 * 28]
-    counted = [sum(place // 48 == block for place in costliest) for block in range(3)]
     widths = result.plan.structure["widths"]
-    assert sum(widths) == 3 * 28 and max(abs(a - b) for a, b in zip(widths, counted, strict=True)) <= 1
+    least = sorted((cost for own in costs for cost in own), reverse=True)[sum(widths) - 1]
+    counted = [sum(cost >= least for cost in own) for own in costs]
+    assert max(widths) > min(widths)
+    assert max(abs(a - b) for a, b in zip(widths, counted, strict=True)) <= 1
 
 
 def test_refitting_lowers_the_output_error_of_the_first_block():

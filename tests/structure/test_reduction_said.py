@@ -94,7 +94,7 @@ def test_a_transport_that_is_less_than_was_asked_for_is_said_with_its_numbers(mo
     _, plain = reduced("llama", fusion="ot")
     assert plain.reduction.cost == ["weights, L1"] and plain.reduction.converged and not caplog.messages
     monkeypatch.setattr(transport, "MOST_EXACT", 40)
-    monkeypatch.setattr(transport, "_ROUNDS", 1)
+    monkeypatch.setattr(transport, "MOST_ROUNDS", 1)
     seen = []
 
     def see(cost, source, target, solver):
@@ -154,7 +154,7 @@ def test_a_transport_is_foreseen_to_take_about_what_it_took(monkeypatch):
     plan = plan_pruning(model, config)
     for threads, seconds in ((2, 48), (1, 94)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        foreseen = estimate_reduction(model, plan, config, 0, 128, "float32", torch.device("cpu"))
+        foreseen = estimate_reduction(model, plan, config, None, False, 0, 128, "float32", torch.device("cpu"))
         assert 0.6 * seconds < foreseen.seconds < 2 * seconds
 
 
@@ -180,6 +180,46 @@ def test_blocks_that_share_weights_are_refused():
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(BadInputError, match="shares its weight"):
         prune(model, make_config({"method": "intra_fusion"}))
+
+
+def test_a_padded_model_is_called_what_it_is(tmp_path, capsys):
+    """The widest block has all its neurons: nothing is stored less, and all that goes are zeros."""
+    model = tiny_model("llama")
+    for block, scale in enumerate((0.7, 1.0, 100.0)):
+        model.model.layers[block].mlp.down_proj.weight.data *= scale
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} dogs\n" for number in range(900)))
+    recipe = {
+        "model_name_or_path": str(tmp_path / "model"), "method": "intra_fusion", "fusion": "none", "sparsity": 0.25,
+        "layout": "pad", "allocation": "fisher", "dataset_name": str(text), "num_calibration_samples": 8,
+        "seq_length": 32, "eval_dataset_name": str(text), "eval_seq_length": 32, "eval_max_windows": 2,
+        "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    said = {}
+    for command in (
+        ["plan", "--config", str(tmp_path / "recipe.yaml"), "--save", str(tmp_path / "plan.json")],
+        ["prune", "--config", str(tmp_path / "recipe.yaml")],
+        ["inspect", str(tmp_path / "out"), "--plot", str(tmp_path / "plot.png")],
+        ["evaluate", str(tmp_path / "out"), "--eval_efficiency=false"],
+    ):
+        assert main(command) == 0
+        said[command[0]] = " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "out" / "prune_report.json").read_text())
+    widths = report["structure"]["widths"]
+    assert sum(widths) == 3 * 28 and max(widths) == 48 and report["structure"]["removed"] == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["structure"]["widths"] == widths
+    card = (tmp_path / "out" / "README.md").read_text()
+    rows = [f"Neurons an MLP, unpadded 48 {min(widths)} to 48 {sum(widths) / 144 - 1:+.1%}".replace("%", " %")]
+    zeros = f"{report['structure']['padded']:.1%}".replace("%", " %")
+    for place in ("plan", "inspect"):
+        assert f"0.0 % of the blocks' parameters are removed by it, {zeros} become zeros" in said[place]
+    for told in (said["plan"], said["inspect"], said["evaluate"], " ".join(card.replace("|", " ").split())):
+        assert all(row in told for row in rows), told
+    assert "there is less to read and multiply" not in card and "zeros are stored like any other weight" in card
+    assert "`layout: pad` with `allocation: " in said["plan"] and all(row["passed"] for row in report["verification"])
 
 
 def test_a_data_free_recipe_runs_without_text_and_a_second_pruning_is_refused(tmp_path, capsys):
