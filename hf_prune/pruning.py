@@ -125,7 +125,9 @@ def _block_densities(
     assert zeros.sparsity is not None
     if isinstance(rule, Fisher):
         consumers = mlp_views(model, consumers=True)
-        wanted = rule.shares_of_units(consumers, fisher_factors(model, consumers, input_ids), zeros.sparsity)
+        wanted = rule.shares_of_units(
+            consumers, fisher_factors(model, consumers, input_ids, columns=True), zeros.sparsity
+        )
         return meet_budget(wanted, [1] * len(wanted), 1 - zeros.sparsity, zeros.min_keep_ratio)
     by_view, _, _ = _densities(model, zeros, mlp_views(model), input_ids, statistics_folder)
     return _by_block(mlp_views(model), by_view)

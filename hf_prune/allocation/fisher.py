@@ -50,7 +50,9 @@ class Fisher(Allocation):
         histograms = {}
         for index in in_turn(model, sorted({view.block for view in views})):
             for view in (view for view in views if view.block == index):
-                histograms[view.name] = Histogram.of(_costs(view, measures[view.name]))
+                own = measures[view.name]
+                costs = view.read().square_().mul_(own.inputs).mul_(own.outputs[:, None])
+                histograms[view.name] = Histogram.of(costs)
         return shares_above([histograms[view.name] for view in views], [1.0] * len(views), 1 - sparsity)
 
     def shares_of_units(
@@ -58,13 +60,13 @@ class Fisher(Allocation):
     ) -> list[float]:
         """Share of the inputs of each view that stays: one threshold over the costs of whole columns.
 
-        Of what consumes an MLP's neurons a column is all that a neuron does. As shares of structured pruning this is
-        ours; FLAP (An et al., 2023, https://arxiv.org/abs/2312.11983) compares fluctuations instead.
+        Of what consumes an MLP's neurons a column is all that a neuron does, and what dropping it costs is the Fisher
+        information of a gate on it (Molchanov et al., 2019, https://arxiv.org/abs/1906.10771, with labels that the
+        model draws). As widths of blocks this is ours; FLAP (An et al., 2023, https://arxiv.org/abs/2312.11983)
+        compares fluctuations instead.
+
+        Args:
+            measures: with `columns`.
         """
-        columns = [Histogram.of(_costs(view, measures[view.name]).sum(dim=0)) for view in views]
-        return shares_above(columns, [1.0] * len(views), 1 - sparsity)
-
-
-def _costs(view: WeightView, factors: FisherFactors) -> Tensor:
-    """W_ij^2 E[g_i^2] E[x_j^2], float32 [out, in]."""
-    return view.read().square_().mul_(factors.inputs).mul_(factors.outputs[:, None])
+        columns = [measures[view.name].columns for view in views]
+        return shares_above([Histogram.of(own) for own in columns if own is not None], [1.0] * len(views), 1 - sparsity)

@@ -14,8 +14,8 @@ from hf_prune.pruning import plan_pruning, prune
 from hf_prune.weights import find_views
 
 
-def exact_factors(model: torch.nn.Module, window: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """E[x^2] and E[g^2] a token, the tokens of the gradient not drawn but all weighed by their probability.
+def exact_factors(model: torch.nn.Module, window: torch.Tensor) -> dict[str, tuple[torch.Tensor, ...]]:
+    """E[x^2], E[g^2] and, of gradients by x, E[(x g)^2] a token: next tokens not drawn but weighed by probability.
 
     Tokens of different positions are drawn apart from one another and scores have mean zero, so that positions add up.
     """
@@ -32,29 +32,38 @@ def exact_factors(model: torch.nn.Module, window: torch.Tensor) -> dict[str, tup
         handle.remove()
     names = [view.name for view in views]
     total = {name: torch.zeros(outputs[name].shape[-1], dtype=torch.float64) for name in names}
-    tensors = [outputs[name] for name in names]
+    columns = {name: torch.zeros(inputs[name].shape[-1], dtype=torch.float64) for name in names}
+    tensors = [side[name] for side in (outputs, inputs) for name in names]
     for position, row in enumerate(log_probabilities):
         basis = torch.zeros(len(row), *log_probabilities.shape)
         basis[torch.arange(len(row)), position, torch.arange(len(row))] = row.detach().exp().sqrt()
         for own in basis.split(32):
             gradients = torch.autograd.grad(log_probabilities, tensors, own, retain_graph=True, is_grads_batched=True)
-            for name, gradient in zip(names, gradients, strict=True):
-                total[name] += gradient.double().square().sum(dim=(0, 1, 2))
-    return {name: (inputs[name][0].detach().square().mean(dim=0), total[name] / len(window)) for name in names}
+            for number, name in enumerate(names):
+                total[name] += gradients[number].double().square().sum(dim=(0, 1, 2))
+                change = gradients[len(names) + number] * inputs[name].detach()
+                columns[name] += change.double().square().sum(dim=(0, 1, 2))
+    size = len(window)
+    return {
+        name: (inputs[name][0].detach().square().mean(dim=0), total[name] / size, columns[name] / size)
+        for name in names
+    }
 
 
 def test_drawn_tokens_give_the_expectation_over_all_tokens() -> None:
     model = tiny_model("llama")
     window = tiny_ids(1, 12)
     exact = exact_factors(model, window[0])
-    runs = [fisher_factors(model, find_views(model), window.expand(8, -1), seed=1000 * run) for run in range(40)]
-    for name, (inputs, outputs) in exact.items():
-        drawn = torch.stack([run[name].outputs for run in runs]).double()
-        error = drawn.std(dim=0) / math.sqrt(len(runs))
-        assert bool(((drawn.mean(dim=0) - outputs).abs() < 5 * error + 1e-12).all()), name
+    windows = window.expand(8, -1)
+    runs = [fisher_factors(model, find_views(model), windows, seed=1000 * run, columns=True) for run in range(40)]
+    for name, (inputs, *wanted) in exact.items():
+        for side, own in zip(("outputs", "columns"), wanted, strict=True):
+            drawn = torch.stack([getattr(run[name], side) for run in runs]).double()
+            error = drawn.std(dim=0) / math.sqrt(len(runs))
+            assert bool(((drawn.mean(dim=0) - own).abs() < 5 * error + 1e-12).all()), (name, side)
+            # They differ by more than chance, or this would say nothing.
+            assert float(own.std() / error.mean()) > 3 or name.endswith("lm_head"), (name, side)
         torch.testing.assert_close(runs[0][name].inputs, inputs)
-        # The rows differ by more than chance, or this would say nothing.
-        assert float(outputs.std() / error.mean()) > 3 or name.endswith("lm_head"), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -160,21 +160,12 @@ def test_an_allocation_that_looks_at_text_can_share_widths_out():
     [("llama", torch.float32), ("llama", torch.bfloat16), ("gpt2", torch.float32), ("phi3", torch.float32)],
 )
 def test_fisher_shares_widths_out_by_what_each_neuron_costs_the_loss(family, dtype):
-    """As many neurons stay in a block as it has of the costliest of all: squared columns times both mean squares."""
+    """As many neurons stay in a block as it has of the costliest of all (their costs: tests/engine/test_fisher.py)."""
     model, ids = tiny_model(family, dtype), tiny_ids(8, 32)
     views = mlp_views(model, consumers=True)
     for view, scale in zip(views, (0.7, 1.0, 1.5), strict=True):
         view.parameter.data *= scale
-    costs = []
-    for view, factors in zip(views, fisher_factors(model, views, ids).values(), strict=True):
-        columns = view.read().double().T.tolist()
-        outputs = factors.outputs.tolist()
-        costs.append(
-            [
-                float(size) * sum(g * w**2 for g, w in zip(outputs, column, strict=True))
-                for size, column in zip(factors.inputs, columns, strict=True)
-            ]
-        )
+    costs = [own.columns.tolist() for own in fisher_factors(model, views, ids, columns=True).values()]
     options = {"layout": "pad", "allocation": "fisher", "sparsity": 0.25, "fusion": "none"}
     result = prune(model, make_config({"method": "intra_fusion", **options}), input_ids=ids)
     widths = result.plan.structure["widths"]
