@@ -225,6 +225,8 @@ def estimate_reduction(
     if config.layout == "pad":
         flops += _allocation_flops(allocation, fisher, samples, seq_length) * per_token
         own = _allocation_memory(model, plan, allocation, fisher, samples, seq_length, size)
+        # The neurons of every block as they were, for the mean squares of whole columns.
+        own += seq_length * blocks * width * size if fisher else 0
         memory = max(memory, weights * size + own)
     memory += 4 * 8 * width**2 if "gram" in reducer.statistics else 0
     memory += 3 * 8 * width * kept if reducer.transports else 0

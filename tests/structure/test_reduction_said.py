@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_prune.cli import main
-from hf_prune.compose import make_config
+from hf_prune.compose import make_allocation, make_config
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.estimate import estimate_reduction
 from hf_prune.pruning import plan_pruning, prune
@@ -156,6 +156,20 @@ def test_a_transport_is_foreseen_to_take_about_what_it_took(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         foreseen = estimate_reduction(model, plan, config, None, False, 0, 128, "float32", torch.device("cpu"))
         assert 0.6 * seconds < foreseen.seconds < 2 * seconds
+
+
+def test_what_shares_widths_out_is_foreseen():
+    """Fisher's forward, the same again and a backward over at most eight windows; the widest block's size after it."""
+    options = {"method": "intra_fusion", "layout": "pad", "allocation": "fisher", "fusion": "refit"}
+    config, model = make_config(options), tiny_model("llama")
+    plan = plan_pruning(model, config, "", tiny_ids(8, 32))
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    given = (empty, plan, config, make_allocation(config))
+    plain, fisher = (estimate_reduction(*given, own, 12, 128, "float32", torch.device("cpu")) for own in (False, True))
+    assert fisher.walk_flops - plain.walk_flops == pytest.approx(3 * 8 * 128 * fisher.flops_per_token)
+    stored = plan.structure["parameters_before"] - plan.structure["parameters_after"]
+    assert fisher.flops_per_token - fisher.nonzero_flops_per_token == pytest.approx(2 * stored)
 
 
 def test_earning_back_is_counted_in_decoded_tokens():
