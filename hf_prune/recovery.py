@@ -79,6 +79,8 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
         check_zeros(name, model.get_parameter(name), mask)
     with watch.phase("evaluate"):
         qualities["pruned"] = evaluation.measure(model, "evaluating after the training")
+    number = len(folder.report.get("recoveries", [])) + 1
+    again = "" if number == 1 else f" {number}"
     report = {
         **folder.report,
         **environment(),
@@ -87,7 +89,7 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
         "evaluation": _measured(evaluation, qualities, folder.report),
         "seconds": {
             **folder.report.get("seconds", {}),
-            **{f"recovery, {key}": own for key, own in {**watch.seconds, "train": seconds}.items()},
+            **{f"recovery{again}, {key}": own for key, own in {**watch.seconds, "train": seconds}.items()},
         },
         "hub_model_id": recipe.output.hub_model_id,
     }
@@ -123,7 +125,6 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
         if "structure" not in report:
             plot_sparsity_by_layer(report["views"], place / "plots" / "sparsity_by_layer.png")
 
-    number = len(report["recoveries"])
     recipes = {**folder.recipes, RECOVERY_FILE.format("" if number == 1 else number): recipe.text_as_run}
     if distributed.rank() == 0:
         trust = recipe.model.trust_remote_code

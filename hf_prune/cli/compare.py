@@ -46,3 +46,5 @@ def main(arguments: list[str]) -> None:
             (folder / MARK).write_text(json.dumps(comparison, indent=1) + "\n", encoding="utf-8")
             pandas.DataFrame(comparison["layers"]).to_csv(folder / "comparison.csv", index=False)
             plot_comparison(comparison, folder / "comparison.png")
+    else:
+        console().print("--output_dir FOLDER writes this with a plot and a CSV.")

@@ -137,6 +137,8 @@ _REFUSED = {
     "hub_token": "log in with `hf auth login` instead; a recipe is published with the model",
     "save_only_model": "a training that was cut goes on from its optimizer's state as well; leave the key out",
     "ignore_data_skip": "a training that was cut goes on where it was in its text; leave the key out",
+    "auto_find_batch_size": "a training that begins anew with smaller batches would go on from moved weights; "
+    "leave the key out and lower per_device_train_batch_size",
     "eval_strategy": "the evaluation is before and behind the training; leave the key out",
     "eval_on_start": "the evaluation is before and behind the training; leave the key out",
     "load_best_model_at_end": "what is kept is the end of the training; leave the key out",

@@ -121,14 +121,16 @@ def hold_masks(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Tenso
 
     Raises:
         BadInputError: the masks do not fit the model.
-        RunError: at the end a masked weight is not zero.
+        RunError: a masked weight is not zero at the end, or when the model's `state_dict` is asked for, as to save it.
     """
     holder = MaskHolder(masks)
     holder.attach(model, optimizer)
+    saved = model.register_state_dict_pre_hook(lambda *_: holder.check())
     try:
         yield holder
         holder.check()
     finally:
+        saved.remove()
         holder.detach()
 
 

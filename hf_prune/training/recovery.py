@@ -49,6 +49,8 @@ class RecoveryConfig:
             raise BadInputError(f"distillation_temperature: {self.distillation_temperature} must be above 0.")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise BadInputError(f"lora_rank: {self.lora_rank} is too few; use 1 or more.")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise BadInputError(f"lora_alpha: {self.lora_alpha} must be above 0; adapters would change nothing.")
 
     @property
     def needs_dense(self) -> bool:

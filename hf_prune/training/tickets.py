@@ -155,6 +155,11 @@ class TicketSearch:
         rewind = KeepCheckpoint(self.config.rewind_step, self.folder / "rewind")
         rewound = number and self.config.rewind_step and kind != "fresh_initialization"
         stop = StopAtNaN(where, folder, rewind.folder if rewound else None)
+        for needed in (self.folder / INITIAL, *((rewind.folder,) if rewound else ())):
+            if not needed.exists():
+                raise BadInputError(
+                    f"rounds_folder: {needed} is gone, which {where} begins from; remove {self.folder} to begin anew."
+                )
         checkpoint = last_checkpoint(folder) if number else rewind.go_on_from(folder)
         if checkpoint is None and kind != "fresh_initialization":
             if rewound:

@@ -199,8 +199,9 @@ def by_control(rows: pandas.DataFrame) -> str:
 
 
 def by_floor(rows: pandas.DataFrame, shown: Iterable[int]) -> str:
-    """Without and with a floor, one seed: perplexity, layers gone or held."""
-    lines = ["| measure | zeros | floor off | layers gone | floor on | layers held |", "|---|---|---|---|---|---|"]
+    """Without and with a floor, one seed: perplexity, layers without a path, layers held."""
+    lines = ["| measure | zeros | floor off | layers gone | floor on | layers gone | layers held |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for measure in FLOORED:
         for number in list(shown)[-2:]:
             picked = rows[
@@ -208,10 +209,9 @@ def by_floor(rows: pandas.DataFrame, shown: Iterable[int]) -> str:
             ]
             off, on = picked[picked.floor == 0], picked[picked.floor > 0]
             if len(off) and len(on):
-                figures = (
-                    f"{off.figure.iloc[0]:.1f} | {off.collapsed.iloc[0]} | {on.figure.iloc[0]:.1f} | {on.held.iloc[0]}"
-                )
-                lines.append(f"| {measure} | {100 * (1 - (1 - RATE) ** number):.1f} % | {figures} |")
+                figures = [own for side in (off, on) for own in (f"{side.figure.iloc[0]:.1f}", side.collapsed.iloc[0])]
+                cells = [measure, f"{100 * (1 - (1 - RATE) ** number):.1f} %", *figures, on.held.iloc[0]]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

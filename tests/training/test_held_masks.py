@@ -137,6 +137,21 @@ def test_foreign_masks_and_returned_weights_are_refused() -> None:
                 model.first.weight[0, 0] = value
 
 
+def test_nothing_is_saved_of_a_model_whose_zeros_came_back() -> None:
+    model = Net()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with hold_masks(model, optimizer, {"first.weight": torch.eye(16, 6, dtype=torch.bool)}) as holder:
+        assert int((model.state_dict()["first.weight"] != 0).sum()) == 6
+        model.load_state_dict(dense)
+        with pytest.raises(RunError, match=r"first\.weight: training brought pruned weights back"):
+            model.state_dict()
+        holder.apply()
+    # Outside nobody holds them.
+    model.load_state_dict(dense)
+    assert torch.equal(model.state_dict()["first.weight"], dense["first.weight"])
+
+
 def test_tensorboard_writes_beside_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its callback reads the variable when the Trainer is made; the Trainer's own folder is gone in the end."""
     name, seen = "TENSORBOARD_LOGGING_DIR", []

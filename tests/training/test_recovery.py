@@ -144,7 +144,9 @@ def test_recovery_keeps_zeros_shapes_and_provenance(
     if own == {"recovery": "lora"}:
         # Once more, from there.
         again = values(pruned, tmp_path / "again", max_steps=2)
+        first = report["seconds"]["recovery, train"]
         report = recover(str(tmp_path / "out"), make_train_recipe(again, RecoveryConfig))
+        assert report["seconds"]["recovery, train"] == first and 0 < report["seconds"]["recovery 2, train"] != first
         names = {path.name for path in (tmp_path / "again").iterdir()}
         assert len(report["recoveries"]) == 2 and {"hf_prune_recovery.yaml", "hf_prune_recovery2.yaml"} <= names
 
@@ -193,6 +195,7 @@ def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
         ({"recovery": "prayer"}, "recovery: 'prayer' is unknown"),
         ({"loss": "mse"}, "loss: 'mse' is unknown"),
         ({"lora_rank": 0}, "lora_rank: 0 is too few"),
+        ({"lora_alpha": 0}, "lora_alpha: 0.0 must be above 0"),
         ({"dataset_name": None}, "dataset_name: training needs text"),
         ({"recovery": "full", "lora_rank": 4}, "lora_rank: means something with recovery: lora only"),
         ({"distillation_temperature": 2.0}, "distillation_temperature: means something with loss: distillation only"),

@@ -203,6 +203,7 @@ def test_two_killed_processes_go_on_to_the_same_bits(tmp_path: Path) -> None:
         ({"learning_rate": "fast"}, "learning_rate: 'fast' is not a number"),
         ({"lr_scheduler_type": "zigzag"}, "training: transformers' TrainingArguments refuses"),
         ({"ignore_data_skip": True}, "ignore_data_skip: a training that was cut"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: a training that begins anew"),
         ({"eval_strategy": "steps"}, "eval_strategy: the evaluation is before and behind"),
         ({"tokenizer_name": "gpt2"}, "tokenizer_name: vocab_size trains a tokenizer"),
         ({"config_overrides": "to_dict=3"}, "config_overrides: 'to_dict=3' sets no key"),

@@ -306,6 +306,15 @@ def test_a_floor_without_room_is_refused(tmp_path: Path) -> None:
     check_floor([10, 10, 10, 9970], LotteryTicketConfig(**{**own, "min_keep_ratio": 0.0015}))
 
 
+@pytest.mark.parametrize("gone", ["rewind", "initial.safetensors"])
+def test_rounds_whose_beginning_was_removed_are_refused(gone: str, tmp_path: Path) -> None:
+    search(tmp_path, []).run()
+    lost = tmp_path / gone
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    with pytest.raises(BadInputError, match=rf"rounds_folder: .*{gone} is gone, which round 1 begins from; remove"):
+        search(tmp_path, [], {"importance": "l2"}).run()
+
+
 def test_random_masks_follow_the_seed(tmp_path: Path) -> None:
     found = []
     for seed in (0, 1):
