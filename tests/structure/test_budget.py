@@ -128,28 +128,18 @@ def test_padded_widths_add_up_to_the_budget(densities, sparsity, round_to):
     )
 
 
-def test_padded_widths_follow_a_saved_plan(tmp_path):
-    """As those that `hf-prune sensitivity` suggests, or somebody has edited."""
-    plan = plan_pruning(tiny_model("llama"), make_config({"method": "magnitude", "sparsity": 0.5}))
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_padded_widths_follow_a_saved_plan(family, tmp_path):
+    """As those that `hf-prune sensitivity` suggests, or somebody has edited; of a fused layer part by part."""
+    plan = plan_pruning(tiny_model(family), make_config({"method": "magnitude", "sparsity": 0.5}))
     for view in plan.views:
         view.density = (0.3, 0.6, 0.9)[view.block]
     plan.save(tmp_path / "plan.json")
     options = {"layout": "pad", "allocation": str(tmp_path / "plan.json"), "sparsity": 0.25, "fusion": "none"}
-    _, result = reduced("llama", **options)
+    _, result = reduced(family, **options)
     widths = result.plan.structure["widths"]
-    uniform = plan_structure(tiny_model("llama"), make_config({"method": "intra_fusion", "sparsity": 0.25}))
+    uniform = plan_structure(tiny_model(family), make_config({"method": "intra_fusion", "sparsity": 0.25}))
     assert sum(widths) == 3 * uniform.after.width
-    assert widths[0] < widths[1] < widths[2] and abs(widths[1] - 2 * widths[0]) <= 1
-
-
-def test_parts_of_a_fused_layer_follow_a_saved_plan_as_well(tmp_path):
-    plan = plan_pruning(tiny_model("phi3"), make_config({"method": "magnitude", "sparsity": 0.5}))
-    for view in plan.views:
-        view.density = (0.3, 0.6, 0.9)[view.block]
-    plan.save(tmp_path / "plan.json")
-    options = {"layout": "pad", "allocation": str(tmp_path / "plan.json"), "sparsity": 0.25, "fusion": "none"}
-    _, result = reduced("phi3", **options)
-    widths = result.plan.structure["widths"]
     assert widths[0] < widths[1] < widths[2] and abs(widths[1] - 2 * widths[0]) <= 1
 
 
