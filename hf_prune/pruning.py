@@ -125,12 +125,12 @@ def _block_densities(
     assert zeros.sparsity is not None
     if isinstance(rule, Fisher):
         consumers = mlp_views(model, consumers=True)
-        wanted = rule.shares_of_units(
-            consumers, fisher_factors(model, consumers, input_ids, columns=True), zeros.sparsity
-        )
+        factors = fisher_factors(model, consumers, input_ids, columns=True)
+        wanted = rule.shares_of_units(consumers, factors, zeros.sparsity)
         return meet_budget(wanted, [1] * len(wanted), 1 - zeros.sparsity, zeros.min_keep_ratio)
-    by_view, _, _ = _densities(model, zeros, mlp_views(model), input_ids, statistics_folder)
-    return _by_block(mlp_views(model), by_view)
+    views = mlp_views(model)
+    by_view, _, _ = _densities(model, zeros, views, input_ids, statistics_folder)
+    return _by_block(views, by_view)
 
 
 def _saved_widths(model: nn.Module, file: str, structure: dict[str, Any]) -> list[float]:

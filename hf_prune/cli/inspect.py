@@ -31,13 +31,11 @@ def main(arguments: list[str]) -> None:
     out = console()
     plan = folder / PLAN_FILE
     try:
-        made = Plan.load(plan) if plan.is_file() else None
+        if plan.is_file() and (made := Plan.load(plan)).structure:
+            out.print(plan_table(made.to_dict()))
     except BadInputError as error:
         # What the tensors say stands by itself.
         out.print(f"Sizes before pruning are not known: {error}", markup=False)
-        made = None
-    if made is not None and made.structure:
-        out.print(plan_table(made.to_dict()))
     out.print(inspect_table(inspection.rows, inspection.summary, verbose=bool(flags.get("verbose"))))
     drawn = [row for row in inspection.rows if row.get("block") is not None]
     if drawn:

@@ -203,6 +203,12 @@ def fused(report: dict[str, Any]) -> str:
     return sentence
 
 
+def is_smaller(report: dict[str, Any]) -> bool:
+    """Whether units went and less is stored: a model padded to a block that has lost next to nothing is as large."""
+    padded, removed = (number(dig(report, "structure", key)) or 0 for key in ("padded", "removed"))
+    return bool(report.get("structure")) and not (padded and removed < 0.005)
+
+
 def earned_back(report: dict[str, Any]) -> str:
     """What choosing, fusing and refitting units took, and after how many decoded tokens that is earned back, or ''."""
     seconds = number(dig(report, "structure", "solver_seconds"))
@@ -211,7 +217,7 @@ def earned_back(report: dict[str, Any]) -> str:
     sentence = f"choosing, fusing and refitting units took {duration(seconds)}"
     key = "decode_tokens_per_second"
     dense, pruned = (number(dig(report, "efficiency", side, key)) for side in ("dense", "pruned"))
-    if dense and pruned and pruned > dense:
+    if is_smaller(report) and dense and pruned and pruned > dense:
         sentence += f", which {seconds / (1 / dense - 1 / pruned):,.0f} decoded tokens earn back"
     return sentence
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from hf_prune.report.figures import change_percent, dig, number, percent, size, times
-from hf_prune.report.findings import pattern_of
+from hf_prune.report.findings import is_smaller, pattern_of
 from hf_prune.report.markdown import code
 
 AVAILABLE = frozenset({"2:4", "structured"})
@@ -29,8 +29,7 @@ def _size(report: dict[str, Any]) -> list[str]:
 
 
 def _speed(report: dict[str, Any]) -> list[str]:
-    # Padded to a widest block that has lost next to nothing, a model is as large as it was.
-    structured = (number(dig(report, "structure", "removed")) or 0) >= 0.005
+    structured = is_smaller(report)
     reason = (
         "stock runtimes multiply zeros like any other number"
         if pattern_of(report) in ("unstructured", "structured")

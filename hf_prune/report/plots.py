@@ -143,11 +143,13 @@ def plot_sensitivity(report: dict[str, Any], path: str | Path) -> Figure:
 def plot_widths(structure: dict[str, Any], path: str | Path) -> Figure:
     """Draw how many neurons each block's MLP keeps, from a report's `structure`, as a PNG at `path`."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     widths = structure["widths"]
     figure = Figure(figsize=(WIDTHS[0], 2.6), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(widths)), widths, color="#4878a8")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(structure["before"]["width"], color="0.4", linewidth=0.8)
     axes.set_xlabel("block")
     axes.set_title(f"Neurons an MLP keeps of {structure['before']['width']:,} (the line)", fontsize=11, loc="left")

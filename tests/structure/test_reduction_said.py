@@ -232,7 +232,8 @@ def test_a_padded_model_is_called_what_it_is(tmp_path, capsys):
         assert f"0.0 % of the blocks' parameters are removed by it, {zeros} become zeros" in said[place]
     for told in (said["plan"], said["inspect"], said["evaluate"], " ".join(card.replace("|", " ").split())):
         assert all(row in told for row in rows), told
-    assert "there is less to read and multiply" not in card and "zeros are stored like any other weight" in card
+    assert "decoded tokens earn back" not in card and "there is less to read and multiply" not in card
+    assert "zeros are stored like any other weight" in card
     assert "`layout: pad` with `allocation: " in said["plan"] and all(row["passed"] for row in report["verification"])
 
 
