@@ -68,7 +68,13 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
         found: dict[str, dict[str, Any]] = {}
         for parameter, views in _by_parameter(plans[0]).items():
             # Once for all experts in one parameter, which are put together when they are read.
-            weights = [own[parameter] for own in tickets]
+            weights = [_weight(own, parameter, folder) for own, folder in zip(tickets, folders, strict=True)]
+            for folder, weight in zip(folders[1:], weights[1:], strict=True):
+                if weight.shape != weights[0].shape:
+                    raise BadInputError(
+                        f"{folder}: {parameter} is {list(weight.shape)} there and {list(weights[0].shape)} in "
+                        f"{folders[0]}; compare tickets of one model."
+                    )
             before = [own[parameter] if own is not None and parameter in own else None for own in starts]
             ends = [[own[parameter] for own in each] for each in rounds]
             for view in views:
@@ -80,6 +86,12 @@ def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[
                 )
         layers = [found[view.name] for view in plans[0].views]
     return {"tickets": [Path(folder).name for folder in folders], "layers": layers, "together": _together(layers)}
+
+
+def _weight(tensors: _Tensors | _Stored, parameter: str, folder: str) -> Tensor:
+    if parameter not in tensors:
+        raise BadInputError(f"{folder}: its files hold no {parameter}, which its plan names; get the folder again.")
+    return tensors[parameter]
 
 
 class _Tensors(dict[str, Any]):
@@ -148,7 +160,14 @@ def _rounds_folder(folder: str) -> Path:
     recipe = Path(folder) / RECIPE_FILE
     values = parse_yaml(_text(recipe), recipe.name) if recipe.is_file() else {}
     named = values.get("rounds_folder")
-    return beside(str(named), "") if named else beside(folder, ".rounds")
+    if not named:
+        return beside(folder, ".rounds")
+    place, own = beside(str(named), ""), Path(folder).resolve()
+    output = Path(str(values.get("output_dir"))).parts
+    if not place.is_dir() and not Path(str(named)).is_absolute() and own.parts[-len(output) :] == output:
+        # Of the folder that the training was started in, which need not be today's.
+        return Path(*own.parts[: -len(output)], str(named))
+    return place
 
 
 def _text(file: Path) -> str:

@@ -20,7 +20,7 @@ from hf_prune.compose import (
     needs_text,
 )
 from hf_prune.data.builtin import ModelSource, resolve_model
-from hf_prune.data.windows import default_seq_length, stored_shape
+from hf_prune.data.windows import sequence_length, stored_shape
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.estimate import Estimate, check_fits, estimate, estimate_reduction
@@ -71,7 +71,7 @@ def prepare(recipe: Recipe) -> Preparation:
     empty = skeleton(model_config, model)
     plan, final = provisional_plan(empty, config, source.base_model)
     samples = recipe.data.num_calibration_samples
-    seq_length = recipe.data.seq_length or default_seq_length(model_config)
+    seq_length = sequence_length(model_config, recipe.data.seq_length)
     if not needs_text(config):
         samples = 0
     elif str(recipe.data.dataset_name).endswith(".safetensors"):

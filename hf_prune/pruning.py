@@ -327,7 +327,7 @@ def load_calibration(
     A .safetensors file holds windows that were cut before, as `input_ids`; their text is not known.
     """
     from hf_prune.data.text import TextData, load_text
-    from hf_prune.data.windows import calibration_windows, default_seq_length, stored_windows
+    from hf_prune.data.windows import calibration_windows, sequence_length, stored_windows
 
     assert arguments.dataset_name is not None
     if arguments.dataset_name.endswith(".safetensors"):
@@ -341,5 +341,5 @@ def load_calibration(
         revision=arguments.dataset_revision,
         tokenizer=tokenizer,
     )
-    seq_length = arguments.seq_length or default_seq_length(model_config)
+    seq_length = sequence_length(model_config, arguments.seq_length)
     return text, calibration_windows(text, tokenizer, arguments.num_calibration_samples, seq_length, arguments.seed)

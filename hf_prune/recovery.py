@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,11 +30,11 @@ from hf_prune.evaluation.quality import Quality, QualityEvaluation
 from hf_prune.finish import Stopwatch, efficiency, finish
 from hf_prune.plan import Plan
 from hf_prune.pruning import PruneResult
-from hf_prune.recovery_setup import Ready, prepare_recovery
+from hf_prune.recovery_setup import PrunedFolder, Ready, prepare_recovery
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.report.privacy import is_private, may_show_samples
 from hf_prune.training.arguments import TrainRecipe
-from hf_prune.training.checkpoints import StopAtNaN, claim, config_of, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import IDENTITY, StopAtNaN, alone_in, claim, config_of, fingerprint, last_checkpoint
 from hf_prune.training.distillation import DistillationTrainer
 from hf_prune.training.lora import MaskedLora
 from hf_prune.training.masks import MaskCallback, check_zeros, masks_of
@@ -57,6 +58,13 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
     watch = Stopwatch()
     with watch.phase("prepare"):
         ready = prepare_recovery(path, recipe)
+    with alone_in(ready.work):
+        return _recover(ready, watch)
+
+
+def _recover(ready: Ready, watch: Stopwatch) -> dict[str, Any]:
+    recipe = ready.recipe
+    with watch.phase("prepare"):
         folder, evaluation, device = ready.folder, ready.evaluation, ready.device
         model = load_model(str(folder.path), recipe.model, device)
         views = _views(model, folder.plan)
@@ -95,7 +103,7 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
     }
     for gone in ("efficiency", "displacement", "samples"):
         report.pop(gone, None)
-    result = _result(folder.plan, model, views)
+    result = _result(folder, model, views)
     if "structure" not in report:
         report |= {**zeros_of(model, result, sum(own.numel() for own in model.parameters())), "reconstruction": []}
     report["recoveries"] = [
@@ -113,14 +121,16 @@ def recover(path: str, recipe: TrainRecipe) -> dict[str, Any]:
         },
     ]
     may_show = may_show_samples(report, asdict(recipe.output))
-    if recipe.evaluation.sample_prompts and "dense" in qualities and may_show:
+    if recipe.evaluation.sample_prompts and may_show:
         report["samples"] = evaluation.samples(**qualities)
 
     def complete(place: Path) -> None:
-        if recipe.evaluation.eval_efficiency and ready.dense and "dense" in qualities:
+        if recipe.evaluation.eval_efficiency:
+            baseline = ready.dense if "dense" in qualities else None
             with watch.phase("efficiency"):
-                models: dict[str, str | Path] = {"dense": ready.dense.path, "pruned": place}
-                revisions = {"dense": ready.dense.revision} if ready.dense.revision else None
+                models: dict[str, str | Path] = {"dense": baseline.path} if baseline else {}
+                models["pruned"] = place
+                revisions = {"dense": baseline.revision} if baseline and baseline.revision else None
                 report.update(efficiency(models, recipe.model, device, revisions))
         if "structure" not in report:
             plot_sparsity_by_layer(report["views"], place / "plots" / "sparsity_by_layer.png")
@@ -152,6 +162,12 @@ def _load_dense(ready: Ready, pruned: PreTrainedModel) -> Any:
             f"{pruned.config.vocab_size:,}; name the model that was pruned."
         )
     return dense
+
+
+def _leave(work: Path) -> None:
+    """Nothing stays of a training that never began."""
+    if distributed.rank() == 0 and not any(work.glob("checkpoint-*")):
+        (work / IDENTITY).unlink(missing_ok=True)
 
 
 def _views(model: nn.Module, plan: Plan) -> list[WeightView]:
@@ -199,6 +215,7 @@ def _train(
     checkpoint = last_checkpoint(work)
     callbacks: list[TrainerCallback] = [StopAtNaN("recovery", work)]
     with ExitStack() as stack:
+        stack.callback(_leave, work)
         trained: nn.Module = model
         if method.recovery == "lora":
             adapters = MaskedLora(model, views, masks, method.rank, method.alpha)
@@ -222,9 +239,17 @@ def _train(
     return int(trainer.state.global_step), seconds
 
 
-def _result(plan: Plan, model: nn.Module, views: list[WeightView]) -> PruneResult:
+def _result(folder: PrunedFolder, model: nn.Module, views: list[WeightView]) -> PruneResult:
+    """What there is now; what only the pruning saw is what its report says."""
     live = {view.name: view for view in views}
-    return PruneResult(plan, [ViewResult(own.name, live[own.name].count_nonzero(), 0) for own in plan.views], 0.0)
+    said = {row.get("name"): row for row in folder.report.get("views", [])}
+    outcome = []
+    for own in folder.plan.views:
+        row, kept = said.get(own.name, {}), live[own.name].count_nonzero()
+        # Where units went, a zero that is there is none of the pruning's.
+        before = row.get("zeros_before", 0) if said else math.prod(live[own.name].shape) - kept
+        outcome.append(ViewResult(own.name, kept, before, scarce=row.get("scarce", False)))
+    return PruneResult(folder.plan, outcome, 0.0)
 
 
 def _measured(evaluation: QualityEvaluation, qualities: dict[str, Quality], before: dict[str, Any]) -> dict[str, Any]:

@@ -15,14 +15,14 @@ from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, RECOVERY_FILE, RE
 from hf_prune.checkpoint.load import load_config, load_tokenizer, pick_device
 from hf_prune.data.builtin import ModelSource, resolve_model
 from hf_prune.data.text import TextData
-from hf_prune.data.windows import default_seq_length
+from hf_prune.data.windows import sequence_length
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.quality import QualityEvaluation
 from hf_prune.plan import Plan
 from hf_prune.preparation import check_output
 from hf_prune.recipe import parse_yaml
-from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.arguments import TrainRecipe, check_smoothing, make_training_arguments
 from hf_prune.training.lora import require_peft
 from hf_prune.training.recovery import RecoveryConfig
 from hf_prune.training.text import Windows, open_text, training_windows
@@ -39,10 +39,12 @@ class PrunedFolder:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).expanduser()
-        if not (self.path / REPORT_FILE).is_file() or not (self.path / PLAN_FILE).is_file():
-            raise BadInputError(
-                f"{path}: there is no pruned model that hf_prune has written; give the output_dir of `hf-prune prune`."
-            )
+        for name in (REPORT_FILE, PLAN_FILE, RECIPE_FILE):
+            if not (self.path / name).is_file():
+                raise BadInputError(
+                    f"{path}: there is no pruned model that hf_prune has written, {name} is missing; give the "
+                    "output_dir of `hf-prune prune`."
+                )
         self.plan = Plan.load(self.path / PLAN_FILE)
         names = [RECIPE_FILE, *(RECOVERY_FILE.format(number) for number in ("", *range(2, 100)))]
         texts = {}
@@ -62,7 +64,7 @@ class PrunedFolder:
         """
         if method.base_model:
             return resolve_model(method.base_model, method.base_revision)
-        named = parse_yaml(self.recipes.get(RECIPE_FILE, ""), RECIPE_FILE).get("model_name_or_path")
+        named = parse_yaml(self.recipes[RECIPE_FILE], RECIPE_FILE).get("model_name_or_path")
         # A ticket began with weights that had not seen its text: there is no gap to close to them.
         if not named or self.report.get("training"):
             return None
@@ -119,9 +121,10 @@ def prepare_recovery(path: str, recipe: TrainRecipe) -> Ready:
     distributed.initialise(recipe.model.device)
     source = str(folder.path)
     model_config = load_config(source, recipe.model)
+    check_smoothing(recipe.training, next(iter(model_config.architectures or ()), "this model"))
     tokenizer = load_tokenizer(source, recipe.model)
     text = open_text(recipe.text, tokenizer)
-    length = recipe.text.seq_length or default_seq_length(model_config)
+    length = sequence_length(model_config, recipe.text.seq_length)
     dense = folder.dense_model(recipe.method)
     if recipe.method.loss == "distillation" and not dense:
         why = (

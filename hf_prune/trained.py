@@ -15,7 +15,7 @@ from hf_prune.arguments import PruneConfig
 from hf_prune.checkpoint.folder import LOGS, RECIPE_FILE, beside
 from hf_prune.checkpoint.load import load_config, load_model, load_tokenizer, pick_device
 from hf_prune.data.builtin import resolve_model
-from hf_prune.data.windows import default_seq_length
+from hf_prune.data.windows import sequence_length
 from hf_prune.description import described_options, environment, zeros_of
 from hf_prune.engine import distributed
 from hf_prune.engine.results import ViewResult
@@ -26,9 +26,9 @@ from hf_prune.plan import make_plan, select_views
 from hf_prune.preparation import check_output, check_unpruned
 from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_sparsity_by_layer
-from hf_prune.training.arguments import TrainRecipe, make_training_arguments
+from hf_prune.training.arguments import TrainRecipe, check_smoothing, make_training_arguments
 from hf_prune.training.checkpoints import config_of, fingerprint
-from hf_prune.training.rounds import Round
+from hf_prune.training.rounds import MakeTrainer, Round
 from hf_prune.training.text import (
     Windows,
     describe_training,
@@ -38,7 +38,6 @@ from hf_prune.training.text import (
     train_word_tokenizer,
     training_windows,
 )
-from hf_prune.training.tickets import MakeTrainer
 from hf_prune.training.trainer import make_trainer
 from hf_prune.weights import WeightView
 
@@ -64,7 +63,7 @@ class Start:
             if "fresh_initialization" in getattr(recipe.method, "controls", ()):
                 raise BadInputError("controls: a pretrained model has no fresh initialisation; leave that control out.")
             self.text = open_text(text, self.tokenizer)
-            length = text.seq_length or default_seq_length(self.config)
+            length = sequence_length(self.config, text.seq_length)
         else:
             length = text.seq_length or 128
             self.text = open_text(text)
@@ -81,6 +80,7 @@ class Start:
                 "pad_token_id": self.tokenizer.pad_token_id,
             }
             self.config = fresh_config(str(fresh.model_type), fresh.config_overrides, vocabulary)
+            sequence_length(self.config, length)
         self.windows: Windows = training_windows(self.text, self.tokenizer, length, text.max_train_windows)
 
     def make_model(self, seed: int | None) -> Any:
@@ -100,6 +100,11 @@ def prepare(recipe: TrainRecipe) -> tuple[Start, QualityEvaluation, list[WeightV
         BadInputError: something handed over cannot be used; nothing has been written.
     """
     recipe.require("output_dir", "eval_dataset_name")
+    output, rounds = beside(str(recipe.output.output_dir), ""), rounds_folder(recipe)
+    if output in (rounds, *rounds.parents):
+        raise BadInputError(
+            f"rounds_folder: {rounds} lies in output_dir, which is written as a whole; name a folder beside it."
+        )
     if recipe.model.dtype not in ("auto", "float32"):
         raise BadInputError("dtype: weights train in float32; leave the key out, or write bf16: true.")
     check_output(recipe.output)
@@ -108,6 +113,7 @@ def prepare(recipe: TrainRecipe) -> tuple[Start, QualityEvaluation, list[WeightV
     distributed.initialise(recipe.model.device)
     pick_device(recipe.model.device, distributed.local_rank())
     start = Start(recipe)
+    check_smoothing(recipe.training, type(start.make_model(None)).__name__)
     evaluation = QualityEvaluation(recipe.evaluation, start.tokenizer, start.config)
     views, _ = select_views(start.make_model(None), None, recipe.method.ignore, whole=True)
     if any(view.expert is not None for view in views):
@@ -127,6 +133,12 @@ def trainers(recipe: TrainRecipe, windows: Windows) -> MakeTrainer:
         return make_trainer(Trainer, logs, model=model, args=arguments, train_dataset=windows, callbacks=callbacks)
 
     return make
+
+
+def rounds_folder(recipe: TrainRecipe) -> Path:
+    """Where a recipe's rounds are kept."""
+    named = recipe.method.rounds_folder
+    return beside(named, "") if named else beside(str(recipe.output.output_dir), ".rounds")
 
 
 def _figures(quality: Quality) -> dict[str, Any]:
@@ -152,15 +164,13 @@ def procedure(
 ) -> dict[str, Any]:
     """What every procedure over rounds is made with; `windows` to train on, all of the text's unless given."""
     method, windows = recipe.method, windows if windows is not None else start.windows
-    assert recipe.output.output_dir is not None
-    own = beside(method.rounds_folder, "") if method.rounds_folder else beside(recipe.output.output_dir, ".rounds")
     return {
         "make_model": start.make_model,
         "names": [view.parameter_name for view in views],
         "make_trainer": trainers(recipe, windows),
         "evaluate": lambda model: _figures(evaluation.measure(model, "evaluating")),
         "config": method,
-        "folder": own,
+        "folder": rounds_folder(recipe),
         "fingerprint": fingerprint([recipe.decisive, config_of(start)], {"windows": windows.input_ids}),
         "evaluation": fingerprint(recipe.evaluation.sample_prompts, {"windows": evaluation.windows.input_ids}),
     }

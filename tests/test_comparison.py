@@ -107,6 +107,31 @@ def test_a_ticket_keeps_its_initial_weights_beside_it(three: list[str]) -> None:
     assert compare_tickets(three)["together"]["moved"] == pytest.approx([5 / 4, 8 / 5, 8 / 4])
 
 
+def test_rounds_are_found_from_another_folder(
+    three: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe's `rounds_folder` is relative to where the training was started."""
+    rounds = tmp_path / "shared"
+    rounds.mkdir()
+    save_file({"x.weight": torch.zeros(1, 4), "y.weight": torch.zeros(2, 2)}, rounds / "initial.safetensors")
+    for folder in three:
+        recipe = f"output_dir: {Path(folder).name}\nrounds_folder: shared\n"
+        (Path(folder) / "hf_prune_recipe.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path.parent)
+    own = [str(Path(folder).relative_to(tmp_path.parent)) for folder in three]
+    assert compare_tickets(own)["together"]["moved"] == pytest.approx([5 / 4, 8 / 5, 8 / 4])
+
+
+def test_files_that_do_not_hold_what_the_plan_says(three: list[str]) -> None:
+    file = Path(three[1]) / "model.safetensors"
+    save_file({"x.weight": torch.ones(1, 4)}, file)
+    with pytest.raises(BadInputError, match=r"b: its files hold no y\.weight, which its plan names"):
+        compare_tickets(three)
+    save_file({"x.weight": torch.ones(1, 4), "y.weight": torch.ones(2, 3)}, file)
+    with pytest.raises(BadInputError, match=r"b: y\.weight is \[2, 3\] there and \[2, 2\] in .*a; compare"):
+        compare_tickets(three)
+
+
 def test_deviation_is_over_the_ends_of_all_rounds(tmp_path: Path) -> None:
     """A ticket of two rounds, in a folder that its recipe names."""
     folder = Path(ticket(tmp_path / "a", {"x": torch.tensor([[3.0, 0.0, 4.0]])}))

@@ -31,6 +31,8 @@ _PARTIAL, _REPLACED = ".partial-", ".replaced-"
 logger = logging.getLogger(__name__)
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
+# Bytes, of which a file has many more.
+_TOO_LITTLE = 1 << 20
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -206,9 +208,14 @@ def _disk_error(error: Exception, partial: Path, target: Path) -> HfPruneError |
         if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent):
             return None
     else:
-        # safetensors and tokenizers are written in Rust and report the errno inside their message.
-        match = re.search(r"\(os error (\d+)\)", str(error))
-        code = int(match[1]) if match else None
+        code = None
+    if code is None:
+        # safetensors and tokenizers are written in Rust and report the errno inside their message, shutil in a list.
+        match = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
+        code = int(match[1] or match[2]) if match else None
+        # torch.save says no more than that writing failed.
+        if "inline_container" in str(error) and free_space(partial) < _TOO_LITTLE:
+            code = errno.ENOSPC
     if code in FULL:
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         return RunError(

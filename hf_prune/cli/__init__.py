@@ -15,7 +15,7 @@ VERBS = {
     "quickstart": "prune a small real model with the embedded recipe: no Hub, no account",
     "prune": "prune, evaluate, save, verify, and push if asked: the main job",
     "train": "prune while training: lottery tickets, moving masks, or what does not cause the errors",
-    "recover": "train a pruned model for a while; every zero stays a zero",
+    "recover": "train a pruned model for a while; zeros of its matrices stay",
     "compare": "what tickets share: overlap, signs, movement",
     "plan": "dry run: what would be pruned, and what it would take",
     "evaluate": "quality and efficiency of a model, beside its dense original where it is known",

@@ -57,11 +57,12 @@ def _brought_along(model: str) -> tuple[dict[str, Any], str | None, str | None, 
     if not (Path(model) / RECIPE_FILE).is_file():
         return {}, None, None, {}
     folder = PrunedFolder(model)
-    written: dict[str, Any] = {}
-    # The last one last: what was trained afterwards may have been scored on another text.
-    for name, text in folder.recipes.items():
-        written |= parse_yaml(text, name)
-    dense, revision = written.pop("model_name_or_path", None), written.pop("revision", None)
+    recipes = [parse_yaml(text, name) for name, text in folder.recipes.items()]
+    # Of the last one alone: what was trained afterwards was scored on its own text, and in its own way.
+    first, written = recipes[0], recipes[-1]
+    dense, revision = first.get("model_name_or_path"), first.get("revision")
+    if named := written.get("base_model"):
+        dense, revision = named, written.get("base_revision")
     if folder.report.get("training"):
         # What such a training began with is no dense model of the same text.
         dense = revision = None

@@ -1,4 +1,4 @@
-"""hf-prune recover: train a pruned model for a while; every zero stays a zero."""
+"""hf-prune recover: train a pruned model for a while; zeros of its matrices stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def help_text() -> str:
     from hf_prune.training.arguments import training_help
     from hf_prune.training.recovery import RecoveryConfig
 
-    return training_help("recover FOLDER", "Train a pruned model; every zero stays a zero.", RecoveryConfig)
+    return training_help("recover FOLDER", "Train a pruned model; zeros of its matrices stay.", RecoveryConfig)
 
 
 def main(arguments: list[str]) -> int:

@@ -41,10 +41,19 @@ class EvaluationWindows:
     total_tokens: int
 
 
-def default_seq_length(config: "PreTrainedConfig") -> int:
-    """min(2048, the model's context): a context of 128k would ask for tens of gigabytes of activations."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
-    return min(2048, int(context))
+def sequence_length(config: "PreTrainedConfig", asked: int | None = None, key: str = "seq_length") -> int:
+    """Tokens a window: as many as are asked for, under a key of the recipe, or min(2048, the model's context).
+
+    A context of 128k would ask for tens of gigabytes of activations.
+
+    Raises:
+        BadInputError: the model has learned fewer positions, and cannot compute beyond them.
+    """
+    own = config.get_text_config()
+    context = getattr(own, "max_position_embeddings", None)
+    if asked and context and asked > context and not hasattr(own, "rope_parameters"):
+        raise BadInputError(f"{key}: {asked} is more than the {context} positions that the model has; lower it.")
+    return asked or min(2048, int(context or 2048))
 
 
 def calibration_windows(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_prune.arguments import ModelArguments
 from hf_prune.checkpoint.load import load_model, load_tokenizer, pick_device
 from hf_prune.data.text import TextData
-from hf_prune.data.windows import default_seq_length, evaluation_windows
+from hf_prune.data.windows import evaluation_windows, sequence_length
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.perplexity import bits_per_byte, perplexity, window_nll
 
@@ -79,7 +79,7 @@ class Perplexity(evaluate.Metric):
         text = TextData(
             documents=list(predictions), name="predictions", config=None, split=None, revision=None, private=True
         )
-        seq_length = seq_length or default_seq_length(model.config)
+        seq_length = sequence_length(model.config, seq_length)
         windows = evaluation_windows(text, tokenizer, seq_length, max_windows=max_windows, add_bos=add_bos)
         nll = window_nll(model, windows.input_ids)
         return {

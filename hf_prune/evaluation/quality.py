@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_prune.arguments import EvaluationArguments
 from hf_prune.data.text import TextData, load_text
-from hf_prune.data.windows import EvaluationWindows, default_seq_length, evaluation_windows
+from hf_prune.data.windows import EvaluationWindows, evaluation_windows, sequence_length
 from hf_prune.engine import distributed
 from hf_prune.evaluation.perplexity import bits_per_byte, bootstrap_ratio, perplexity, window_nll
 from hf_prune.evaluation.samples import generate_samples
@@ -65,7 +65,7 @@ class QualityEvaluation:
             tokenizer=self.tokenizer,
             evaluation=True,
         )
-        length = own.eval_seq_length or default_seq_length(self.model_config)
+        length = sequence_length(self.model_config, own.eval_seq_length, "eval_seq_length")
         self.windows = evaluation_windows(self.text, self.tokenizer, length, own.eval_max_windows, own.eval_add_bos)
 
     def of(self, model: Any) -> QualityEvaluation:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_prune.checkpoint.folder import beside
 from hf_prune.checkpoint.load import load_config, load_tokenizer, pick_device, skeleton
 from hf_prune.data.builtin import ModelSource, resolve_model
-from hf_prune.data.windows import default_seq_length
+from hf_prune.data.windows import sequence_length
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.evaluation.quality import QualityEvaluation
@@ -79,7 +79,7 @@ def prepare_units(recipe: TrainRecipe) -> Ready:
     model_config = load_config(source.path, model, revision)
     tokenizer = load_tokenizer(source.path, model, revision)
     text = open_text(recipe.text, tokenizer)
-    length = recipe.text.seq_length or default_seq_length(model_config)
+    length = sequence_length(model_config, recipe.text.seq_length)
     every = training_windows(text, tokenizer, length, recipe.text.max_train_windows).input_ids
     held_out = recipe.fresh.target_windows
     if len(every) - held_out < 2:

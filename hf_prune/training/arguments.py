@@ -107,10 +107,12 @@ class TrainRecipe:
             "disable_tqdm",
             "run_name",
         )
-        return {
-            "seed": self.text.seed,
-            "training": {key: value for key, value in sorted(self.training.items()) if key not in rest},
-        }
+        own = {key: value for key, value in sorted(self.training.items()) if key not in rest}
+        # What a launcher says where the recipe is silent.
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision != "no" and not (own.get("bf16") or own.get("fp16")):
+            own["mixed_precision"] = precision
+        return {"seed": self.text.seed, "training": own}
 
     def refuse(self, why: str, *keys: str) -> None:
         """Raise BadInputError for the first of `keys` that has a value."""
@@ -186,6 +188,11 @@ def make_train_recipe(
             every = (name for section in sections.values() for name in field_types(section))
             raise unknown_key(key, [*known, *every], verb)
         options[key] = _coerced(key, value, known[key])
+    if str(options.get("optim", "")).startswith("schedule_free"):
+        raise BadInputError(
+            "optim: schedule-free optimizers keep the weights that count to themselves, where no mask reaches them; "
+            "choose another, as adamw_torch."
+        )
     return TrainRecipe(**parts, training=options, text_as_run=text if text is not None else dump_yaml(values))
 
 
@@ -252,6 +259,17 @@ def make_training_arguments(
         # Otherwise a machine with several GPUs would get torch's DataParallel, which masks know nothing of.
         arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def check_smoothing(options: Mapping[str, Any], architecture: str) -> None:
+    """Raise BadInputError where labels would be smoothed that transformers does not shift for this architecture."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if options.get("label_smoothing_factor") and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise BadInputError(
+            f"label_smoothing_factor: transformers smooths labels of its own architectures, of which {architecture} is "
+            "none; leave the key out."
+        )
 
 
 def planned_steps(arguments: TrainingArguments, rows: int) -> int:

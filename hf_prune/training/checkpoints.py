@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_prune.checkpoint.files import write_whole
+from hf_prune.checkpoint.folder import explained_disk_errors
+from hf_prune.checkpoint.lock import held
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
 
-IDENTITY = "run.json"
+IDENTITY, LOCK = "run.json", ".lock"
 
 
 def fingerprint(said: Any, tensors: Mapping[str, Tensor]) -> str:
@@ -37,6 +40,34 @@ def config_of(model: Any) -> dict[str, Any]:
     own = getattr(model, "config", None)
     left_out = ("transformers_version", "_name_or_path", "dtype", "use_cache")
     return {key: value for key, value in (own.to_dict() if own else {}).items() if key not in left_out}
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other run trains in `folder`, made where it is missing: two would remove each other's checkpoints.
+
+    Afterwards the folder is gone if it is empty.
+
+    Raises:
+        BadInputError: another run is at it, or writing there is forbidden.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            if distributed.rank() == 0:
+                with explained_disk_errors(folder, folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.callback(_remove_empty, folder)
+                    refusal = f"output_dir: another run trains in {folder} already; wait for it, or end it."
+                    stack.enter_context(held(folder / LOCK, refusal))
+
+        distributed.all_or_none(take)
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def claim(folder: Path, identity: Mapping[str, Any], trained: bool) -> None:

@@ -38,7 +38,8 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        with torch.no_grad():
+        # In mixed precision where the model is: accelerate wraps its forward alone.
+        with torch.no_grad(), self.accelerator.autocast():
             wanted = self.teacher(**given, use_cache=False).logits
         outputs = model(**given, use_cache=False)
         loss = divergence(outputs.logits, wanted, self.temperature)

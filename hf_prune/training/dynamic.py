@@ -17,26 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.engine import distributed
-from hf_prune.errors import BadInputError
 from hf_prune.methods.dynamic_sparse import DynamicSparseConfig, initial_masks
 from hf_prune.training.averaging import WeightAverage
-from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import StopAtNaN, alone_in, fingerprint, last_checkpoint
 from hf_prune.training.dynamic_masks import DynamicMaskCallback
 from hf_prune.training.rounds import (
     CHECKPOINTS,
     INITIAL,
     WEIGHTS,
+    MakeTrainer,
     Measuring,
     Round,
     Trained,
-    leave,
+    begin,
     load_weights,
     make_round,
-    save_weights,
+    train_round,
 )
-from hf_prune.training.tickets import MakeTrainer
-from hf_prune.training.trainer import only_weights_change, train
 
 
 @dataclass
@@ -65,9 +62,14 @@ class DynamicSparseTraining:
         """The module with the sparse training's weights, and the rounds: the dense twin's first, where there is one.
 
         Raises:
-            BadInputError: the folder belongs to another run, the masks do not fit or cannot move in this training.
+            BadInputError: the folder belongs to another run, or one is at it, the masks do not fit or cannot move in
+                this training.
             RunError: the loss is not a number.
         """
+        with alone_in(self.folder):
+            return self._run()
+
+    def _run(self) -> tuple[nn.Module, list[Round]]:
         model = self.make_model(None)
         self._claim(model)
         shapes = {name: tuple(model.get_parameter(name).shape) for name in self.names}
@@ -103,20 +105,13 @@ class DynamicSparseTraining:
         return WeightAverage(self.held_out_loss, self.config.non_monotone)
 
     def _claim(self, model: nn.Module) -> None:
-        identity = {
-            "training": self.fingerprint,
-            "weights": fingerprint("", model.state_dict()),
-            "processes": distributed.world_size(),
-        }
+        identity = {"training": self.fingerprint, "weights": fingerprint("", model.state_dict())}
         # Of any settings: all trainings of a folder have one beginning.
         began = any(
             not path.name.endswith((".unfinished", ".part")) or last_checkpoint(path / CHECKPOINTS) is not None
             for path in self.folder.glob("*-*")
         )
-        claim(self.folder, identity, began)
-        if distributed.rank() == 0 and not began:
-            save_weights(model, self.folder / INITIAL)
-        distributed.barrier()
+        begin(self.folder, identity, model, began)
 
     def _round(
         self,
@@ -131,16 +126,9 @@ class DynamicSparseTraining:
             checkpoint = last_checkpoint(checkpoints)
             if checkpoint is None:
                 load_weights(model, self.folder / INITIAL)
-            with only_weights_change(model):
-                # What puts the averaged weights in place comes before what looks at the end's.
-                callbacks = [*([moving] if moving else []), stop]
-                trainer = self.make_trainer(model, checkpoints, callbacks)
-                try:
-                    seconds = train(trainer, checkpoint)
-                except BadInputError:
-                    # Known when the training began.
-                    leave(self.folder, checkpoints)
-                    raise
+            # What puts the averaged weights in place comes before what looks at the end's.
+            callbacks = [*([moving] if moving else []), stop]
+            trainer, seconds = train_round(self.folder, self.make_trainer, model, callbacks, checkpoints, checkpoint)
             return Trained(int(trainer.state.global_step), seconds=seconds)
 
         return make_round(self.folder / name, begun, model, masks, train_it, Measuring(self.evaluate, self.evaluation))

@@ -12,7 +12,6 @@ Sahu et al. (2023), https://arxiv.org/abs/2308.09955.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,26 +20,25 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_prune.engine import distributed
 from hf_prune.methods.legcnet import LEGCNetConfig
 from hf_prune.training.causes import Causes, causes_of, find_causes, target_steps
-from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, StopBehind, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, StopBehind, alone_in, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
 from hf_prune.training.recorder import Recorder, read_record
 from hf_prune.training.rounds import (
     CHECKPOINTS,
     INITIAL,
     Look,
+    MakeTrainer,
     Measuring,
     Round,
     Trained,
+    begin,
     load_weights,
     make_round,
-    save_weights,
+    train_round,
 )
 from hf_prune.training.series import Series
-from hf_prune.training.tickets import MakeTrainer
-from hf_prune.training.trainer import only_weights_change, train
 from hf_prune.training.watch import Watch
 
 KINDS = ("legcnet", "magnitude", "random")
@@ -99,9 +97,13 @@ class LEGCNetSearch:
         """The module that LEGCNet leaves, what was found, and the rounds: dense, LEGCNet, magnitude, random.
 
         Raises:
-            BadInputError: too few windows, a target that never changes, a folder of another run.
+            BadInputError: too few windows, a target that never changes, a folder of another run or with one at it.
             RunError: the loss is not a number.
         """
+        with alone_in(self.folder):
+            return self._run()
+
+    def _run(self) -> tuple[nn.Module, Causes, list[Round]]:
         ends = frozenset(target_steps(self.config, self.recorded))
         model = self.make_model()
         self._claim(model)
@@ -164,16 +166,10 @@ class LEGCNetSearch:
             "weights": fingerprint("", model.state_dict()),
             "recording": [*(getattr(self.config, key) for key in RECORDED), self.recorded, self.steps],
             "series": self.series.identity,
-            "processes": distributed.world_size(),
         }
         unfinished = self.folder / "dense.unfinished" / CHECKPOINTS
         began = (self.folder / "dense").is_dir() or last_checkpoint(unfinished) is not None
-        claim(self.folder, identity, began)
-        if distributed.rank() == 0 and not began:
-            # Of a run whose checkpoints are gone.
-            shutil.rmtree(self.folder / "recorded", ignore_errors=True)
-            save_weights(model, self.folder / INITIAL)
-        distributed.barrier()
+        begin(self.folder, identity, model, began, leftovers=["recorded"])
 
     def _train_dense(self, model: nn.Module, layers: Iterable[str], ends: frozenset[int], checkpoints: Path) -> Trained:
         recorder = Recorder(
@@ -256,10 +252,8 @@ class LEGCNetSearch:
         folder: Path,
         checkpoint: Path | None,
     ) -> Trained:
-        stop = StopAtNaN(where, folder)
-        with only_weights_change(model):
-            trainer = self.make_trainer(model, folder, [stop, *callbacks, watch])
-            seconds = train(trainer, checkpoint)
+        callbacks = [StopAtNaN(where, folder), *callbacks, watch]
+        trainer, seconds = train_round(self.folder, self.make_trainer, model, callbacks, folder, checkpoint)
         return replace(watch.seen(trainer.state), seconds=seconds)
 
 

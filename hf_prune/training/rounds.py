@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 
 from hf_prune.checkpoint.files import write_whole
 from hf_prune.checkpoint.folder import explained_disk_errors
 from hf_prune.engine import distributed
+from hf_prune.errors import BadInputError
 from hf_prune.structure.paths import collapsed_layers
-from hf_prune.training.checkpoints import IDENTITY, last_checkpoint
+from hf_prune.training.checkpoints import IDENTITY, claim, last_checkpoint
+from hf_prune.training.trainer import only_weights_change, train
 
 INITIAL = "initial.safetensors"
 # Step, figure, and seconds of the training up to there, as far as looks before a cut reach.
@@ -87,6 +90,60 @@ class Measuring:
     identity: str = ""
 
 
+class MakeTrainer(Protocol):
+    """A Trainer for a model, its checkpoints below a folder; the same seed makes the same batches every time."""
+
+    def __call__(self, model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer: ...
+
+
+def begin(
+    folder: Path, identity: Mapping[str, Any], model: nn.Module, began: bool, leftovers: Sequence[str] = ()
+) -> None:
+    """Make `folder` this run's, with the weights that it begins with.
+
+    Args:
+        began: a run of the same identity has left something worth keeping there.
+        leftovers: folders in it that are of a run whose checkpoints are gone, where it has not.
+
+    Raises:
+        BadInputError: another run's state is there.
+    """
+    claim(folder, {**identity, "processes": distributed.world_size()}, began)
+    if distributed.rank() == 0 and not began:
+        for name in leftovers:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        save_weights(model, folder / INITIAL)
+    distributed.barrier()
+
+
+def train_round(
+    folder: Path,
+    make_trainer: MakeTrainer,
+    model: nn.Module,
+    callbacks: Sequence[TrainerCallback],
+    checkpoints: Path,
+    checkpoint: Path | None,
+) -> tuple[Trainer, float]:
+    """One training; the Trainer behind it, and the seconds that it took over all its sessions.
+
+    Args:
+        folder: of all rounds; nothing of this one stays there where it is refused as it begins.
+        callbacks: in the order in which they are heard.
+        checkpoint: to go on from.
+
+    Raises:
+        BadInputError, RunError: see `train`.
+    """
+    with only_weights_change(model):
+        trainer = make_trainer(model, checkpoints, list(callbacks))
+        try:
+            seconds = train(trainer, checkpoint)
+        except BadInputError:
+            leave(folder, checkpoints)
+            raise
+    return trainer, seconds
+
+
 def make_round(
     folder: Path,
     begun: Round,
@@ -128,6 +185,7 @@ def make_round(
             keep_round(folder, model, masks, result)
         distributed.barrier()
     else:
+        load_weights(model, folder / WEIGHTS)
         # An earlier release may have counted otherwise.
         result.collapsed = collapsed_layers(model, load_file(folder / MASKS))
     if distributed.rank() == 0:
@@ -159,7 +217,7 @@ def keep_round(folder: Path, model: nn.Module, masks: Mapping[str, Tensor], resu
 
 
 def leave(folder: Path, unfinished: Path) -> None:
-    """Remove what was made for a training that never began, and the folder of the rounds where nothing else is there.
+    """Remove what was made for a training that never began, and that of all rounds where nothing else is there.
 
     Args:
         folder: of all rounds.
@@ -170,13 +228,12 @@ def leave(folder: Path, unfinished: Path) -> None:
         if not any(path.is_dir() for path in folder.iterdir()):
             for name in (INITIAL, IDENTITY):
                 (folder / name).unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def keep_result(folder: Path, result: Round) -> None:
     """Write, or replace, what came of a round."""
-    write_whole(folder / RESULT, json.dumps(asdict(result), indent=1) + "\n")
+    # Tensors and numbers of numpy that hold one value are as good as floats.
+    write_whole(folder / RESULT, json.dumps(asdict(result), indent=1, default=float) + "\n")
 
 
 def read_round(folder: Path) -> Round | None:

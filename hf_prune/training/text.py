@@ -45,6 +45,7 @@ def describe_training(
         "epochs": None if steps or asked else arguments.num_train_epochs,
         "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         "learning_rate": arguments.learning_rate,
+        "mixed_precision": arguments.mixed_precision,
     }
 
 

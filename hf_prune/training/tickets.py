@@ -12,43 +12,35 @@ which the next run goes on.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel
 
-from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, check_floor, next_masks, random_masks
 from hf_prune.progress import progress
 from hf_prune.structure.paths import collapsed_layers
-from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import KeepCheckpoint, StopAtNaN, alone_in, claim, fingerprint, last_checkpoint
 from hf_prune.training.masks import MaskCallback
 from hf_prune.training.rounds import (
     CHECKPOINTS,
     INITIAL,
     MASKS,
+    MakeTrainer,
     Measuring,
     Round,
     Trained,
-    leave,
+    begin,
     load_weights,
     make_round,
-    save_weights,
+    train_round,
 )
-from hf_prune.training.trainer import only_weights_change, train
-
-
-class MakeTrainer(Protocol):
-    """A Trainer for a model, its checkpoints below a folder; the same seed makes the same batches every time."""
-
-    def __call__(self, model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer: ...
 
 
 @dataclass
@@ -59,7 +51,7 @@ class TicketSearch:
         make_model: a freshly initialised module, by seed; None seed is the run's own initialisation.
         names: parameters that are pruned.
         make_trainer: see `MakeTrainer`.
-        evaluate: what is worth knowing of a trained module.
+        evaluate: what is worth knowing of a trained module, in values that JSON can hold.
         config: rounds, measure, rewinding, floor, controls.
         folder: where rounds are kept; a second run with the same arguments goes on where the first was cut.
         fingerprint: of the text and the recipe of the training; a folder of another one is refused.
@@ -81,10 +73,14 @@ class TicketSearch:
         """The module with the last ticket's trained weights, and every round in order, controls behind their ticket.
 
         Raises:
-            BadInputError: the folder belongs to another run, the masks do not fit, the rewind step is past the end,
-                the floor leaves no room for the last round.
+            BadInputError: the folder belongs to another run, or one is at it, the masks do not fit, the rewind step is
+                past the end, the floor leaves no room for the last round.
             RunError: the loss is not a number, or a layer has collapsed and `on_collapse` is `stop`.
         """
+        with alone_in(self.folder):
+            return self._run()
+
+    def _run(self) -> tuple[nn.Module, list[Round]]:
         model = self.make_model(None)
         weights = {name: model.get_parameter(name) for name in self.names}
         check_floor([weight.numel() for weight in weights.values()], self.config)
@@ -114,16 +110,10 @@ class TicketSearch:
             "training": self.fingerprint,
             "weights": fingerprint("", model.state_dict()),
             "rewind_step": self.config.rewind_step,
-            "processes": distributed.world_size(),
         }
         unfinished = self.folder / "round-00.unfinished" / CHECKPOINTS
         began = (self.folder / "round-00").is_dir() or last_checkpoint(unfinished) is not None
-        claim(self.folder, identity, began)
-        if distributed.rank() == 0 and not began:
-            # Of a run whose checkpoints are gone.
-            shutil.rmtree(self.folder / "rewind", ignore_errors=True)
-            save_weights(model, self.folder / INITIAL)
-        distributed.barrier()
+        begin(self.folder, identity, model, began, leftovers=["rewind"])
 
     def _round(
         self, number: int, kind: str, model: nn.Module, masks: dict[str, Tensor], held: Sequence[str] = ()
@@ -160,20 +150,18 @@ class TicketSearch:
                 raise BadInputError(
                     f"rounds_folder: {needed} is gone, which {where} begins from; remove {self.folder} to begin anew."
                 )
+        if number:
+            # A mask may follow from what is none of the folder's identity, and the dense training may be another one.
+            own = {"training": self.fingerprint, "masks": fingerprint("", masks)}
+            claim(folder, own, last_checkpoint(folder) is not None)
         checkpoint = last_checkpoint(folder) if number else rewind.go_on_from(folder)
         if checkpoint is None and kind != "fresh_initialization":
             if rewound:
                 checkpoint = rewind.folder
             load_weights(model, self.folder / INITIAL)
-        with only_weights_change(model):
-            # What asks for a checkpoint comes before what looks whether there will be one.
-            trainer = self.make_trainer(model, folder, [stop, MaskCallback(masks)] if number else [rewind, stop])
-            try:
-                seconds = train(trainer, checkpoint)
-            except BadInputError:
-                # Known when the training began.
-                leave(self.folder, folder)
-                raise
+        # What asks for a checkpoint comes before what looks whether there will be one.
+        callbacks = [stop, MaskCallback(masks)] if number else [rewind, stop]
+        trainer, seconds = train_round(self.folder, self.make_trainer, model, callbacks, folder, checkpoint)
         return Trained(int(trainer.state.global_step), seconds=seconds)
 
     def _controls(self, number: int, masks: dict[str, Tensor]) -> list[Round]:
@@ -192,7 +180,7 @@ class TicketSearch:
         if tied and self.config.rewind_step and not isinstance(model, PreTrainedModel):
             raise BadInputError(
                 f"rewind_step: {tied[0]} is another parameter under a second name, which a Trainer saves of a "
-                "PreTrainedModel alone; make the module one, or set rewind_step to 0."
+                "PreTrainedModel alone; make the module one, or set rewind_step to 0 and save_strategy to no."
             )
 
     def _check_collapse(self, number: int, model: nn.Module, masks: dict[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_prune.checkpoint.folder import explained_disk_errors
-from hf_prune.errors import RunError
+from hf_prune.errors import BadInputError, RunError
 from hf_prune.training.checkpoints import Clock
 from hf_prune.training.masks import MaskCallback
 
@@ -60,6 +60,7 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
         training was rewound, is no session of this one.
 
     Raises:
+        BadInputError: there is not one step to take.
         RunError: the disk is full, or the checkpoint lacks a parameter.
     """
     assert trainer.args.output_dir is not None
@@ -80,6 +81,11 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, MaskCallback):
                 callback.detach()
+    if trainer.state.global_step < 1:
+        raise BadInputError(
+            "training: there is not one step to take; use more text or smaller batches where dataloader_drop_last is "
+            "set, and num_train_epochs above 0."
+        )
     return clock.seconds
 
 

@@ -44,10 +44,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "all parameters": {"recovery": "full", "learning_rate": 2e-4},
     "all parameters, distilled": {"recovery": "full", "loss": "distillation", "learning_rate": 3e-4},
 }
-STEPS = {"LoRA, rank 16": 150, "all parameters": 150, "all parameters, distilled": 115}
+STEPS = {"LoRA, rank 16": 250, "all parameters": 250, "all parameters, distilled": 200}
+# Weights and states stay float32; products are bfloat16, which CPUs with AMX do 1.6 times as fast.
 TRAINING: dict[str, Any] = {
-    "dtype": "float32", "seq_length": 512, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
-    "warmup_steps": 10, "save_steps": 25, "logging_steps": 10, "eval_efficiency": False,
+    "dtype": "float32", "bf16": True, "seq_length": 512, "per_device_train_batch_size": 2,
+    "lr_scheduler_type": "cosine", "warmup_steps": 10, "save_steps": 25, "logging_steps": 10, "eval_efficiency": False,
 }  # fmt: skip
 PRUNING: dict[str, Any] = {
     "model_name_or_path": "builtin:smollm2-135m-instruct", "dtype": "float32", "num_calibration_samples": 32,

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Gemma3Config, GPT2Config, LlamaConfig, P
 from transformers import PreTrainedTokenizerFast as Fast
 
 from hf_prune.data.text import TextData, load_text
-from hf_prune.data.windows import calibration_windows, default_seq_length, evaluation_windows, stored_shape
+from hf_prune.data.windows import calibration_windows, evaluation_windows, sequence_length, stored_shape
 from hf_prune.errors import BadInputError
 
 FIXTURES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -210,10 +210,18 @@ def test_a_long_text_warns_of_nothing(with_bos: Fast, plain: Fast) -> None:
 
 
 def test_default_length_is_the_context_up_to_2048() -> None:
-    assert default_seq_length(LlamaConfig(max_position_embeddings=131_072)) == 2048
-    assert default_seq_length(LlamaConfig(max_position_embeddings=512)) == 512
-    assert default_seq_length(GPT2Config(n_positions=1024)) == 1024
-    assert default_seq_length(Gemma3Config(text_config={"max_position_embeddings": 600})) == 600
+    assert sequence_length(LlamaConfig(max_position_embeddings=131_072)) == 2048
+    assert sequence_length(LlamaConfig(max_position_embeddings=512)) == 512
+    assert sequence_length(GPT2Config(n_positions=1024)) == 1024
+    assert sequence_length(Gemma3Config(text_config={"max_position_embeddings": 600})) == 600
+
+
+def test_no_window_is_longer_than_learned_positions() -> None:
+    assert sequence_length(GPT2Config(n_positions=64), 64) == 64
+    with pytest.raises(BadInputError, match=r"^eval_seq_length: 65 is more than the 64 positions"):
+        sequence_length(GPT2Config(n_positions=64), 65, "eval_seq_length")
+    # Rotary ones can be computed for any position, as well as the model may like it.
+    assert sequence_length(LlamaConfig(max_position_embeddings=64), 65) == 65
 
 
 def test_bad_lengths_and_a_missing_bos_are_one_sentence(plain: Fast) -> None:

@@ -17,6 +17,7 @@ from tiny import byte_tokenizer, tiny_model
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM
 
+from hf_prune import cli
 from hf_prune.data.text import load_text
 from hf_prune.data.windows import evaluation_windows
 from hf_prune.errors import BadInputError, RunError
@@ -27,7 +28,7 @@ from hf_prune.plan import Plan, select_views
 from hf_prune.recipe import make_recipe
 from hf_prune.recovery import recover
 from hf_prune.training.arguments import make_train_recipe
-from hf_prune.training.checkpoints import last_checkpoint
+from hf_prune.training.checkpoints import alone_in, last_checkpoint
 from hf_prune.training.recovery import RecoveryConfig
 
 # Written behind all else of a checkpoint, by the main process.
@@ -119,6 +120,10 @@ def test_recovery_keeps_zeros_shapes_and_provenance(
         if name.endswith("_proj.weight"):
             assert torch.equal(weight == 0, after[name] == 0) and not torch.equal(weight, after[name])
     assert all(row["passed"] for row in report["verification"])
+    # A narrower model has no target of zeros.
+    assert (
+        report["verification"][0]["check"] == {"sparse": "density within the plan", "narrow": "sizes as planned"}[kind]
+    )
     entry = report["recoveries"][0]
     if own.get("loss") != "distillation":
         assert entry["perplexity_after"] < 0.9 * entry["perplexity_before"]
@@ -170,21 +175,28 @@ def test_zeros_of_an_earlier_pruning_stay_as_well(pruned: dict[str, Path], tmp_p
 
 @pytest.mark.slow
 def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
-    """Killed, both of them, and gone on with."""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(values(pruned, tmp_path / "out", max_steps=12, save_steps=2)))
-    command = [sys.executable, "-m", "hf_prune", "recover", str(pruned["sparse"]), "--config", str(recipe)]
-    command += ["--num_processes", "2"]
+    """Killed, both of them, and gone on with, to the bits of a run that was not."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    begun = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    def command(name: str) -> list[str]:
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(json.dumps(values(pruned, tmp_path / name, max_steps=12, save_steps=2)))
+        own = [sys.executable, "-m", "hf_prune", "recover", str(pruned["sparse"]), "--config", str(recipe)]
+        return [*own, "--num_processes", "2"]
+
+    begun = subprocess.Popen(command("out"), env=environment, stdout=subprocess.DEVNULL)
     kill_behind(begun, tmp_path / "out.training", CHECKPOINT)
     assert not (tmp_path / "out").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, [line for line in done.stderr.splitlines() if "hf-prune" in line]
+    for name in ("out", "whole"):
+        done = subprocess.run(command(name), env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, [line for line in done.stderr.splitlines() if "hf-prune" in line]
     assert not (tmp_path / "out.training").exists()
     report = json.loads((tmp_path / "out" / "prune_report.json").read_text())
     assert report["num_processes"] == 2 and report["recoveries"][0]["training"]["batch_size"] == 16
-    before, after = (load_file(folder / "model.safetensors") for folder in (pruned["sparse"], tmp_path / "out"))
+    before, after, whole = (
+        load_file(folder / "model.safetensors") for folder in (pruned["sparse"], tmp_path / "out", tmp_path / "whole")
+    )
+    assert all(torch.equal(after[name], own) for name, own in whole.items())
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(before[name] == 0, after[name] == 0) and not torch.equal(before[name], after[name])
 
@@ -202,6 +214,7 @@ def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
         ({"loss": "distillation", "label_smoothing_factor": 0.1}, "label_smoothing_factor: a distillation has no"),
         ({"model_name_or_path": "gpt2"}, "model_name_or_path: it follows from the folder"),
         ({"loss": "distillation", "base_model": "OTHER"}, "base_model: .* tokens and the pruned model"),
+        ({"dataloader_drop_last": True, "max_train_windows": 4}, "training: there is not one step to take"),
         ({"plan": "layers.7"}, r"prune_plan.json: model\.layers\.7\.\S+ is \[\d+, \d+\] in the plan and is not in the"),
         ({"plan": [8, 8]}, r"prune_plan.json: \S+ is \[8, 8\] in the plan and is \[\d+, \d+\] in the model"),
     ],
@@ -300,8 +313,11 @@ def test_without_its_dense_model_it_says_what_it_can(pruned: dict[str, Path], tm
     shutil.copytree(pruned["sparse"], place)
     recipe = (place / "hf_prune_recipe.yaml").read_text()
     (place / "hf_prune_recipe.yaml").write_text(recipe.replace(str(pruned["dense"]), str(tmp_path / "gone")))
-    report = recover(str(place), make_train_recipe(values(pruned, tmp_path / "out", max_steps=2), RecoveryConfig))
+    own = {"max_steps": 2, "eval_efficiency": True, "sample_prompts": ["7: "], "publish_samples": True}
+    report = recover(str(place), make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig))
     assert "dense" not in report["evaluation"] and report["recoveries"][0]["gap_closed"] is None
+    assert "pruned" in report["efficiency"] and "dense" not in report["efficiency"]
+    assert set(report["samples"][0]) == {"prompt", "pruned"}
     assert report["evaluation"]["pruned"]["perplexity"] == report["recoveries"][0]["perplexity_after"]
 
 
@@ -326,3 +342,54 @@ def test_a_folder_that_was_never_pruned_is_refused(pruned: dict[str, Path], tmp_
     recipe = make_train_recipe(values(pruned, tmp_path / "out"), RecoveryConfig)
     with pytest.raises(BadInputError, match="no pruned model that hf_prune has written"):
         recover(str(pruned["dense"]), recipe)
+    shutil.copytree(pruned["sparse"], tmp_path / "without")
+    (tmp_path / "without" / "hf_prune_recipe.yaml").unlink()
+    with pytest.raises(BadInputError, match=r"has written, hf_prune_recipe\.yaml is missing"):
+        recover(str(tmp_path / "without"), recipe)
+
+
+def test_what_only_the_pruning_saw_is_still_said(pruned: dict[str, Path], tmp_path: Path) -> None:
+    place = tmp_path / "sparse"
+    shutil.copytree(pruned["sparse"], place)
+    report = json.loads((place / "prune_report.json").read_text())
+    report["views"][1] |= {"zeros_before": 7, "scarce": True}
+    (place / "prune_report.json").write_text(json.dumps(report))
+    after = recover(str(place), make_train_recipe(values(pruned, tmp_path / "out", max_steps=2), RecoveryConfig))
+    assert [(row["zeros_before"], row["scarce"]) for row in after["views"][:3]] == [(0, False), (7, True), (0, False)]
+    total = sum(view.numel for view in Plan.load(place / "prune_plan.json").views)
+    assert after["sparsity"]["zeros_before_pruned"] == pytest.approx(7 / total)
+
+
+def test_evaluate_goes_by_the_last_recipe_alone(pruned: dict[str, Path], tmp_path: Path) -> None:
+    """What the pruning was scored on is none of the recovery's business, where that one is silent too."""
+    place, out = tmp_path / "sparse", tmp_path / "out"
+    shutil.copytree(pruned["sparse"], place)
+    with (place / "hf_prune_recipe.yaml").open("a") as file:
+        file.write("eval_add_bos: true\n")
+    own = {"max_steps": 2, "eval_max_windows": None}
+    report = recover(str(place), make_train_recipe(values(pruned, out, **own), RecoveryConfig))
+    assert cli.main(["evaluate", str(out), "--output_file", str(tmp_path / "again.json")]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())["evaluation"]
+    assert again["windows"] == report["evaluation"]["windows"] > 12 and again["add_bos"] is False
+    for name in ("dense", "pruned"):
+        assert again[name]["perplexity"] == pytest.approx(report["evaluation"][name]["perplexity"], rel=1e-6)
+
+
+def test_one_run_at_a_time(pruned: dict[str, Path], tmp_path: Path) -> None:
+    recipe = make_train_recipe(values(pruned, tmp_path / "out", max_steps=2), RecoveryConfig)
+    with alone_in(tmp_path / "out.training"):
+        with pytest.raises(BadInputError, match=r"another run trains in .*out.training already"):
+            recover(str(pruned["sparse"]), recipe)
+    assert not list(tmp_path.iterdir())
+    recover(str(pruned["sparse"]), recipe)
+
+
+def test_a_launchers_precision_decides_as_well(
+    pruned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, named = (
+        make_train_recipe(values(pruned, tmp_path / "out", **own), RecoveryConfig) for own in ({}, {"bf16": True})
+    )
+    before = (plain.decisive, named.decisive)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert plain.decisive != before[0] and named.decisive == before[1]

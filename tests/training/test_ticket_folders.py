@@ -91,6 +91,27 @@ def test_every_family_has_tickets(family: str, tmp_path: Path) -> None:
     )
 
 
+def test_a_round_that_is_read_again_has_lost_the_same_layers(tmp_path: Path) -> None:
+    """Biases, which carry paths, are zero in a fresh model."""
+    names = [view.parameter_name for view in select_views(tiny_model("gpt2"), None, None, whole=True)[0]]
+
+    def make_trainer(model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        given = make_training_arguments({"max_steps": 4, "learning_rate": 1e-2}, output_dir, 0, "cpu")
+        return Trainer(model=model, args=given, train_dataset=Windows(tiny_ids(8, 16)), callbacks=callbacks)
+
+    own = {"min_keep_ratio": 0.0, "on_collapse": "record", "controls": ["random_mask", "fresh_initialization"]}
+    config = LotteryTicketConfig(rounds=1, pruning_rate=0.995, rewind_step=0, **own)
+    make = lambda seed: tiny_model("gpt2", seed=seed or 0).train()  # noqa: E731
+    told = [
+        [
+            found.collapsed
+            for found in TicketSearch(make, names, make_trainer, lambda model: {}, config, tmp_path).run()[1]
+        ]
+        for _ in range(2)
+    ]
+    assert told[0] == told[1] and any(told[0])
+
+
 @pytest.mark.parametrize("family", ["gpt2", None], ids=["pretrained", "fresh"])
 def test_a_recipe_makes_a_verified_folder(family: str | None, tmp_path: Path) -> None:
     source = tmp_path / "model"
@@ -211,6 +232,16 @@ def test_two_killed_processes_go_on_to_the_same_bits(tmp_path: Path) -> None:
         ({"device": "cuda:1"}, "device: cuda:1 names one of several"),
         ({"hub_token": "secret"}, "hub_token: log in with `hf auth login`"),
         ({"eval_dataset_name": None}, "eval_dataset_name: the recipe does not say"),
+        ({"optim": "schedule_free_adamw"}, "optim: schedule-free optimizers keep the weights"),
+        (
+            {"model_type": "stacked_lstm", "config_overrides": "hidden_size=32", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor: .* of which StackedLSTMForCausalLM is none",
+        ),
+        (
+            {"model_type": "gpt2", "config_overrides": "n_embd=32,n_layer=1,n_head=2,n_positions=16"},
+            "seq_length: 32 is more than the 16 positions",
+        ),
+        ({"dataloader_drop_last": True, "max_train_windows": 3}, "training: there is not one step to take"),
         ({"rewind_step": 6}, "rewind_step: 6 is past the end of the training, which takes 6 steps"),
     ],
 )
@@ -219,4 +250,13 @@ def test_bad_recipes_write_nothing(values: dict[str, Any], message: str, tmp_pat
         run_tickets(
             make_train_recipe({**RECIPE, **FRESH, "output_dir": str(tmp_path / "out"), **values}, LotteryTicketConfig)
         )
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounds_do_not_lie_where_the_result_goes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for rounds in (out, out / "rounds"):
+        own = {**RECIPE, **FRESH, "output_dir": str(out), "rounds_folder": str(rounds)}
+        with pytest.raises(BadInputError, match=r"rounds_folder: .* lies in output_dir"):
+            run_tickets(make_train_recipe(own, LotteryTicketConfig))
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_prune.errors import BadInputError, RunError
 from hf_prune.methods.lottery_ticket import LotteryTicketConfig, check_floor, next_masks
+from hf_prune.training.checkpoints import alone_in
 from hf_prune.training.tickets import TicketSearch
 
 NAMES = ["first.weight", "second.weight"]
@@ -332,6 +333,42 @@ def test_a_round_under_another_mask_is_not_taken_over(tmp_path: Path) -> None:
     other.seed = 1
     with pytest.raises(BadInputError, match=r"round-01-random_mask was trained under another mask"):
         other.run()
+
+
+def test_a_checkpoint_under_another_mask_is_not_gone_on_from(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"rounds": 1, "controls": ["random_mask"]}
+    arguments = {"save_strategy": "steps", "save_steps": 4}
+    cut = search(tmp_path, [], own, **arguments)
+    make = cut.make_trainer
+
+    def killed_in_the_control(model: nn.Module, folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
+        more = [KillAt(8)] if "random_mask" in str(folder) else []
+        return make(model, folder, [*callbacks, *more])
+
+    cut.make_trainer = killed_in_the_control
+    with pytest.raises(Killed):
+        cut.run()
+    other = search(tmp_path, [], own, **arguments)
+    other.seed = 1
+    with pytest.raises(BadInputError, match=r"random_mask\.unfinished/checkpoints holds a training of another"):
+        other.run()
+    seen: list[dict[str, torch.Tensor]] = []
+    search(tmp_path, seen, own, **arguments).run()
+    assert [int(began["step"]) for began in seen] == [8]
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "rounds"), pytest.raises(BadInputError, match=r"another run trains in .*rounds already"):
+        search(tmp_path / "rounds", []).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_an_evaluation_says_may_be_a_tensor(tmp_path: Path) -> None:
+    own = search(tmp_path, [])
+    own.evaluate = lambda model: {"norm": model.get_parameter("first.weight").detach().norm()}
+    model, _ = own.run()
+    _, again = search(tmp_path, []).run()
+    assert again[-1].metrics == {"norm": pytest.approx(float(model.get_parameter("first.weight").norm()))}
 
 
 def test_no_checkpoint_holds_what_is_no_number(tmp_path: Path) -> None:
