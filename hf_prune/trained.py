@@ -28,7 +28,7 @@ from hf_prune.pruning import PruneResult
 from hf_prune.report.plots import plot_sparsity_by_layer
 from hf_prune.training.arguments import TrainRecipe, check_smoothing, make_training_arguments
 from hf_prune.training.checkpoints import config_of, fingerprint
-from hf_prune.training.rounds import MakeTrainer, Round
+from hf_prune.training.rounds import MakeTrainer, Round, rounds_place
 from hf_prune.training.text import (
     Windows,
     describe_training,
@@ -48,6 +48,9 @@ class Start:
     def __init__(self, recipe: TrainRecipe) -> None:
         self.recipe = recipe
         fresh, model, text = recipe.fresh, recipe.model, recipe.text
+        if recipe.output.output_dir:
+            # Known before anything is read.
+            rounds_place(recipe.output.output_dir, recipe.method.rounds_folder)
         if bool(model.model_name_or_path) == bool(fresh.model_type):
             raise BadInputError("model_name_or_path: name a model to go on with, or a model_type to begin anew.")
         if bool(fresh.model_type) != bool(fresh.tokenizer_name or fresh.vocab_size):
@@ -82,6 +85,8 @@ class Start:
             self.config = fresh_config(str(fresh.model_type), fresh.config_overrides, vocabulary)
             sequence_length(self.config, length)
         self.windows: Windows = training_windows(self.text, self.tokenizer, length, text.max_train_windows)
+        if recipe.training.get("label_smoothing_factor"):
+            check_smoothing(recipe.training, type(self.make_model(None)).__name__)
 
     def make_model(self, seed: int | None) -> Any:
         """The model everything begins with, or one with other initial weights."""
@@ -100,11 +105,6 @@ def prepare(recipe: TrainRecipe) -> tuple[Start, QualityEvaluation, list[WeightV
         BadInputError: something handed over cannot be used; nothing has been written.
     """
     recipe.require("output_dir", "eval_dataset_name")
-    output, rounds = beside(str(recipe.output.output_dir), ""), rounds_folder(recipe)
-    if output in (rounds, *rounds.parents):
-        raise BadInputError(
-            f"rounds_folder: {rounds} lies in output_dir, which is written as a whole; name a folder beside it."
-        )
     if recipe.model.dtype not in ("auto", "float32"):
         raise BadInputError("dtype: weights train in float32; leave the key out, or write bf16: true.")
     check_output(recipe.output)
@@ -113,7 +113,6 @@ def prepare(recipe: TrainRecipe) -> tuple[Start, QualityEvaluation, list[WeightV
     distributed.initialise(recipe.model.device)
     pick_device(recipe.model.device, distributed.local_rank())
     start = Start(recipe)
-    check_smoothing(recipe.training, type(start.make_model(None)).__name__)
     evaluation = QualityEvaluation(recipe.evaluation, start.tokenizer, start.config)
     views, _ = select_views(start.make_model(None), None, recipe.method.ignore, whole=True)
     if any(view.expert is not None for view in views):
@@ -133,12 +132,6 @@ def trainers(recipe: TrainRecipe, windows: Windows) -> MakeTrainer:
         return make_trainer(Trainer, logs, model=model, args=arguments, train_dataset=windows, callbacks=callbacks)
 
     return make
-
-
-def rounds_folder(recipe: TrainRecipe) -> Path:
-    """Where a recipe's rounds are kept."""
-    named = recipe.method.rounds_folder
-    return beside(named, "") if named else beside(str(recipe.output.output_dir), ".rounds")
 
 
 def _figures(quality: Quality) -> dict[str, Any]:
@@ -164,13 +157,14 @@ def procedure(
 ) -> dict[str, Any]:
     """What every procedure over rounds is made with; `windows` to train on, all of the text's unless given."""
     method, windows = recipe.method, windows if windows is not None else start.windows
+    assert recipe.output.output_dir is not None
     return {
         "make_model": start.make_model,
         "names": [view.parameter_name for view in views],
         "make_trainer": trainers(recipe, windows),
         "evaluate": lambda model: _figures(evaluation.measure(model, "evaluating")),
         "config": method,
-        "folder": rounds_folder(recipe),
+        "folder": rounds_place(recipe.output.output_dir, method.rounds_folder),
         "fingerprint": fingerprint([recipe.decisive, config_of(start)], {"windows": windows.input_ids}),
         "evaluation": fingerprint(recipe.evaluation.sample_prompts, {"windows": evaluation.windows.input_ids}),
     }

@@ -203,19 +203,21 @@ def clear_leftovers(path: str | os.PathLike[str]) -> None:
 
 def _disk_error(error: Exception, partial: Path, target: Path) -> HfPruneError | None:
     """One sentence for a full or forbidden disk, None for every other error and for files elsewhere."""
-    if isinstance(error, OSError):
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        # What copying a folder ran into: from, to, and the words of each error.
+        full = [to for _, to, why in error.args[0] if f"[Errno {errno.ENOSPC}]" in str(why)]
+        code = errno.ENOSPC if any(Path(to).is_relative_to(target.parent) for to in full) else None
+    elif isinstance(error, OSError):
         code = error.errno
         if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(target.parent):
             return None
-    else:
-        code = None
-    if code is None:
-        # safetensors and tokenizers are written in Rust and report the errno inside their message, shutil in a list.
-        match = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
-        code = int(match[1] or match[2]) if match else None
+    elif "inline_container" in str(error):
         # torch.save says no more than that writing failed.
-        if "inline_container" in str(error) and free_space(partial) < _TOO_LITTLE:
-            code = errno.ENOSPC
+        code = errno.ENOSPC if free_space(partial) < _TOO_LITTLE else None
+    else:
+        # safetensors and tokenizers are written in Rust and report the errno inside their message.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(match[1]) if match else None
     if code in FULL:
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         return RunError(

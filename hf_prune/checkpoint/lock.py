@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -26,7 +27,7 @@ def hold(file: Path, about: str = "") -> IO[str] | None:
     while True:
         stream = file.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(stream)
             # Its last holder may have removed the file since it was opened: that lock would keep nobody out.
             mine, there = os.fstat(stream.fileno()), file.stat()
         except BlockingIOError:
@@ -44,6 +45,17 @@ def hold(file: Path, about: str = "") -> IO[str] | None:
             stream.flush()
             return stream
         stream.close()
+
+
+def _lock(stream: IO[str]) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        # Where a file system has no locks nobody can be kept out.
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 @contextmanager

@@ -60,14 +60,14 @@ def _brought_along(model: str) -> tuple[dict[str, Any], str | None, str | None, 
     recipes = [parse_yaml(text, name) for name, text in folder.recipes.items()]
     # Of the last one alone: what was trained afterwards was scored on its own text, and in its own way.
     first, written = recipes[0], recipes[-1]
-    dense, revision = first.get("model_name_or_path"), first.get("revision")
-    if named := written.get("base_model"):
-        dense, revision = named, written.get("base_revision")
-    if folder.report.get("training"):
-        # What such a training began with is no dense model of the same text.
-        dense = revision = None
+    dense, revision = written.get("base_model"), written.get("base_revision")
+    # What a training began with is no dense model of the same text.
+    if dense is None and not folder.report.get("training"):
+        dense = first.get("model_name_or_path")
+        revision = revision or folder.report.get("base_revision") or first.get("revision")
     # A folder from elsewhere does not say whether its code may run.
-    wanted = {*field_types(ModelArguments), *field_types(EvaluationArguments)} - {"trust_remote_code"}
+    left_out = {"trust_remote_code", "model_name_or_path", "revision"}
+    wanted = {*field_types(ModelArguments), *field_types(EvaluationArguments)} - left_out
     values = {key: own for key, own in written.items() if key in wanted}
     known: dict[str, Any] = {key: folder.report[key] for key in ("sparsity", "structure") if key in folder.report}
     return values, dense, revision, known

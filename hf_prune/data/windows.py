@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Documents are shuffled among this many neighbours, so that a stream of any length can be shuffled and left early.
 SHUFFLE_BUFFER = 10_000
 CHARACTERS_PER_TOKEN = 4
+# Families that look a position up in a table; others compute it.
+_LEARNED_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def sequence_length(config: "PreTrainedConfig", asked: int | None = None, key: s
     """
     own = config.get_text_config()
     context = getattr(own, "max_position_embeddings", None)
-    if asked and context and asked > context and not hasattr(own, "rope_parameters"):
+    if asked and context and asked > context and own.model_type in _LEARNED_POSITIONS:
         raise BadInputError(f"{key}: {asked} is more than the {context} positions that the model has; lower it.")
     return asked or min(2048, int(context or 2048))
 

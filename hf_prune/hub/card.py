@@ -143,7 +143,8 @@ def _conditions(report: dict[str, Any]) -> str:
     ]
     if not efficiency_rows(report) or not any(parts):
         return ""
-    return f"Speed and memory were measured {', '.join(part for part in parts if part)}, dense and pruned in turn."
+    turns = ", dense and pruned in turn" if "dense" in efficiency else ""
+    return f"Speed and memory were measured {', '.join(part for part in parts if part)}{turns}."
 
 
 def _making(report: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, str]]:

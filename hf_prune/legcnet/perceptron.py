@@ -22,7 +22,7 @@ from hf_prune.training.arguments import TrainRecipe, make_training_arguments, pl
 from hf_prune.training.causes import target_steps
 from hf_prune.training.checkpoints import fingerprint
 from hf_prune.training.legcnet import LEGCNetSearch
-from hf_prune.training.rounds import Look, Measuring, Round
+from hf_prune.training.rounds import Look, Measuring, Round, rounds_place
 from hf_prune.training.series import RowSeries, Series, WeightSeries
 from hf_prune.training.tabular import Perceptron, PerceptronConfig, Rows, load_table
 from hf_prune.training.trainer import make_trainer
@@ -132,7 +132,7 @@ def prepare_legcnet(recipe: TrainRecipe) -> tuple[LEGCNetSearch, int]:
         measuring=_measuring(training, held_out, recipe),
         config=config,
         steps=planned_steps(arguments, len(training)),
-        folder=beside(config.rounds_folder, "") if config.rounds_folder else beside(output_dir, ".rounds"),
+        folder=rounds_place(output_dir, config.rounds_folder),
         fingerprint=fingerprint(
             [recipe.decisive, sizes, recipe.fresh.activation], {"inputs": training.inputs, "labels": training.labels}
         ),

@@ -35,7 +35,7 @@ from hf_prune.training.causes import (
     find_causes,
     target_steps,
 )
-from hf_prune.training.checkpoints import StopAtNaN, claim, fingerprint, last_checkpoint
+from hf_prune.training.checkpoints import StopAtNaN, alone_in, claim, fingerprint, last_checkpoint
 from hf_prune.training.legcnet import KINDS, RECORDED
 from hf_prune.training.recorder import Recorder, read_record
 from hf_prune.training.rounds import CHECKPOINTS, Measuring, Round, Trained, make_round
@@ -58,6 +58,13 @@ def run_units(recipe: TrainRecipe) -> dict[str, Any]:
     watch = Stopwatch()
     with watch.phase("prepare"):
         ready = prepare_units(recipe)
+    with alone_in(ready.folder):
+        return _run_units(ready, watch)
+
+
+def _run_units(ready: Ready, watch: Stopwatch) -> dict[str, Any]:
+    recipe = ready.recipe
+    with watch.phase("prepare"):
         own = replace(recipe.model, dtype="float32")
         revision = ready.source.revision or recipe.model.revision
         model = load_model(ready.source.path, own, ready.device, revision)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_prune.checkpoint.folder import beside
 from hf_prune.checkpoint.load import load_config, load_tokenizer, pick_device, skeleton
 from hf_prune.data.builtin import ModelSource, resolve_model
 from hf_prune.data.windows import sequence_length
@@ -24,6 +23,7 @@ from hf_prune.pruning import plan_pruning
 from hf_prune.structure.budget import budget_of_units
 from hf_prune.training.arguments import TrainRecipe, make_training_arguments, planned_steps
 from hf_prune.training.causes import target_steps
+from hf_prune.training.rounds import rounds_place
 from hf_prune.training.text import Windows, open_text, training_windows
 
 SPARSITY = 0.1
@@ -49,8 +49,7 @@ class Ready:
     @property
     def folder(self) -> Path:
         """Where training and recording are kept."""
-        own = self.recipe.method.rounds_folder
-        return beside(own, "") if own else beside(str(self.recipe.output.output_dir), ".rounds")
+        return rounds_place(str(self.recipe.output.output_dir), self.recipe.method.rounds_folder)
 
     @property
     def recorded(self) -> int:
@@ -70,6 +69,7 @@ def prepare_units(recipe: TrainRecipe) -> Ready:
         raise BadInputError("dtype: weights train in float32; leave the key out, or write bf16: true.")
     method: LEGCNetConfig = recipe.method
     check_output(recipe.output)
+    rounds_place(str(recipe.output.output_dir), method.rounds_folder)
     arguments = make_training_arguments(recipe.training, Path("unused"), recipe.text.seed, recipe.model.device)
     distributed.initialise(recipe.model.device)
     model = recipe.model

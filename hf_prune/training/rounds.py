@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from hf_prune.checkpoint.files import write_whole
-from hf_prune.checkpoint.folder import explained_disk_errors
+from hf_prune.checkpoint.folder import beside, explained_disk_errors
 from hf_prune.engine import distributed
 from hf_prune.errors import BadInputError
 from hf_prune.structure.paths import collapsed_layers
@@ -96,6 +96,20 @@ class MakeTrainer(Protocol):
     def __call__(self, model: nn.Module, output_dir: Path, callbacks: list[TrainerCallback]) -> Trainer: ...
 
 
+def rounds_place(output_dir: str | Path, named: str | None) -> Path:
+    """Where the rounds of a recipe are kept: its `rounds_folder`, else beside its output folder.
+
+    Raises:
+        BadInputError: that is in the output folder.
+    """
+    place, output = beside(named, "") if named else beside(output_dir, ".rounds"), beside(output_dir, "")
+    if output in (place, *place.parents):
+        raise BadInputError(
+            f"rounds_folder: {place} lies in output_dir, which is written as a whole; name a folder beside it."
+        )
+    return place
+
+
 def begin(
     folder: Path, identity: Mapping[str, Any], model: nn.Module, began: bool, leftovers: Sequence[str] = ()
 ) -> None:
@@ -127,7 +141,7 @@ def train_round(
     """One training; the Trainer behind it, and the seconds that it took over all its sessions.
 
     Args:
-        folder: of all rounds; nothing of this one stays there where it is refused as it begins.
+        folder: of all rounds; no checkpoint stays there where this one is refused as it begins.
         callbacks: in the order in which they are heard.
         checkpoint: to go on from.
 

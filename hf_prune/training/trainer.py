@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,9 @@ def train(trainer: Trainer, checkpoint: Path | None) -> float:
             if isinstance(callback, MaskCallback):
                 callback.detach()
     if trainer.state.global_step < 1:
+        if trainer.is_world_process_zero():
+            # An epoch without a batch is saved all the same.
+            shutil.rmtree(folder / "checkpoint-0", ignore_errors=True)
         raise BadInputError(
             "training: there is not one step to take; use more text or smaller batches where dataloader_drop_last is "
             "set, and num_train_epochs above 0."

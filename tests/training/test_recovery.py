@@ -214,7 +214,10 @@ def test_two_processes_recover(pruned: dict[str, Path], tmp_path: Path) -> None:
         ({"loss": "distillation", "label_smoothing_factor": 0.1}, "label_smoothing_factor: a distillation has no"),
         ({"model_name_or_path": "gpt2"}, "model_name_or_path: it follows from the folder"),
         ({"loss": "distillation", "base_model": "OTHER"}, "base_model: .* tokens and the pruned model"),
-        ({"dataloader_drop_last": True, "max_train_windows": 4}, "training: there is not one step to take"),
+        (
+            {"dataloader_drop_last": True, "max_train_windows": 4, "save_strategy": "epoch"},
+            "training: there is not one step to take",
+        ),
         ({"plan": "layers.7"}, r"prune_plan.json: model\.layers\.7\.\S+ is \[\d+, \d+\] in the plan and is not in the"),
         ({"plan": [8, 8]}, r"prune_plan.json: \S+ is \[8, 8\] in the plan and is \[\d+, \d+\] in the model"),
     ],
@@ -364,9 +367,9 @@ def test_evaluate_goes_by_the_last_recipe_alone(pruned: dict[str, Path], tmp_pat
     """What the pruning was scored on is none of the recovery's business, where that one is silent too."""
     place, out = tmp_path / "sparse", tmp_path / "out"
     shutil.copytree(pruned["sparse"], place)
-    with (place / "hf_prune_recipe.yaml").open("a") as file:
-        file.write("eval_add_bos: true\n")
-    own = {"max_steps": 2, "eval_max_windows": None}
+    recipe = (place / "hf_prune_recipe.yaml").read_text().replace(str(pruned["dense"]), str(tmp_path / "gone"))
+    (place / "hf_prune_recipe.yaml").write_text(f"{recipe}eval_add_bos: true\n")
+    own = {"max_steps": 2, "eval_max_windows": None, "base_model": str(pruned["dense"])}
     report = recover(str(place), make_train_recipe(values(pruned, out, **own), RecoveryConfig))
     assert cli.main(["evaluate", str(out), "--output_file", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())["evaluation"]

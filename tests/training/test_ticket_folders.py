@@ -241,7 +241,10 @@ def test_two_killed_processes_go_on_to_the_same_bits(tmp_path: Path) -> None:
             {"model_type": "gpt2", "config_overrides": "n_embd=32,n_layer=1,n_head=2,n_positions=16"},
             "seq_length: 32 is more than the 16 positions",
         ),
-        ({"dataloader_drop_last": True, "max_train_windows": 3}, "training: there is not one step to take"),
+        (
+            {"dataloader_drop_last": True, "max_train_windows": 3, "save_strategy": "epoch"},
+            "training: there is not one step to take",
+        ),
         ({"rewind_step": 6}, "rewind_step: 6 is past the end of the training, which takes 6 steps"),
     ],
 )
