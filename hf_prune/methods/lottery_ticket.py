@@ -34,7 +34,8 @@ class LotteryTicketConfig:
             initialisation.
         min_keep_ratio: each layer keeps at least this share of its weights, and one; 0 switches the floor off.
         on_collapse: a layer through whose weights no path from input to output is left ends the run (`stop`) or is
-            noted (`record`).
+            noted (`record`). Paths are known in the families of families.py and in `nn.Sequential`; any other layer has
+            collapsed when it has no weight left.
         controls: what is trained beside the tickets of `control_rounds`: `fresh_initialization`, the ticket's mask on
             other initial weights; `random_mask`, as many weights of each layer chosen by chance, rewound like it.
         control_rounds: rounds that get the controls; the last unless given.
