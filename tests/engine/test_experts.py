@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_prune.checkpoint.displacement import displacement
-from hf_prune.checkpoint.folder import PLAN_FILE, REPORT_FILE
+from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE
 from hf_prune.checkpoint.inspect import inspect_checkpoint
 from hf_prune.checkpoint.verify import verify_folder
 from hf_prune.compose import make_config
@@ -396,6 +396,7 @@ def test_structured_pruning_and_lora_refuse_mixtures(tmp_path: Path) -> None:
     result = prune(model, make_config({"method": "magnitude", "sparsity": 0.5}))
     result.plan.save(tmp_path / PLAN_FILE)
     (tmp_path / REPORT_FILE).write_text("{}")
+    (tmp_path / RECIPE_FILE).write_text("method: magnitude\n")
     values = {"recovery": "lora", "output_dir": str(tmp_path / "out"), "eval_dataset_name": "text.txt"}
     with pytest.raises(BadInputError, match="lora has no adapters for the experts"):
         prepare_recovery(str(tmp_path), make_train_recipe(values, RecoveryConfig))

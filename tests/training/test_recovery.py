@@ -369,11 +369,11 @@ def test_evaluate_goes_by_the_last_recipe_alone(pruned: dict[str, Path], tmp_pat
     shutil.copytree(pruned["sparse"], place)
     recipe = (place / "hf_prune_recipe.yaml").read_text().replace(str(pruned["dense"]), str(tmp_path / "gone"))
     (place / "hf_prune_recipe.yaml").write_text(f"{recipe}eval_add_bos: true\n")
-    own = {"max_steps": 2, "eval_max_windows": None, "base_model": str(pruned["dense"])}
+    own = {"max_steps": 2, "base_model": str(pruned["dense"])}
     report = recover(str(place), make_train_recipe(values(pruned, out, **own), RecoveryConfig))
     assert cli.main(["evaluate", str(out), "--output_file", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())["evaluation"]
-    assert again["windows"] == report["evaluation"]["windows"] > 12 and again["add_bos"] is False
+    assert again["windows"] == report["evaluation"]["windows"] == 12 and again["add_bos"] is False
     for name in ("dense", "pruned"):
         assert again[name]["perplexity"] == pytest.approx(report["evaluation"][name]["perplexity"], rel=1e-6)
 
