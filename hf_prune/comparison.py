@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_prune.arguments import ModelArguments
-from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE, beside
+from hf_prune.checkpoint.folder import PLAN_FILE, RECIPE_FILE, REPORT_FILE
 from hf_prune.checkpoint.inspect import check_safetensors, local_folder
 from hf_prune.checkpoint.load import load_config, skeleton
 from hf_prune.checkpoint.source import WeightFiles
@@ -29,7 +29,7 @@ from hf_prune.data.builtin import resolve_model
 from hf_prune.errors import BadInputError
 from hf_prune.plan import Plan, ViewPlan
 from hf_prune.recipe import parse_yaml
-from hf_prune.training.rounds import WEIGHTS
+from hf_prune.training.rounds import WEIGHTS, rounds_place
 
 
 def compare_tickets(folders: Sequence[str], initial: str | None = None) -> dict[str, Any]:
@@ -160,13 +160,11 @@ def _rounds_folder(folder: str) -> Path:
     recipe = Path(folder) / RECIPE_FILE
     values = parse_yaml(_text(recipe), recipe.name) if recipe.is_file() else {}
     named = values.get("rounds_folder")
-    if not named:
-        return beside(folder, ".rounds")
-    place, own = beside(str(named), ""), Path(folder).resolve()
+    place, own = rounds_place(folder, named), Path(folder).resolve()
     output = Path(str(values.get("output_dir"))).parts
-    if not place.is_dir() and not Path(str(named)).is_absolute() and own.parts[-len(output) :] == output:
+    if named and not place.is_dir() and not Path(named).is_absolute() and own.parts[-len(output) :] == output:
         # Of the folder that the training was started in, which need not be today's.
-        return Path(*own.parts[: -len(output)], str(named))
+        return Path(*own.parts[: -len(output)], named)
     return place
 
 

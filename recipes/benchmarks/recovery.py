@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "all parameters, distilled": {"recovery": "full", "loss": "distillation", "learning_rate": 3e-4},
 }
 STEPS = {"LoRA, rank 16": 250, "LoRA, twice as long": 500, "all parameters": 250, "all parameters, distilled": 200}
-# Weights and states stay float32; products are bfloat16, which CPUs with AMX do 1.6 times as fast.
+# Weights and states stay float32; products are bfloat16, which CPUs with AMX do faster.
 TRAINING: dict[str, Any] = {
     "dtype": "float32", "bf16": True, "seq_length": 512, "per_device_train_batch_size": 2,
     "lr_scheduler_type": "cosine", "warmup_steps": 10, "save_steps": 25, "logging_steps": 10, "eval_efficiency": False,

@@ -156,7 +156,7 @@ def overlap(files: list[str]) -> tuple[float, float, float]:
 
 
 def by_measure(rows: pandas.DataFrame, shown: Iterable[int], form: str) -> str:
-    """Sparsity down, measures across: mean and spread, and in brackets the layers that have no weight left."""
+    """Sparsity down, measures across: mean and spread, and in brackets the layers without a path."""
     tickets = rows[(rows.kind == "ticket") & (rows.floor == 0)]
     lines = [f"| zeros | {' | '.join(MEASURES)} |", "|---|" + "---|" * len(MEASURES)]
     for number in (0, *shown):
